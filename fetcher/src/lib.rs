@@ -1,0 +1,1 @@
+//! Registry client, fetch scheduling and the layer-file store.

@@ -1,0 +1,1 @@
+//! What an OCI layer contains and where its bytes are.

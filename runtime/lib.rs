@@ -1,0 +1,1 @@
+//! The lazyrun program: command line, daemon, containers and networking.

@@ -1,0 +1,3 @@
+//! The `lazyrun` binary.
+
+fn main() {}
