@@ -1,0 +1,1 @@
+//! Pull versus lazy start, measured on the user's own image.

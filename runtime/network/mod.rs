@@ -1,0 +1,1 @@
+//! Container networking: bridge with NAT, port publishing, name files.
