@@ -387,7 +387,8 @@ fn what_a_crash_leaves_is_cleaned_by_the_next_attach_or_reset() {
         link::with_netlink(async |nl| nl.delete(&name).await).unwrap();
         let c = host.start("c", &[]);
         assert!(nfnetlink::table_exists(&host.instance.table).unwrap());
-        assert_eq!(ask(at(c.ip(), 9)), None);
+        b.serve(80);
+        assert_eq!(c.ask(at(b.ip(), 80)), Some(c.ip()));
 
         // Damaged records while somebody is attached: refused; reset still removes everything.
         fs::write(&state, "{").unwrap();
