@@ -369,25 +369,32 @@ impl Instance {
         NetworkError::collect(self.remove_bridge_and_table())
     }
 
+    /// Both at once: each mostly waits for the kernel's grace periods.
     fn remove_bridge_and_table(&self) -> Vec<NetworkError> {
-        let bridge = link::with_netlink(async |nl| self.remove_links(nl).await).err();
-        let table = nfnetlink::delete_table(&self.table)
-            .map_err(|e| NetworkError::kernel(format!("remove the nftables table {}", self.table), e))
-            .err();
-        bridge.into_iter().chain(table).collect()
+        let (links, table) = thread::scope(|scope| {
+            let table = scope.spawn(|| {
+                nfnetlink::delete_table(&self.table)
+                    .map_err(|e| NetworkError::kernel(format!("remove the nftables table {}", self.table), e))
+            });
+            let links = link::with_netlink(async |nl| self.remove_links(nl).await);
+            (links, table.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        links.err().into_iter().chain(table.err()).collect()
     }
 
     /// Removes our veths, on the bridge or not, and the bridge. An interface of the bridge's name that is no
     /// bridge is not ours; neither is anything else somebody may have put on the bridge.
     async fn remove_links(&self, nl: &Netlink) -> Result<()> {
+        let mut errors = Vec::new();
         for name in nl.names_with(&self.veth_prefix()).await? {
-            nl.delete(&name).await?;
+            errors.extend(nl.delete(&name).await.err());
         }
-        let Some(bridge) = nl.find(&self.bridge).await? else { return Ok(()) };
-        if !bridge.is_bridge {
-            return Err(NetworkError::NotABridge { name: self.bridge.clone() });
+        match nl.find(&self.bridge).await? {
+            Some(link) if link.is_bridge => errors.extend(nl.delete(&self.bridge).await.err()),
+            Some(_) => errors.push(NetworkError::NotABridge { name: self.bridge.clone() }),
+            None => {}
         }
-        nl.delete(&self.bridge).await.map(drop)
+        NetworkError::collect(errors)
     }
 
     fn has_table(&self) -> Result<bool> {

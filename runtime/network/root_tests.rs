@@ -408,7 +408,7 @@ fn what_a_crash_leaves_is_cleaned_by_the_next_attach_or_reset() {
         host.assert_clean();
 
         // A stranger's interface of our name stops the bridge from going, not the table.
-        run("ip", &["link", "add", &name, "type", "dummy"]);
+        run("ip", &["link", "add", &name, "type", "veth", "peer", "name", "stranger"]);
         run("nft", &["add", "table", "ip", &host.instance.table]);
         assert!(matches!(host.instance.reset(), Err(NetworkError::NotABridge { .. })));
         assert!(!nfnetlink::table_exists(&host.instance.table).unwrap());
