@@ -16,7 +16,9 @@ fn index_bytes(blob: &[u8]) -> Vec<u8> {
 /// Calls every accessor.
 fn visit(index: &LayerIndex) {
     for entry in index.entries() {
-        let sum = entry.path().len() + entry.link().len() + entry.xattrs().map(|(n, v)| n.len() + v.len()).sum::<usize>();
+        let sum = entry.path().len()
+            + entry.link().len()
+            + entry.xattrs().map(|(n, v)| n.len() + v.len()).sum::<usize>();
         let end = entry.extents().map(|e| e.layer_offset + e.len).max().unwrap_or(0);
         assert!(end <= index.layer_size());
         std::hint::black_box((sum, entry.kind(), entry.mode(), entry.mtime(), entry.rdev(), entry.content()));
@@ -46,7 +48,8 @@ fn seal(index: &mut [u8]) {
 
 /// Real archives as starting points: PAX, GNU, sparse, xattrs and more.
 fn seeds() -> Vec<Vec<u8>> {
-    let root = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/oddlayers/layout/blobs/sha256");
+    let root =
+        std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/oddlayers/layout/blobs/sha256");
     let mut seeds = vec![archive(3, 700, 1)];
     let mut paths: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
     paths.sort();
@@ -55,10 +58,11 @@ fn seeds() -> Vec<Vec<u8>> {
             continue;
         }
         let blob = std::fs::read(path).unwrap();
-        if let Ok(indexed) = index_blob(&blob, &small_spans()) {
-            if indexed.layer.len() < 40_000 && indexed.summary.entries > 0 {
+        match index_blob(&blob, &small_spans()) {
+            Ok(indexed) if indexed.layer.len() < 40_000 && indexed.summary.entries > 0 => {
                 seeds.push(indexed.layer);
             }
+            _ => {}
         }
     }
     assert!(seeds.len() > 50);

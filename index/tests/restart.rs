@@ -5,7 +5,8 @@ mod common;
 use common::make::{DEFAULT, FIXED, HUFFMAN_ONLY, archive, gzip, text, zstd};
 use common::{Keep, index_blob, prove, small_spans};
 use lazyrun_index::{
-    Compression, Digest, EntryKind, IndexError, LayerSink, SpanInfo, StreamOptions, hydrate_layer, index_layer,
+    Compression, Digest, EntryKind, IndexError, LayerSink, SpanInfo, StreamOptions, hydrate_layer,
+    index_layer,
 };
 
 /// Indexes, proves, and compares the layer file with what was compressed.
@@ -181,7 +182,10 @@ fn a_damaged_blob_does_not_hydrate() {
     let span = indexed.index.span(1);
     let mut bytes = tar[span.blob_offset as usize..][..span.blob_len as usize].to_vec();
     let mut out = Vec::new();
-    assert!(matches!(indexed.index.decode_span(1, &bytes[1..], &mut out), Err(IndexError::LengthMismatch { .. })));
+    assert!(matches!(
+        indexed.index.decode_span(1, &bytes[1..], &mut out),
+        Err(IndexError::LengthMismatch { .. })
+    ));
     bytes[5] ^= 1;
     assert!(matches!(indexed.index.decode_span(1, &bytes, &mut out), Err(IndexError::DigestMismatch { .. })));
     assert!(out.is_empty());

@@ -14,7 +14,8 @@ pub(crate) fn gzip(data: &[u8], level: c_int, strategy: c_int) -> Vec<u8> {
     let mut stream = z::z_stream::default();
     let size = size_of::<z::z_stream>() as c_int;
     // SAFETY: a default-initialised stream with its own size; 31 asks for gzip framing.
-    let code = unsafe { z::deflateInit2_(&raw mut stream, level, 8, 31, 8, strategy, z::zlibVersion(), size) };
+    let code =
+        unsafe { z::deflateInit2_(&raw mut stream, level, 8, 31, 8, strategy, z::zlibVersion(), size) };
     assert_eq!(code, z::Z_OK);
     let mut out = vec![0; data.len() + data.len() / 100 + 100_000];
     stream.next_in = data.as_ptr();

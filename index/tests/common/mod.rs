@@ -6,7 +6,8 @@ pub(crate) mod make;
 use std::io::{self, Cursor};
 
 use lazyrun_index::{
-    Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer, index_layer,
+    Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer,
+    index_layer,
 };
 
 /// Keeps the layer file and the spans.
