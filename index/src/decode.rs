@@ -62,6 +62,15 @@ impl Cutter {
         len > 0 && (!self.restartable || self.full(blob, len))
     }
 
+    /// How much of `input` to decode before asking again: not past the byte after which the span is full.
+    fn cap<'a>(&self, blob: u64, input: &'a [u8]) -> &'a [u8] {
+        let left = self.options.span_size.saturating_sub(blob.saturating_sub(self.blob));
+        if left == 0 {
+            return input;
+        }
+        &input[..usize::try_from(left).map_or(input.len(), |left| left.min(input.len()))]
+    }
+
     fn full(&self, blob: u64, len: u64) -> bool {
         blob.saturating_sub(self.blob) >= self.options.span_size || len >= self.options.span_len
     }
@@ -102,17 +111,17 @@ pub(crate) fn decode(
 
 fn plain(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
     loop {
-        let input = source.fill()?;
-        if input.is_empty() {
-            return Ok(source.offset());
-        }
-        let space = output.space();
-        let n = input.len().min(space.len());
-        space[..n].copy_from_slice(&input[..n]);
         let at = source.offset();
         if cutter.due(at) {
             cutter.cut(output, at, at, Entrance::Plain)?;
         }
+        let input = cutter.cap(at, source.fill()?);
+        if input.is_empty() {
+            return Ok(at);
+        }
+        let space = output.space();
+        let n = input.len().min(space.len());
+        space[..n].copy_from_slice(&input[..n]);
         source.consume(n);
         cutter.advance(n);
         output.filled(n, source.offset())?;
@@ -147,7 +156,7 @@ fn gzip_member(
     let (mut crc, mut size) = (0, 0u32);
     loop {
         let offset = source.offset();
-        let input = source.fill()?;
+        let input = cutter.cap(offset, source.fill()?);
         let ended = input.is_empty();
         let space = output.space();
         let step =
@@ -183,7 +192,10 @@ fn gzip_member(
         return Err(gzip::corrupt(offset, format!("CRC is {crc:08x} instead of {:08x}", trailer.crc)));
     }
     if trailer.size != size {
-        return Err(gzip::corrupt(offset, format!("length is {size} instead of {} (modulo 2^32)", trailer.size)));
+        return Err(gzip::corrupt(
+            offset,
+            format!("length is {size} instead of {} (modulo 2^32)", trailer.size),
+        ));
     }
     Ok(())
 }
@@ -219,14 +231,14 @@ fn zstd(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) 
     let mut between = true;
     loop {
         let offset = source.offset();
-        let input = source.fill()?;
-        let ended = input.is_empty();
+        let ended = source.fill()?.is_empty();
         if between && ended {
             return Ok(offset);
         }
         if between && cutter.due(offset) {
             cutter.cut(output, offset, offset, Entrance::ZstdFrame)?;
         }
+        let input = cutter.cap(offset, source.fill()?);
         let (consumed, produced, frame_end) =
             zstd_step(&mut decoder, input, output.space()).map_err(|e| zstd_corrupt(offset, &e))?;
         source.consume(consumed);
