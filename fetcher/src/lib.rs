@@ -9,7 +9,7 @@
 mod auth;
 mod client;
 mod error;
-//mod fetch;
+mod fetch;
 mod manifest;
 mod platform;
 mod reference;
@@ -18,7 +18,7 @@ mod store;
 
 pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient};
 pub use error::FetchError;
-//pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
+pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
 pub use manifest::{LayerDescriptor, ResolvedImage};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};

@@ -112,6 +112,11 @@ impl BlobReader {
         self.position >= self.end
     }
 
+    /// The blob that is read.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
     /// Time from sending the last request to its response's header, once there was one.
     pub fn first_byte(&self) -> Option<Duration> {
         self.first_byte

@@ -228,7 +228,7 @@ impl Layer {
     }
 
     /// The number of `forget`s so far.
-    pub(crate) fn epoch(&self) -> u64 {
+    fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
 
@@ -238,22 +238,6 @@ impl Layer {
         self.data.write_all_at(bytes, span.offset)?;
         self.mark(span.index as usize);
         Ok(())
-    }
-
-    /// Stores bytes that are not verified yet; nobody sees them before [`Layer::mark_streamed`].
-    pub(crate) fn write_unproven(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let _gate = self.enter();
-        self.data.write_all_at(bytes, offset)
-    }
-
-    /// Marks a span whose bytes were written since `epoch` and verified; `false` when they were dropped since.
-    pub(crate) fn mark_streamed(&self, span: usize, epoch: u64) -> bool {
-        let _gate = self.enter();
-        let valid = self.epoch() == epoch;
-        if valid {
-            self.mark(span);
-        }
-        valid
     }
 
     /// Mirrors the present spans to the map file (not to the disk).
