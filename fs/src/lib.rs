@@ -1,1 +1,4 @@
 //! Views of images and the mounts that serve them.
+
+pub mod erofs;
+pub mod view;
