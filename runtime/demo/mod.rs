@@ -1,1 +1,5 @@
-//! The demonstration: a real image of the host's own files, an embedded registry, four ways to start.
+//! The demonstration: a real image made of the host's own files, an embedded registry, a shaped link.
+
+pub mod layout;
+pub mod registry;
+pub mod shaper;
