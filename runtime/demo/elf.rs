@@ -50,7 +50,9 @@ pub(super) fn needs(file: &[u8]) -> Option<Needs> {
             DT_NEEDED => needs.libraries.push(string()?),
             DT_RPATH | DT_RUNPATH => {
                 let joined = string()?.into_vec();
-                needs.paths.extend(joined.split(|b| *b == b':').map(|path| OsString::from_vec(path.to_vec())));
+                needs
+                    .paths
+                    .extend(joined.split(|b| *b == b':').map(|path| OsString::from_vec(path.to_vec())));
             }
             _ => {}
         }

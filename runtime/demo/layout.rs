@@ -83,7 +83,7 @@ impl Layout {
         let blob = HashingWriter::new(BufWriter::with_capacity(1 << 18, file));
         let output = match encoding {
             Encoding::Plain => Output::Plain(blob),
-            Encoding::Gzip(level) => Output::Gzip(GzEncoder::new(blob, Compression::new(level))),
+            Encoding::Gzip(level) => Output::Gzip(Box::new(GzEncoder::new(blob, Compression::new(level)))),
         };
         Ok(LayerWriter { output, tar: Sha256::new(), uncompressed: 0, blobs: self.dir.join("blobs/sha256") })
     }
@@ -184,7 +184,7 @@ type BlobWriter = HashingWriter<BufWriter<NamedTempFile>>;
 
 enum Output {
     Plain(BlobWriter),
-    Gzip(GzEncoder<BlobWriter>),
+    Gzip(Box<GzEncoder<BlobWriter>>),
 }
 
 impl LayerWriter {

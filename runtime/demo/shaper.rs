@@ -182,9 +182,9 @@ impl State {
         if !version.starts_with("HTTP/1") {
             return;
         }
-        let range = lines.filter_map(|line| line.split_once(':')).find_map(|(name, value)| {
-            name.eq_ignore_ascii_case("range").then(|| value.trim().to_owned())
-        });
+        let range = lines
+            .filter_map(|line| line.split_once(':'))
+            .find_map(|(name, value)| name.eq_ignore_ascii_case("range").then(|| value.trim().to_owned()));
         self.requests.fetch_add(1, Ordering::Relaxed);
         let mut log = lock(&self.log);
         if log.requests.len() < MAX_LOG {
