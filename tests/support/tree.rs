@@ -35,7 +35,7 @@ pub fn scan(dir: &Path) -> Tree {
         .unwrap_or_else(|error| panic!("cannot open {}: {error}", dir.display()));
     let mut scan = Scan { tree: Tree::new(), groups: BTreeMap::new() };
     scan.entry(&root, OsStr::new("."), b".");
-    scan.directory(root, b"");
+    scan.directory(&root, b"");
     for paths in scan.groups.values().filter(|paths| paths.len() > 1) {
         let first = paths.iter().min().expect("a group has members");
         for path in paths {
@@ -114,15 +114,15 @@ struct Scan {
 }
 
 impl Scan {
-    fn directory(&mut self, dir: OwnedFd, prefix: &[u8]) {
-        for name in names(&dir) {
+    fn directory(&mut self, dir: &OwnedFd, prefix: &[u8]) {
+        for name in names(dir) {
             let path = [prefix, name.as_bytes()].concat();
-            if !self.entry(&dir, &name, &path) {
+            if !self.entry(dir, &name, &path) {
                 continue;
             }
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
-            match openat(&dir, name.as_os_str(), flags, Mode::empty()) {
-                Ok(child) => self.directory(child, &[&path[..], b"/"].concat()),
+            match openat(dir, name.as_os_str(), flags, Mode::empty()) {
+                Ok(child) => self.directory(&child, &[&path[..], b"/"].concat()),
                 Err(error) => {
                     let entry = self.tree.get_mut(&escape(&path)).expect("it was just recorded");
                     entry.insert("opendir".into(), format!("ERR:{}", error as i32).into());
