@@ -1,1 +1,43 @@
 //! What an OCI layer contains and where its bytes are.
+//!
+//! Bytes in, bytes out: no network, no async, no store. [`index_layer`] reads a layer blob once (gzip, zstd or
+//! plain tar, told by its first bytes) and writes its *layer index*: all entries with their attributes, where
+//! their contents lie in the *layer file* (the uncompressed tar), and *spans*, the smallest runs of the blob that
+//! can be decoded on their own. [`LayerIndex`] opens such an index and decodes single spans;
+//! [`hydrate_layer`] decodes a whole blob against a known index.
+//!
+//! ```
+//! use lazyrun_index::{LayerIndex, StreamOptions, index_layer};
+//!
+//! let blob: &[u8] = &[0; 1024]; // an empty tar
+//! let mut index = std::io::Cursor::new(Vec::new());
+//! let summary = index_layer(blob, &mut (), &mut index, &StreamOptions::default())?;
+//! let index = LayerIndex::from_bytes(index.into_inner())?;
+//! assert_eq!(index.diff_id(), summary.diff_id);
+//! assert_eq!(index.entry_count(), 0);
+//! # Ok::<(), lazyrun_index::IndexError>(())
+//! ```
+
+mod decode;
+mod digest;
+mod error;
+mod format;
+mod gzip;
+mod inflate;
+mod pipeline;
+mod reader;
+mod source;
+mod span;
+mod stream;
+mod tar;
+mod types;
+mod validate;
+mod writer;
+
+pub use digest::{Digest, Hasher, ParseDigestError};
+pub use error::{IndexError, Name};
+pub use reader::{EntryRef, LayerIndex};
+pub use stream::{hydrate_layer, index_layer};
+pub use types::{
+    Compression, EntryKind, Extent, LayerSink, SpanInfo, StreamOptions, StreamSummary, Timestamp,
+};

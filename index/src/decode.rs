@@ -1,0 +1,244 @@
+//! The streaming decoders: blob bytes in, layer-file bytes and the places to restart at out.
+
+use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
+
+use crate::gzip;
+use crate::inflate::{Inflater, crc32};
+use crate::source::Source;
+use crate::{Compression, IndexError, StreamOptions};
+
+/// How decoding can start at the beginning of a span.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Entrance {
+    /// The blob bytes are the layer-file bytes.
+    Plain,
+    /// At a gzip member's header.
+    GzipMember,
+    /// At a deflate block: the last `bits` bits of the first byte belong to it; `window` was decoded before.
+    Deflate { bits: u8, window: Vec<u8> },
+    /// At the start of a zstd frame.
+    ZstdFrame,
+    /// Nowhere: the span can only be reached from the one before.
+    None,
+}
+
+/// Where the decoders put what they find. An error stops the decoder.
+pub(crate) trait Output {
+    /// Room for decoded bytes, never empty.
+    fn space(&mut self) -> &mut [u8];
+    /// The first `n` bytes of `space` are filled now; `blob` is the source's offset.
+    fn filled(&mut self, n: usize, blob: u64) -> Result<(), IndexError>;
+    /// The span that was open ends at blob byte `end`; the next starts at `start` through `entrance`.
+    fn cut(&mut self, end: u64, start: u64, entrance: Entrance) -> Result<(), IndexError>;
+}
+
+/// Decides where spans end.
+pub(crate) struct Cutter {
+    options: StreamOptions,
+    blob: u64,
+    start: u64,
+    at: u64,
+    restartable: bool,
+}
+
+impl Cutter {
+    pub(crate) fn new(options: StreamOptions) -> Self {
+        Self { options, blob: 0, start: 0, at: 0, restartable: true }
+    }
+
+    /// A cutter for those who know the spans already: it never cuts.
+    pub(crate) fn never() -> Self {
+        let never = u64::MAX;
+        Self::new(StreamOptions { span_size: never, span_len: never, max_span_len: never })
+    }
+
+    fn advance(&mut self, produced: usize) {
+        self.at += produced as u64;
+    }
+
+    /// The next border is to become a checkpoint. Spans that cannot be restarted end at the first that can.
+    fn due(&self, blob: u64) -> bool {
+        let len = self.at - self.start;
+        len > 0 && (!self.restartable || self.full(blob, len))
+    }
+
+    fn full(&self, blob: u64, len: u64) -> bool {
+        blob.saturating_sub(self.blob) >= self.options.span_size || len >= self.options.span_len
+    }
+
+    /// The span has to end here although there is no border.
+    fn overdue(&self, blob: u64) -> bool {
+        let len = self.at - self.start;
+        len >= self.options.max_span_len || (len > 0 && !self.restartable && self.full(blob, len))
+    }
+
+    fn cut(
+        &mut self,
+        output: &mut impl Output,
+        end: u64,
+        start: u64,
+        entrance: Entrance,
+    ) -> Result<(), IndexError> {
+        self.restartable = entrance != Entrance::None;
+        self.blob = start;
+        self.start = self.at;
+        output.cut(end, start, entrance)
+    }
+}
+
+/// Decodes a whole blob. Returns the blob offset behind the last byte that was needed.
+pub(crate) fn decode(
+    compression: Compression,
+    source: &mut impl Source,
+    output: &mut impl Output,
+    cutter: Cutter,
+) -> Result<u64, IndexError> {
+    match compression {
+        Compression::None => plain(source, output, cutter),
+        Compression::Gzip => gzip(source, output, cutter),
+        Compression::Zstd => zstd(source, output, cutter),
+    }
+}
+
+fn plain(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
+    loop {
+        let input = source.fill()?;
+        if input.is_empty() {
+            return Ok(source.offset());
+        }
+        let space = output.space();
+        let n = input.len().min(space.len());
+        space[..n].copy_from_slice(&input[..n]);
+        let at = source.offset();
+        if cutter.due(at) {
+            cutter.cut(output, at, at, Entrance::Plain)?;
+        }
+        source.consume(n);
+        cutter.advance(n);
+        output.filled(n, source.offset())?;
+    }
+}
+
+fn gzip(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
+    let mut inflater = Inflater::new().map_err(|reason| gzip::corrupt(0, reason))?;
+    if !gzip::member_follows(source)? {
+        return Err(gzip::truncated(source.offset()));
+    }
+    loop {
+        gzip::read_header(source)?;
+        gzip_member(&mut inflater, source, output, &mut cutter)?;
+        let end = source.offset();
+        if !gzip::member_follows(source)? {
+            return Ok(end);
+        }
+        inflater.reset().map_err(|reason| gzip::corrupt(end, reason))?;
+        if cutter.due(end) {
+            cutter.cut(output, end, end, Entrance::GzipMember)?;
+        }
+    }
+}
+
+fn gzip_member(
+    inflater: &mut Inflater,
+    source: &mut impl Source,
+    output: &mut impl Output,
+    cutter: &mut Cutter,
+) -> Result<(), IndexError> {
+    let (mut crc, mut size) = (0, 0u32);
+    loop {
+        let offset = source.offset();
+        let input = source.fill()?;
+        let ended = input.is_empty();
+        let space = output.space();
+        let step =
+            inflater.run(input, space, cutter.due(offset)).map_err(|reason| gzip::corrupt(offset, reason))?;
+        crc = crc32(crc, &space[..step.produced]);
+        size = size.wrapping_add(step.produced as u32);
+        source.consume(step.consumed);
+        let offset = source.offset();
+        cutter.advance(step.produced);
+        output.filled(step.produced, offset)?;
+        if step.end {
+            break;
+        }
+        if let Some(bits) = step.border {
+            let window = inflater.window().map_err(|reason| gzip::corrupt(offset, reason))?;
+            // Whole bytes that zlib took and did not need are given back; a part of a byte belongs to both spans.
+            let end = offset - u64::from(bits / 8);
+            let bits = (bits % 8) as u8;
+            cutter.cut(output, end, end - u64::from(bits > 0), Entrance::Deflate { bits, window })?;
+        } else if cutter.overdue(offset) {
+            cutter.cut(output, offset, offset, Entrance::None)?;
+        } else if step.consumed == 0 && step.produced == 0 {
+            return Err(if ended {
+                gzip::truncated(offset)
+            } else {
+                gzip::corrupt(offset, "the decoder makes no progress")
+            });
+        }
+    }
+    let offset = source.offset();
+    let trailer = gzip::read_trailer(source)?;
+    if trailer.crc != crc {
+        return Err(gzip::corrupt(offset, format!("CRC is {crc:08x} instead of {:08x}", trailer.crc)));
+    }
+    if trailer.size != size {
+        return Err(gzip::corrupt(offset, format!("length is {size} instead of {} (modulo 2^32)", trailer.size)));
+    }
+    Ok(())
+}
+
+/// Largest zstd window accepted: that of `zstd --ultra -22` and `--long`, and zstd's own default limit.
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+
+pub(crate) fn zstd_corrupt(offset: u64, source: &std::io::Error) -> IndexError {
+    IndexError::BlobCorrupt { format: "zstd", offset, reason: source.to_string() }
+}
+
+pub(crate) fn zstd_decoder() -> Result<Decoder<'static>, IndexError> {
+    let setup = |source| IndexError::Setup { what: "zstd decoder", source };
+    let mut decoder = Decoder::new().map_err(setup)?;
+    decoder.set_parameter(DParameter::WindowLogMax(ZSTD_WINDOW_LOG_MAX)).map_err(setup)?;
+    Ok(decoder)
+}
+
+/// One step of a zstd decoder: bytes consumed, bytes produced, and whether it stands between two frames.
+pub(crate) fn zstd_step(
+    decoder: &mut Decoder<'_>,
+    input: &[u8],
+    space: &mut [u8],
+) -> std::io::Result<(usize, usize, bool)> {
+    let mut input = InBuffer::around(input);
+    let mut space = OutBuffer::around(space);
+    let hint = decoder.run(&mut input, &mut space)?;
+    Ok((input.pos(), space.pos(), hint == 0))
+}
+
+fn zstd(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
+    let mut decoder = zstd_decoder()?;
+    let mut between = true;
+    loop {
+        let offset = source.offset();
+        let input = source.fill()?;
+        let ended = input.is_empty();
+        if between && ended {
+            return Ok(offset);
+        }
+        if between && cutter.due(offset) {
+            cutter.cut(output, offset, offset, Entrance::ZstdFrame)?;
+        }
+        let (consumed, produced, frame_end) =
+            zstd_step(&mut decoder, input, output.space()).map_err(|e| zstd_corrupt(offset, &e))?;
+        source.consume(consumed);
+        between = frame_end;
+        let offset = source.offset();
+        cutter.advance(produced);
+        output.filled(produced, offset)?;
+        if ended && consumed == 0 && produced == 0 {
+            return Err(IndexError::BlobTruncated { format: "zstd", offset });
+        }
+        if !between && cutter.overdue(offset) {
+            cutter.cut(output, offset, offset, Entrance::None)?;
+        }
+    }
+}
