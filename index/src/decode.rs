@@ -183,7 +183,10 @@ fn gzip_member(
         return Err(gzip::corrupt(offset, format!("CRC is {crc:08x} instead of {:08x}", trailer.crc)));
     }
     if trailer.size != size {
-        return Err(gzip::corrupt(offset, format!("length is {size} instead of {} (modulo 2^32)", trailer.size)));
+        return Err(gzip::corrupt(
+            offset,
+            format!("length is {size} instead of {} (modulo 2^32)", trailer.size),
+        ));
     }
     Ok(())
 }

@@ -203,7 +203,11 @@ impl Hydrator<'_> {
     }
 
     fn length(&self, actual: u64) -> IndexError {
-        IndexError::LengthMismatch { what: "the layer file".into(), expected: self.index.layer_size(), actual }
+        IndexError::LengthMismatch {
+            what: "the layer file".into(),
+            expected: self.index.layer_size(),
+            actual,
+        }
     }
 
     fn finish(self, passed: &Passed) -> Result<StreamSummary, IndexError> {

@@ -45,7 +45,9 @@ fn must_refuse(tag: &str) -> Option<fn(&IndexError) -> bool> {
         "bad-gz-truncated" => |e| matches!(e, IndexError::BlobTruncated { .. }),
         "bad-gz-crc" => |e| matches!(e, IndexError::BlobCorrupt { .. }),
         "bad-pax-len" | "names-nul" => |e| matches!(e, IndexError::TarHeader { .. }),
-        "long-256" | "long-deep-4k" | "path-dotdot" | "path-empty" => |e| matches!(e, IndexError::Entry { .. }),
+        "long-256" | "long-deep-4k" | "path-dotdot" | "path-empty" => {
+            |e| matches!(e, IndexError::Entry { .. })
+        }
         _ => return None,
     })
 }
@@ -139,7 +141,10 @@ fn check(tag: &str, path: &str, entry: EntryRef<'_>, want: &Value, all: &BTreeMa
     };
     assert_eq!(want["type"], kind, "{place}");
     assert_eq!(want["mode"], format!("{:04o}", if kind == "l" { 0o777 } else { target.mode() }), "{place}");
-    assert_eq!((want["uid"].as_u64(), want["gid"].as_u64()), (Some(target.uid().into()), Some(target.gid().into())));
+    assert_eq!(
+        (want["uid"].as_u64(), want["gid"].as_u64()),
+        (Some(target.uid().into()), Some(target.gid().into()))
+    );
     let mtime = target.mtime();
     assert_eq!(want["mtime"], format!("{}.{:09}", mtime.secs, mtime.nanos), "{place}");
     match kind {
@@ -174,7 +179,11 @@ fn escape(name: &[u8]) -> String {
         _ => name
             .iter()
             .map(|&c| {
-                if (32..=126).contains(&c) && c != b'\\' { char::from(c).to_string() } else { format!("\\x{c:02x}") }
+                if (32..=126).contains(&c) && c != b'\\' {
+                    char::from(c).to_string()
+                } else {
+                    format!("\\x{c:02x}")
+                }
             })
             .collect(),
     }

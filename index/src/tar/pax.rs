@@ -83,8 +83,8 @@ impl Pax {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.add_xattr(name.to_vec(), value.to_vec())?;
                 } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-                    let value = base64(value)
-                        .ok_or_else(|| format!("record {} is not base64", shown(key)))?;
+                    let value =
+                        base64(value).ok_or_else(|| format!("record {} is not base64", shown(key)))?;
                     libarchive.push((url_decode(name), value));
                 }
             }

@@ -4,7 +4,8 @@
 use std::io::{self, Cursor};
 
 use lazyrun_index::{
-    Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer, index_layer,
+    Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer,
+    index_layer,
 };
 
 /// Keeps the layer file and the spans.
