@@ -14,7 +14,9 @@ pub enum ErofsError {
         source: std::io::Error,
     },
     /// Reading layer contents for the appendix failed.
-    #[error("cannot read {len} bytes at {offset} of layer {layer}, which '{path}' needs in the appendix: {source}")]
+    #[error(
+        "cannot read {len} bytes at {offset} of layer {layer}, which '{path}' needs in the appendix: {source}"
+    )]
     Read {
         /// The file.
         path: String,

@@ -262,7 +262,9 @@ impl Writer<'_> {
             size: if inode.kind == Kind::File { inode.size } else { data },
             union: match (placed.layout, inode.kind) {
                 (Layout::Chunks, _) => chunk_format(placed.union as u8),
-                (_, Kind::Directory | Kind::Symlink) if placed.union != HOLE => self.data_block + placed.union,
+                (_, Kind::Directory | Kind::Symlink) if placed.union != HOLE => {
+                    self.data_block + placed.union
+                }
                 _ => placed.union,
             },
             number: ino.wrapping_add(1),
