@@ -22,7 +22,8 @@ mod root_kernel {
         let view = View::merge(&layers.iter().collect::<Vec<_>>()).expect("layers merge");
         let files = Files::of(layers);
         let written = mount::write(&view, &files).expect("image is written");
-        let differences = tree::compare_strictly(&tree::of_view(&view, &files), &mount::kernel_tree(&written));
+        let differences =
+            tree::compare_strictly(&tree::of_view(&view, &files), &mount::kernel_tree(&written));
         assert!(differences.is_empty(), "{differences:#?}");
         written
     }
@@ -59,7 +60,11 @@ mod root_kernel {
         let mut l = TestLayer::default();
         l.file("plain", b"in front");
         l.sparse("hole", 3 << 20, &[]);
-        l.sparse("aligned", 1 << 20, &[(0, bytes(4096, 1)), (1 << 19, bytes(512, 2)), ((1 << 20) - 512, bytes(512, 3))]);
+        l.sparse(
+            "aligned",
+            1 << 20,
+            &[(0, bytes(4096, 1)), (1 << 19, bytes(512, 2)), ((1 << 20) - 512, bytes(512, 3))],
+        );
         l.sparse("odd", 300_001, &[(100, bytes(700, 4)), (1000, bytes(3, 5)), (299_000, bytes(1001, 6))]);
         l.sparse("unaligned whole", 3000, &[(0, bytes(3000, 9))]);
         check(&[l]);
@@ -123,9 +128,15 @@ mod root_kernel {
     #[test]
     fn attributes() {
         let mut l = TestLayer::default();
-        let acl = [2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255];
+        let acl = [
+            2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255,
+            255, 255, 255,
+        ];
         let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        l.file_item(Item::new("cap", EntryKind::File).xattr("security.capability", &capability).mode(0o4755), b"x");
+        l.file_item(
+            Item::new("cap", EntryKind::File).xattr("security.capability", &capability).mode(0o4755),
+            b"x",
+        );
         l.file_item(Item::new("acl", EntryKind::File).xattr("system.posix_acl_access", &acl), b"x");
         l.add(Item::new("dacl", EntryKind::Directory).xattr("system.posix_acl_default", &acl));
         l.file_item(
@@ -136,8 +147,17 @@ mod root_kernel {
                 .xattr("user.big", &bytes(3000, 1)),
             &bytes(600, 2),
         );
-        l.add(Item::new("s", EntryKind::Symlink).link("t").xattr("security.s", b"label").xattr("user.gone", b"x"));
-        l.add(Item::new("d", EntryKind::Directory).xattr("trusted.overlay.opaque", b"y").xattr("user.overlay.opaque", b"y"));
+        l.add(
+            Item::new("s", EntryKind::Symlink)
+                .link("t")
+                .xattr("security.s", b"label")
+                .xattr("user.gone", b"x"),
+        );
+        l.add(
+            Item::new("d", EntryKind::Directory)
+                .xattr("trusted.overlay.opaque", b"y")
+                .xattr("user.overlay.opaque", b"y"),
+        );
         l.file("d/f", b"1");
         l.file_item(Item::new("old", EntryKind::File).time(-86_400, 999_999_999), b"x");
         l.file_item(Item::new("far", EntryKind::File).time(1 << 40, 1), b"x");
@@ -184,7 +204,11 @@ mod root_kernel {
         let mut l = TestLayer::default();
         l.file("f", b"x");
         let written = check(&[l]);
-        let out = mount::tool("dump.erofs").args(mount::device_options(&written)).arg("-s").arg(&written.image).output();
+        let out = mount::tool("dump.erofs")
+            .args(mount::device_options(&written))
+            .arg("-s")
+            .arg(&written.image)
+            .output();
         let text = String::from_utf8(out.expect("dump.erofs runs").stdout).expect("text");
         let u = written.summary.uuid.map(|b| format!("{b:02x}")).concat();
         let uuid = [&u[..8], &u[8..12], &u[12..16], &u[16..20], &u[20..]].join("-");

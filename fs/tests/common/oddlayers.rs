@@ -20,8 +20,10 @@ pub struct Case {
 }
 
 fn home() -> PathBuf {
-    std::env::var_os("LAZYRUN_ODDLAYERS")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oddlayers")), PathBuf::from)
+    std::env::var_os("LAZYRUN_ODDLAYERS").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oddlayers")),
+        PathBuf::from,
+    )
 }
 
 fn blob(digest: &str) -> Vec<u8> {
@@ -44,7 +46,10 @@ pub fn cases() -> Vec<Case> {
             let diff_ids = config["rootfs"]["diff_ids"].as_array().expect("diff_ids");
             let layers = manifest["layers"].as_array().expect("layers");
             let layers = layers.iter().zip(diff_ids).map(|(layer, diff_id)| {
-                (blob(layer["digest"].as_str().expect("digest")), diff_id.as_str().expect("diff_id").to_owned())
+                (
+                    blob(layer["digest"].as_str().expect("digest")),
+                    diff_id.as_str().expect("diff_id").to_owned(),
+                )
             });
             let expected = std::fs::read_to_string(home().join(format!("expected/{tag}.jsonl"))).ok();
             Case {
