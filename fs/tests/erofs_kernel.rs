@@ -6,6 +6,7 @@ mod common;
 mod root_kernel {
     use lazyrun_fs::view::View;
     use lazyrun_index::EntryKind;
+    use proptest::prelude::*;
 
     use super::common::layer::{Files, Item, TestLayer};
     use super::common::{mount, tree};
@@ -216,5 +217,63 @@ mod root_kernel {
             assert!(text.contains(part), "{part} is not in {text}");
         }
         assert_eq!(&uuid[14..15], "8");
+    }
+
+    /// A random item: which of four names in which of three directories, what kind, and numbers to derive the
+    /// rest from.
+    fn item() -> impl Strategy<Value = (u8, u8, u64, Vec<(u16, u16)>)> {
+        (0..12u8, 0..8u8, any::<u64>(), prop::collection::vec((0..3000u16, 1..3000u16), 0..5))
+    }
+
+    fn add(l: &mut TestLayer, (name, kind, number, pieces): &(u8, u8, u64, Vec<(u16, u16)>)) {
+        let long = "n".repeat((number % 200) as usize);
+        let path = format!("dir{}/{}{long}", name % 3, name / 3);
+        let small = (number >> 32) as u32;
+        let with = |kind| {
+            let mut item = Item::new(&path, kind).mode(small & 0o7777).owner(small, small >> 3);
+            item = item.time(*number as i64 >> 20, small % 1_000_000_000);
+            for i in 0..number % 3 {
+                item = item.xattr(&format!("trusted.{i}"), &bytes((number % 700) as usize, i as u8));
+            }
+            item
+        };
+        match kind {
+            0 => l.add(with(EntryKind::Directory)),
+            1 => l.add(with(EntryKind::Symlink).link(vec![b't'; 1 + (number % 1500) as usize])),
+            2 => l.add(with(EntryKind::Fifo)),
+            3 => l.add(Item { rdev: (1 + small % 4095, small % (1 << 20)), ..with(EntryKind::BlockDevice) }),
+            4 | 5 => l.file_item(with(EntryKind::File), &bytes((number % 5000) as usize, small as u8)),
+            6 => l.file(format!("dir{}/.wh.{}{long}", name % 3, name / 3), b""),
+            _ => {
+                // Gaps and lengths; every other file on a grid of 512.
+                let grid = if number % 2 == 0 { 512 } else { 1 };
+                let mut at = 0;
+                let mut list = Vec::new();
+                for &(gap, len) in pieces {
+                    at += u64::from(gap) / grid * grid;
+                    let len = (u64::from(len) / grid * grid).max(grid);
+                    list.push((at, bytes(len as usize, gap as u8)));
+                    at += len;
+                }
+                l.sparse(&path, at + number % 3000 / grid * grid, &list)
+            }
+        };
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn random_layers(layers in prop::collection::vec(prop::collection::vec(item(), 0..20), 1..4)) {
+            let layers: Vec<TestLayer> = layers
+                .iter()
+                .map(|items| {
+                    let mut l = TestLayer::default();
+                    items.iter().for_each(|i| add(&mut l, i));
+                    l
+                })
+                .collect();
+            check(&layers);
+        }
     }
 }
