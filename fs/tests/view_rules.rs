@@ -204,6 +204,10 @@ fn symlinks_of_the_same_layer_lead_inside_the_root() {
             "/usr/lib/foo = foo"
         ]
     );
+    let through_itself = layer(|l| {
+        l.symlink("s", ".").file("s/s", b"instead").file("s/y", b"y");
+    });
+    assert_eq!(show(&[through_itself]), ["/", "/s/", "/s/y = y"]);
     let l = refused(&[layer(|l| {
         l.symlink("a", "b").symlink("b", "a").file("a/x", b"");
     })]);
