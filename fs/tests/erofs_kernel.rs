@@ -6,6 +6,7 @@ mod common;
 mod root_kernel {
     use lazyrun_fs::view::View;
     use lazyrun_index::EntryKind;
+    use proptest::prelude::*;
 
     use super::common::layer::{Files, Item, TestLayer};
     use super::common::{mount, tree};
@@ -22,7 +23,8 @@ mod root_kernel {
         let view = View::merge(&layers.iter().collect::<Vec<_>>()).expect("layers merge");
         let files = Files::of(layers);
         let written = mount::write(&view, &files).expect("image is written");
-        let differences = tree::compare_strictly(&tree::of_view(&view, &files), &mount::kernel_tree(&written));
+        let differences =
+            tree::compare_strictly(&tree::of_view(&view, &files), &mount::kernel_tree(&written));
         assert!(differences.is_empty(), "{differences:#?}");
         written
     }
@@ -59,7 +61,11 @@ mod root_kernel {
         let mut l = TestLayer::default();
         l.file("plain", b"in front");
         l.sparse("hole", 3 << 20, &[]);
-        l.sparse("aligned", 1 << 20, &[(0, bytes(4096, 1)), (1 << 19, bytes(512, 2)), ((1 << 20) - 512, bytes(512, 3))]);
+        l.sparse(
+            "aligned",
+            1 << 20,
+            &[(0, bytes(4096, 1)), (1 << 19, bytes(512, 2)), ((1 << 20) - 512, bytes(512, 3))],
+        );
         l.sparse("odd", 300_001, &[(100, bytes(700, 4)), (1000, bytes(3, 5)), (299_000, bytes(1001, 6))]);
         l.sparse("unaligned whole", 3000, &[(0, bytes(3000, 9))]);
         check(&[l]);
@@ -123,9 +129,15 @@ mod root_kernel {
     #[test]
     fn attributes() {
         let mut l = TestLayer::default();
-        let acl = [2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255];
+        let acl = [
+            2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255,
+            255, 255, 255,
+        ];
         let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        l.file_item(Item::new("cap", EntryKind::File).xattr("security.capability", &capability).mode(0o4755), b"x");
+        l.file_item(
+            Item::new("cap", EntryKind::File).xattr("security.capability", &capability).mode(0o4755),
+            b"x",
+        );
         l.file_item(Item::new("acl", EntryKind::File).xattr("system.posix_acl_access", &acl), b"x");
         l.add(Item::new("dacl", EntryKind::Directory).xattr("system.posix_acl_default", &acl));
         l.file_item(
@@ -136,8 +148,17 @@ mod root_kernel {
                 .xattr("user.big", &bytes(3000, 1)),
             &bytes(600, 2),
         );
-        l.add(Item::new("s", EntryKind::Symlink).link("t").xattr("security.s", b"label").xattr("user.gone", b"x"));
-        l.add(Item::new("d", EntryKind::Directory).xattr("trusted.overlay.opaque", b"y").xattr("user.overlay.opaque", b"y"));
+        l.add(
+            Item::new("s", EntryKind::Symlink)
+                .link("t")
+                .xattr("security.s", b"label")
+                .xattr("user.gone", b"x"),
+        );
+        l.add(
+            Item::new("d", EntryKind::Directory)
+                .xattr("trusted.overlay.opaque", b"y")
+                .xattr("user.overlay.opaque", b"y"),
+        );
         l.file("d/f", b"1");
         l.file_item(Item::new("old", EntryKind::File).time(-86_400, 999_999_999), b"x");
         l.file_item(Item::new("far", EntryKind::File).time(1 << 40, 1), b"x");
@@ -184,7 +205,11 @@ mod root_kernel {
         let mut l = TestLayer::default();
         l.file("f", b"x");
         let written = check(&[l]);
-        let out = mount::tool("dump.erofs").args(mount::device_options(&written)).arg("-s").arg(&written.image).output();
+        let out = mount::tool("dump.erofs")
+            .args(mount::device_options(&written))
+            .arg("-s")
+            .arg(&written.image)
+            .output();
         let text = String::from_utf8(out.expect("dump.erofs runs").stdout).expect("text");
         let u = written.summary.uuid.map(|b| format!("{b:02x}")).concat();
         let uuid = [&u[..8], &u[8..12], &u[12..16], &u[16..20], &u[20..]].join("-");
@@ -192,5 +217,63 @@ mod root_kernel {
             assert!(text.contains(part), "{part} is not in {text}");
         }
         assert_eq!(&uuid[14..15], "8");
+    }
+
+    /// A random item: which of four names in which of three directories, what kind, and numbers to derive the
+    /// rest from.
+    fn item() -> impl Strategy<Value = (u8, u8, u64, Vec<(u16, u16)>)> {
+        (0..12u8, 0..8u8, any::<u64>(), prop::collection::vec((0..3000u16, 1..3000u16), 0..5))
+    }
+
+    fn add(l: &mut TestLayer, (name, kind, number, pieces): &(u8, u8, u64, Vec<(u16, u16)>)) {
+        let long = "n".repeat((number % 200) as usize);
+        let path = format!("dir{}/{}{long}", name % 3, name / 3);
+        let small = (number >> 32) as u32;
+        let with = |kind| {
+            let mut item = Item::new(&path, kind).mode(small & 0o7777).owner(small, small >> 3);
+            item = item.time(*number as i64 >> 20, small % 1_000_000_000);
+            for i in 0..number % 3 {
+                item = item.xattr(&format!("trusted.{i}"), &bytes((number % 700) as usize, i as u8));
+            }
+            item
+        };
+        match kind {
+            0 => l.add(with(EntryKind::Directory)),
+            1 => l.add(with(EntryKind::Symlink).link(vec![b't'; 1 + (number % 1500) as usize])),
+            2 => l.add(with(EntryKind::Fifo)),
+            3 => l.add(Item { rdev: (1 + small % 4095, small % (1 << 20)), ..with(EntryKind::BlockDevice) }),
+            4 | 5 => l.file_item(with(EntryKind::File), &bytes((number % 5000) as usize, small as u8)),
+            6 => l.file(format!("dir{}/.wh.{}{long}", name % 3, name / 3), b""),
+            _ => {
+                // Gaps and lengths; every other file on a grid of 512.
+                let grid = if number % 2 == 0 { 512 } else { 1 };
+                let mut at = 0;
+                let mut list = Vec::new();
+                for &(gap, len) in pieces {
+                    at += u64::from(gap) / grid * grid;
+                    let len = (u64::from(len) / grid * grid).max(grid);
+                    list.push((at, bytes(len as usize, gap as u8)));
+                    at += len;
+                }
+                l.sparse(&path, at + number % 3000 / grid * grid, &list)
+            }
+        };
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn random_layers(layers in prop::collection::vec(prop::collection::vec(item(), 0..20), 1..4)) {
+            let layers: Vec<TestLayer> = layers
+                .iter()
+                .map(|items| {
+                    let mut l = TestLayer::default();
+                    items.iter().for_each(|i| add(&mut l, i));
+                    l
+                })
+                .collect();
+            check(&layers);
+        }
     }
 }

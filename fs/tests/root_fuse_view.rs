@@ -205,10 +205,8 @@ fn attributes_of_overlayfs_do_not_act_and_are_seen_on_top() {
     let _isolated = Isolated::enter();
     let dir = tempfile::tempdir().unwrap();
     let opaque: (&str, &[u8]) = ("trusted.overlay.opaque", b"y");
-    let marked = Made {
-        xattrs: vec![("user.note", b"hello"), opaque],
-        ..made("marked", EntryKind::Directory, 0o755)
-    };
+    let marked =
+        Made { xattrs: vec![("user.note", b"hello"), opaque], ..made("marked", EntryKind::Directory, 0o755) };
     let (tree, _server, _) = serve(vec![marked, file("marked/file", 3, &[(0, 0, 3)])]);
     let escaped = ("trusted.overlay.overlay.opaque".to_owned(), b"y".to_vec());
     let note = ("user.note".to_owned(), b"hello".to_vec());

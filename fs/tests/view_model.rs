@@ -74,8 +74,11 @@ impl Upper {
     }
 
     fn over(self, lower: &Tree) -> Tree {
-        let mut out: Tree =
-            lower.iter().filter(|(p, _)| !self.hides(p, lower)).map(|(p, t)| (p.clone(), t.clone())).collect();
+        let mut out: Tree = lower
+            .iter()
+            .filter(|(p, _)| !self.hides(p, lower))
+            .map(|(p, t)| (p.clone(), t.clone()))
+            .collect();
         for (path, thing) in self.tree {
             match (&thing, out.get(&path)) {
                 (Thing::Dir(None), Some(Thing::Dir(_))) => {}

@@ -116,7 +116,9 @@ fn whiteouts_of_no_name_are_refused() {
 #[test]
 fn character_device_0_0_is_a_whiteout() {
     let upper = layer(|l| {
-        l.file("d/a", b"new").add(Item::new("d/a", EntryKind::CharDevice)).add(Item::new("top", EntryKind::CharDevice));
+        l.file("d/a", b"new")
+            .add(Item::new("d/a", EntryKind::CharDevice))
+            .add(Item::new("top", EntryKind::CharDevice));
     });
     assert_eq!(show(&[base(), upper]), ["/", "/d/", "/d/b = b", "/d/sub/", "/d/sub/x = x"]);
 }
@@ -129,7 +131,13 @@ fn types_change_over_layers() {
     let third = layer(|l| {
         l.symlink("top", "d").file("d/again", b"dir");
     });
-    assert_eq!(show(&[base(), upper.clone()]), ["/", "/d = now a file", "/top -> x", "/top/", "/top/in = i"].into_iter().filter(|s| !s.contains("->")).collect::<Vec<_>>());
+    assert_eq!(
+        show(&[base(), upper.clone()]),
+        ["/", "/d = now a file", "/top -> x", "/top/", "/top/in = i"]
+            .into_iter()
+            .filter(|s| !s.contains("->"))
+            .collect::<Vec<_>>()
+    );
     assert_eq!(show(&[base(), upper, third]), ["/", "/d/", "/d/again = dir", "/top -> d"]);
 }
 
@@ -171,7 +179,10 @@ fn symlinks_of_lower_layers_give_way_to_directories() {
     let upper = layer(|l| {
         l.file("lib/foo", b"foo");
     });
-    assert_eq!(show(&[lower, upper]), ["/", "/lib/", "/lib/foo = foo", "/usr/", "/usr/lib/", "/usr/lib/c = c"]);
+    assert_eq!(
+        show(&[lower, upper]),
+        ["/", "/lib/", "/lib/foo = foo", "/usr/", "/usr/lib/", "/usr/lib/c = c"]
+    );
 }
 
 #[test]
@@ -182,8 +193,21 @@ fn symlinks_of_the_same_layer_lead_inside_the_root() {
     });
     assert_eq!(
         show(&[only]),
-        ["/", "/etc/", "/etc/evil = evil", "/lib -> /usr/lib", "/up -> ../../../../etc", "/usr/", "/usr/lib/", "/usr/lib/foo = foo"]
+        [
+            "/",
+            "/etc/",
+            "/etc/evil = evil",
+            "/lib -> /usr/lib",
+            "/up -> ../../../../etc",
+            "/usr/",
+            "/usr/lib/",
+            "/usr/lib/foo = foo"
+        ]
     );
+    let through_itself = layer(|l| {
+        l.symlink("s", ".").file("s/s", b"instead").file("s/y", b"y");
+    });
+    assert_eq!(show(&[through_itself]), ["/", "/s/", "/s/y = y"]);
     let l = refused(&[layer(|l| {
         l.symlink("a", "b").symlink("b", "a").file("a/x", b"");
     })]);
@@ -224,7 +248,9 @@ fn hard_links_to_nothing_or_directories_are_refused() {
 
 #[test]
 fn bad_extents_are_refused() {
-    for extents in [vec![(0, 0, 11)], vec![(5, 0, 5), (0, 5, 5)], vec![(u64::MAX, 0, 2)], vec![(0, u64::MAX, 2)]] {
+    for extents in
+        [vec![(0, 0, 11)], vec![(5, 0, 5), (0, 5, 5)], vec![(u64::MAX, 0, 2)], vec![(0, u64::MAX, 2)]]
+    {
         let l = layer(|l| {
             let mut item = Item::new("f", EntryKind::File);
             item.size = 10;
@@ -242,14 +268,20 @@ fn bad_extents_are_refused() {
 fn attributes_that_cannot_be_set_are_left_out() {
     let l = layer(|l| {
         l.add(Item::new("s", EntryKind::Symlink).link("f").xattr("user.a", b"v").xattr("security.b", b"w"));
-        l.add(Item::new("f", EntryKind::File).xattr("user.b", b"1").xattr("user.a", b"1").xattr("user.a", b"2"));
+        l.add(
+            Item::new("f", EntryKind::File).xattr("user.b", b"1").xattr("user.a", b"1").xattr("user.a", b"2"),
+        );
         l.add(Item::new("p", EntryKind::Fifo).xattr("btrfs.x", b"v").xattr("user.", b"v"));
         l.add(Item::new("q", EntryKind::File).xattr("system.posix_acl_access", b"nonsense"));
     });
     let view = merge(&[l]).expect("merges");
     let names = |name: &str| -> Vec<String> {
         let ino = view.lookup(0, name.as_bytes()).expect("name");
-        view.inode(ino).xattrs.iter().map(|x| format!("{}={}", tree::escape(&x.name), tree::escape(&x.value))).collect()
+        view.inode(ino)
+            .xattrs
+            .iter()
+            .map(|x| format!("{}={}", tree::escape(&x.name), tree::escape(&x.value)))
+            .collect()
     };
     assert_eq!(names("s"), ["security.b=w"]);
     assert_eq!(names("f"), ["user.a=2", "user.b=1"]);

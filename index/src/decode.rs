@@ -5,6 +5,7 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 use crate::gzip;
 use crate::inflate::{Inflater, crc32};
 use crate::source::Source;
+use crate::window::Trimmer;
 use crate::{Compression, IndexError, StreamOptions};
 
 /// How decoding can start at the beginning of a span.
@@ -28,6 +29,8 @@ pub(crate) trait Output {
     fn space(&mut self) -> &mut [u8];
     /// The first `n` bytes of `space` are filled now; `blob` is the source's offset.
     fn filled(&mut self, n: usize, blob: u64) -> Result<(), IndexError>;
+    /// A better window for the deflate block at which the open span starts.
+    fn window(&mut self, window: Vec<u8>) -> Result<(), IndexError>;
     /// The span that was open ends at blob byte `end`; the next starts at `start` through `entrance`.
     fn cut(&mut self, end: u64, start: u64, entrance: Entrance) -> Result<(), IndexError>;
 }
@@ -154,6 +157,8 @@ fn gzip_member(
     cutter: &mut Cutter,
 ) -> Result<(), IndexError> {
     let (mut crc, mut size) = (0, 0u32);
+    let mut last_byte = 0;
+    let mut trimmer: Option<Trimmer> = None;
     loop {
         let offset = source.offset();
         let input = cutter.cap(offset, source.fill()?);
@@ -163,6 +168,12 @@ fn gzip_member(
             inflater.run(input, space, cutter.due(offset)).map_err(|reason| gzip::corrupt(offset, reason))?;
         crc = crc32(crc, &space[..step.produced]);
         size = size.wrapping_add(step.produced as u32);
+        let used = &input[..step.consumed];
+        last_byte = used.last().copied().unwrap_or(last_byte);
+        // Before the next cut, so that the window goes to the span it belongs to.
+        if let Some(full) = trimmer.take_if(|t| t.feed(used) || step.end || step.border.is_some()) {
+            output.window(full.finish())?;
+        }
         source.consume(step.consumed);
         let offset = source.offset();
         cutter.advance(step.produced);
@@ -172,11 +183,18 @@ fn gzip_member(
         }
         if let Some(bits) = step.border {
             let window = inflater.window().map_err(|reason| gzip::corrupt(offset, reason))?;
+            if bits < 8 {
+                let value = if bits > 0 { last_byte >> (8 - bits) } else { 0 };
+                trimmer = Some(Trimmer::new(bits, value, window.clone()));
+            }
             // Whole bytes that zlib took and did not need are given back; a part of a byte belongs to both spans.
             let end = offset - u64::from(bits / 8);
             let bits = (bits % 8) as u8;
             cutter.cut(output, end, end - u64::from(bits > 0), Entrance::Deflate { bits, window })?;
         } else if cutter.overdue(offset) {
+            if let Some(trimmer) = trimmer.take() {
+                output.window(trimmer.finish())?;
+            }
             cutter.cut(output, offset, offset, Entrance::None)?;
         } else if step.consumed == 0 && step.produced == 0 {
             return Err(if ended {

@@ -45,9 +45,10 @@ pub(super) fn choose(inode: &Inode, devices: &[DeviceSpec]) -> Chunking {
     }
     // An appendix byte is fetched from the layer before the view can be mounted, an index byte is not.
     let cost = |c: &Chunking| (c.mixed.saturating_mul(8)).saturating_add(c.count.saturating_mul(CHUNK_INDEX));
-    (0..whole).rev().map(|bits| consider(inode, devices, bits)).fold(best, |best, next| {
-        if cost(&next) < cost(&best) { next } else { best }
-    })
+    (0..whole)
+        .rev()
+        .map(|bits| consider(inode, devices, bits))
+        .fold(best, |best, next| if cost(&next) < cost(&best) { next } else { best })
 }
 
 fn consider(inode: &Inode, devices: &[DeviceSpec], bits: u8) -> Chunking {

@@ -14,7 +14,9 @@ pub enum ErofsError {
         source: std::io::Error,
     },
     /// Reading layer contents for the appendix failed.
-    #[error("cannot read {len} bytes at {offset} of layer {layer}, which '{path}' needs in the appendix: {source}")]
+    #[error(
+        "cannot read {len} bytes at {offset} of layer {layer}, which '{path}' needs in the appendix: {source}"
+    )]
     Read {
         /// The file.
         path: String,
@@ -38,7 +40,7 @@ pub enum ErofsError {
         offset: u64,
     },
     /// More devices than the device table may have.
-    #[error("the view needs {0} devices, more than the 16000 an EROFS image can name")]
+    #[error("the view needs {0} devices, more than the 65000 an EROFS image can name")]
     TooManyDevices(usize),
     /// A layer file, the appendix or the image is larger than 32-bit block numbers reach.
     #[error("the {0} is larger than the 2 TiB an EROFS device can have with blocks of 512 bytes")]

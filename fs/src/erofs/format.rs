@@ -147,8 +147,7 @@ pub(super) fn dirent(nid: u64, name_offset: u16, file_type: u8) -> [u8; DIRENT] 
 
 /// The kernel's `new_encode_dev`; `None` if the numbers are too large for it.
 pub(super) fn device_number((major, minor): (u32, u32)) -> Option<u32> {
-    (major < 1 << 12 && minor < 1 << 20)
-        .then_some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
+    (major < 1 << 12 && minor < 1 << 20).then_some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
 }
 
 #[cfg(test)]

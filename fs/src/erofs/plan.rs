@@ -143,7 +143,7 @@ fn check_extents(view: &View, ino: Ino, inode: &Inode, devices: &[DeviceSpec]) -
     for e in inode.extents.iter() {
         let end = e.layer_offset.checked_add(e.len);
         let device = devices.get(usize::from(e.layer));
-        if !device.is_some_and(|d| end.is_some_and(|end| end <= d.size)) {
+        if device.is_none_or(|d| end.is_none_or(|end| end > d.size)) {
             return Err(ErofsError::OutsideDevice {
                 path: path_of(view, ino),
                 layer: usize::from(e.layer) + 1,

@@ -17,8 +17,8 @@ use super::xattrs;
 use super::{BUILDER_VERSION, DeviceSpec, ErofsSummary, LayerContent};
 use crate::view::{Ino, Inode, Kind, View};
 
-/// Devices that leave room for the root's 16-bit number.
-const MAX_DEVICES: usize = 16_000;
+/// Device numbers have 16 bits, and the appendix needs one.
+const MAX_DEVICES: usize = 65_000;
 const APPENDIX_TAG: &[u8] = b"lazyrun appendix";
 const COPY: u64 = 1 << 20;
 
@@ -262,7 +262,9 @@ impl Writer<'_> {
             size: if inode.kind == Kind::File { inode.size } else { data },
             union: match (placed.layout, inode.kind) {
                 (Layout::Chunks, _) => chunk_format(placed.union as u8),
-                (_, Kind::Directory | Kind::Symlink) if placed.union != HOLE => self.data_block + placed.union,
+                (_, Kind::Directory | Kind::Symlink) if placed.union != HOLE => {
+                    self.data_block + placed.union
+                }
                 _ => placed.union,
             },
             number: ino.wrapping_add(1),

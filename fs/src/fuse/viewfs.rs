@@ -161,8 +161,7 @@ fn encode_device((major, minor): (u32, u32)) -> u32 {
 
 fn system_time(time: Timestamp) -> SystemTime {
     let seconds = Duration::from_secs(time.secs.unsigned_abs());
-    let whole =
-        if time.secs < 0 { UNIX_EPOCH.checked_sub(seconds) } else { UNIX_EPOCH.checked_add(seconds) };
+    let whole = if time.secs < 0 { UNIX_EPOCH.checked_sub(seconds) } else { UNIX_EPOCH.checked_add(seconds) };
     let exact = whole.and_then(|t| t.checked_add(Duration::from_nanos(u64::from(time.nanos))));
     exact.unwrap_or(UNIX_EPOCH)
 }
@@ -243,14 +242,7 @@ impl<L: LayerFiles> Filesystem for ViewFs<L> {
         }
     }
 
-    fn readdir(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectory,
-    ) {
+    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         count(&self.requests.readdir);
         let Some((dir, _)) = self.inode(ino) else { return reply.error(Errno::ENOENT) };
         let mut next = usize::try_from(offset).unwrap_or(usize::MAX);

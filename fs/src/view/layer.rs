@@ -181,8 +181,8 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
 
     fn step(&self, at: &Cursor, name: &[u8]) -> (Shape, u32, Cursor) {
         let here = at.here.and_then(|dir| self.tree.find(dir, name));
-        let hidden =
-            here.is_some_and(|n| self.tree.is_whiteout(n)) || at.here.is_some_and(|dir| self.tree.is_opaque(dir));
+        let hidden = here.is_some_and(|n| self.tree.is_whiteout(n))
+            || at.here.is_some_and(|dir| self.tree.is_opaque(dir));
         let lower = &self.union.tree;
         let below = at
             .below

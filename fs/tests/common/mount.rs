@@ -129,3 +129,23 @@ pub fn tool(name: &str) -> std::process::Command {
     });
     std::process::Command::new(dir.join(name))
 }
+
+/// A read-only overlay of detached mounts, the first on top.
+pub fn overlay(lowers: &[OwnedFd]) -> io::Result<OwnedFd> {
+    const SET_FD: libc::c_uint = 5;
+    const CREATE: libc::c_uint = 6;
+    let null = std::ptr::null::<libc::c_char>();
+    // SAFETY: the name is NUL-terminated.
+    let fs = own(unsafe { libc::syscall(libc::SYS_fsopen, c"overlay".as_ptr(), 1) })?;
+    for lower in lowers {
+        let key = c"lowerdir+".as_ptr();
+        // SAFETY: the key is NUL-terminated, the rest are numbers.
+        check(unsafe {
+            libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), SET_FD, key, null, lower.as_raw_fd())
+        })?;
+    }
+    // SAFETY: the command takes neither key nor value.
+    check(unsafe { libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), CREATE, null, null, 0) })?;
+    // SAFETY: plain numbers.
+    own(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), 1, 0) })
+}

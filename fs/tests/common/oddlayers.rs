@@ -20,8 +20,10 @@ pub struct Case {
 }
 
 fn home() -> PathBuf {
-    std::env::var_os("LAZYRUN_ODDLAYERS")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oddlayers")), PathBuf::from)
+    std::env::var_os("LAZYRUN_ODDLAYERS").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oddlayers")),
+        PathBuf::from,
+    )
 }
 
 fn blob(digest: &str) -> Vec<u8> {
@@ -44,7 +46,10 @@ pub fn cases() -> Vec<Case> {
             let diff_ids = config["rootfs"]["diff_ids"].as_array().expect("diff_ids");
             let layers = manifest["layers"].as_array().expect("layers");
             let layers = layers.iter().zip(diff_ids).map(|(layer, diff_id)| {
-                (blob(layer["digest"].as_str().expect("digest")), diff_id.as_str().expect("diff_id").to_owned())
+                (
+                    blob(layer["digest"].as_str().expect("digest")),
+                    diff_id.as_str().expect("diff_id").to_owned(),
+                )
             });
             let expected = std::fs::read_to_string(home().join(format!("expected/{tag}.jsonl"))).ok();
             Case {
@@ -82,15 +87,21 @@ impl LayerSink for Collect {
 pub fn index(case: &Case) -> Result<Indexed, String> {
     let mut out = Indexed { indexes: Vec::new(), files: Files(Vec::new()) };
     for (blob, diff_id) in &case.layers {
-        let mut file = Collect(Vec::new());
-        let mut bytes = Cursor::new(Vec::new());
-        let summary = index_layer(&blob[..], &mut file, &mut bytes, &StreamOptions::default())
-            .map_err(|e| format!("index: {e}"))?;
-        if summary.diff_id.to_string() != *diff_id {
-            return Err(format!("diffID is {}, not {diff_id}", summary.diff_id));
+        let (index, file) = index_blob(blob)?;
+        if index.diff_id().to_string() != *diff_id {
+            return Err(format!("diffID is {}, not {diff_id}", index.diff_id()));
         }
-        out.indexes.push(LayerIndex::from_bytes(bytes.into_inner()).map_err(|e| format!("own index: {e}"))?);
-        out.files.0.push(file.0);
+        out.indexes.push(index);
+        out.files.0.push(file);
     }
     Ok(out)
+}
+
+/// Indexes one layer in memory; also gives its layer file.
+pub fn index_blob(blob: &[u8]) -> Result<(LayerIndex, Vec<u8>), String> {
+    let mut file = Collect(Vec::new());
+    let mut bytes = Cursor::new(Vec::new());
+    index_layer(blob, &mut file, &mut bytes, &StreamOptions::default()).map_err(|e| format!("index: {e}"))?;
+    let index = LayerIndex::from_bytes(bytes.into_inner()).map_err(|e| format!("own index: {e}"))?;
+    Ok((index, file.0))
 }

@@ -25,7 +25,13 @@ pub fn escape(bytes: &[u8]) -> String {
     }
     bytes
         .iter()
-        .map(|&b| if (32..=126).contains(&b) && b != b'\\' { (b as char).to_string() } else { format!("\\x{b:02x}") })
+        .map(|&b| {
+            if (32..=126).contains(&b) && b != b'\\' {
+                (b as char).to_string()
+            } else {
+                format!("\\x{b:02x}")
+            }
+        })
         .collect()
 }
 
@@ -196,7 +202,10 @@ pub fn of_dir(root: &Path) -> Tree {
                 Ok(names) => {
                     for entry in names {
                         let name = entry.expect("readdir").file_name().into_vec();
-                        todo.push((full.join(std::ffi::OsStr::from_bytes(&name)), [&prefix[..], &name].concat()));
+                        todo.push((
+                            full.join(std::ffi::OsStr::from_bytes(&name)),
+                            [&prefix[..], &name].concat(),
+                        ));
                     }
                 }
                 Err(error) => {
@@ -228,7 +237,8 @@ fn xattrs(path: &Path) -> Map<String, Value> {
         let cname = CString::new(name).expect("no NUL in a name");
         let mut value = vec![0u8; 1 << 17];
         // SAFETY: both strings are NUL-terminated and the buffer as long as said.
-        let len = unsafe { libc::lgetxattr(c.as_ptr(), cname.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+        let len =
+            unsafe { libc::lgetxattr(c.as_ptr(), cname.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
         let shown = match usize::try_from(len) {
             Ok(len) => hex(&value[..len]),
             Err(_) => format!("ERR:{}", io::Error::last_os_error()),
