@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use fuser::{Config, Filesystem, InitFlags, KernelConfig, Session, SessionACL};
+use fuser::{Config, Filesystem, INodeNo, InitFlags, KernelConfig, Notifier, Session, SessionACL};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -56,6 +56,7 @@ pub struct ServerHandle {
     dev: OwnedFd,
     device: (u32, u32),
     requests: Arc<Requests>,
+    notifier: Notifier,
 }
 
 /// Starts to serve the mount `tree` on its `/dev/fuse` descriptor. Returns when the kernel has its
@@ -83,11 +84,12 @@ pub fn serve<F: Server>(
     if let Err(e) = set_readahead(tree, READAHEAD_KIB) {
         tracing::warn!("reads from the FUSE mount will be small: {e}");
     }
+    let notifier = session.notifier();
     let thread = std::thread::Builder::new()
         .name("fuse-session".into())
         .spawn(move || session.run())
         .map_err(failed)?;
-    Ok(ServerHandle { thread, dev: ours, device, requests })
+    Ok(ServerHandle { thread, dev: ours, device, requests, notifier })
 }
 
 /// fuser takes a zeroed 16 MiB buffer per thread and per handshake, of which a read-only filesystem's requests
@@ -183,6 +185,18 @@ impl ServerHandle {
     /// Whether the mount is still there and being served.
     pub fn is_alive(&self) -> bool {
         !self.thread.is_finished() && connected(self.dev.as_fd())
+    }
+
+    /// Has the kernel forget the cached contents of a file. Waits for reads of it that are in flight, so it
+    /// must not be called from a thread that answers them.
+    ///
+    /// # Errors
+    /// The kernel's; that it does not know the file is none.
+    pub fn invalidate(&self, ino: u64) -> io::Result<()> {
+        match self.notifier.inval_inode(INodeNo(ino), 0, 0) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
     }
 
     /// A duplicate of the `/dev/fuse` descriptor, for the keeper.
