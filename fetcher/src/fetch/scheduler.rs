@@ -1,0 +1,203 @@
+//! Who may use the link: faults at once, first streams next, hydration when it is quiet.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::FetchOptions;
+use crate::error::FetchError;
+
+/// Hydration starts nothing until this long after the last fault: faults come in bursts.
+const QUIET: Duration = Duration::from_millis(40);
+/// Hydration that has waited this long does one request, so that a busy reader cannot keep it out for ever.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A background request shall occupy the link about this long, because a fault that comes meanwhile shares it.
+const BACKGROUND_TURN: Duration = Duration::from_millis(150);
+/// After so long without faults background requests may be long.
+const LONG_QUIET: Duration = Duration::from_secs(2);
+const MIN_BACKGROUND: u64 = 1 << 20;
+const MAX_BACKGROUND: u64 = 32 << 20;
+
+/// What a piece of work is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    Fault,
+    Background,
+}
+
+pub(super) struct Scheduler {
+    began: Instant,
+    faults: AtomicUsize,
+    /// Milliseconds from `began` to the end of the last fault, plus one; 0 is never.
+    last_fault: AtomicU64,
+    fault_ended: Notify,
+    fault_slots: Arc<Semaphore>,
+    background_slots: Arc<Semaphore>,
+    stream_slots: Arc<Semaphore>,
+    decode_slots: Arc<Semaphore>,
+    link: Mutex<Link>,
+}
+
+/// What the requests so far tell about the link.
+#[derive(Clone, Copy, Default)]
+struct Link {
+    /// Bytes per second, smoothed; 0 is unknown.
+    rate: f64,
+    /// Seconds to the first byte, smoothed.
+    latency: f64,
+}
+
+/// Lives as long as a fault does.
+pub(super) struct FaultGuard<'a>(&'a Scheduler);
+
+impl Scheduler {
+    pub(super) fn new(options: &FetchOptions) -> Scheduler {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        let slots = |n: usize| Arc::new(Semaphore::new(n.max(1)));
+        Scheduler {
+            began: Instant::now(),
+            faults: AtomicUsize::new(0),
+            last_fault: AtomicU64::new(0),
+            fault_ended: Notify::new(),
+            fault_slots: slots(options.fault_requests),
+            background_slots: slots(options.background_requests),
+            stream_slots: slots(options.streams),
+            decode_slots: slots(cores.clamp(2, 4)),
+            link: Mutex::default(),
+        }
+    }
+
+    /// Announces a fault; background work holds back until the guard is dropped.
+    pub(super) fn fault(&self) -> FaultGuard<'_> {
+        self.faults.fetch_add(1, Relaxed);
+        FaultGuard(self)
+    }
+
+    /// The right to one request.
+    pub(super) async fn request(&self, class: Class) -> Result<OwnedSemaphorePermit, FetchError> {
+        let slots = match class {
+            Class::Fault => &self.fault_slots,
+            Class::Background => &self.background_slots,
+        };
+        permit(slots).await
+    }
+
+    /// The right to one stream.
+    pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.stream_slots).await
+    }
+
+    /// The right to hold one decoded span in memory.
+    pub(super) async fn decode(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.decode_slots).await
+    }
+
+    /// Waits until background work may start a request.
+    pub(super) async fn quiet(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let ended = self.fault_ended.notified();
+            let wait = if self.faults.load(Relaxed) > 0 {
+                deadline
+            } else {
+                match self.since_fault() {
+                    Some(since) if since < QUIET => Instant::now() + (QUIET - since),
+                    _ => return,
+                }
+            };
+            let until = wait.min(deadline);
+            if Instant::now() >= deadline {
+                return;
+            }
+            tokio::select! {
+                () = ended => {}
+                () = tokio::time::sleep_until(until.into()) => {}
+            }
+        }
+    }
+
+    /// Bytes for the next background request.
+    pub(super) fn background_bytes(&self) -> u64 {
+        let link = self.link();
+        let turn = if link.rate > 0.0 { (link.rate * BACKGROUND_TURN.as_secs_f64()) as u64 } else { 4 << 20 };
+        let quiet = self.faults.load(Relaxed) == 0 && self.since_fault().is_none_or(|s| s > LONG_QUIET);
+        let turn = if quiet { turn.saturating_mul(4) } else { turn };
+        turn.clamp(MIN_BACKGROUND, MAX_BACKGROUND)
+    }
+
+    /// Bytes that cost no more time than one more round trip would: reading so much ahead at most doubles a
+    /// fault's time and saves the next fault.
+    pub(super) fn free_readahead(&self) -> u64 {
+        let link = self.link();
+        (link.rate * link.latency.min(1.0)) as u64
+    }
+
+    /// Learns from a request: time to the first byte, then `bytes` in `took`.
+    pub(super) fn observe(&self, first_byte: Option<Duration>, bytes: u64, took: Duration) {
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        let smooth = |old: f64, new: f64| if old == 0.0 { new } else { old * 0.75 + new * 0.25 };
+        if let Some(first_byte) = first_byte {
+            link.latency = smooth(link.latency, first_byte.as_secs_f64());
+        }
+        // Shorter transfers say more about buffers than about the link.
+        if bytes >= 256 << 10 {
+            link.rate = smooth(link.rate, bytes as f64 / took.as_secs_f64().max(1e-4));
+        }
+    }
+
+    fn link(&self) -> Link {
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn since_fault(&self) -> Option<Duration> {
+        let last = self.last_fault.load(Relaxed).checked_sub(1)?;
+        Some(self.began.elapsed().saturating_sub(Duration::from_millis(last)))
+    }
+}
+
+impl Drop for FaultGuard<'_> {
+    fn drop(&mut self) {
+        let now = u64::try_from(self.0.began.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.0.last_fault.store(now + 1, Relaxed);
+        self.0.faults.fetch_sub(1, Relaxed);
+        self.0.fault_ended.notify_waiters();
+    }
+}
+
+async fn permit(slots: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, FetchError> {
+    Arc::clone(slots).acquire_owned().await.map_err(|_| FetchError::Interrupted { what: "a fetch" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn background_waits_for_faults() {
+        let scheduler = Arc::new(Scheduler::new(&FetchOptions::default()));
+        scheduler.quiet().await;
+        let fault = scheduler.fault();
+        let other = Arc::clone(&scheduler);
+        let waiter = tokio::spawn(async move { other.quiet().await });
+        tokio::time::sleep(Duration::from_millis(80)).await;
+        assert!(!waiter.is_finished());
+        let ended = Instant::now();
+        drop(fault);
+        waiter.await.unwrap();
+        assert!(ended.elapsed() + Duration::from_millis(2) >= QUIET);
+    }
+
+    #[test]
+    fn readahead_follows_the_link() {
+        let scheduler = Scheduler::new(&FetchOptions::default());
+        assert_eq!(scheduler.free_readahead(), 0);
+        // 25 MB/s at 20 ms: half a megabyte.
+        scheduler.observe(Some(Duration::from_millis(20)), 25_000_000, Duration::from_secs(1));
+        assert_eq!(scheduler.free_readahead(), 500_000);
+        assert_eq!(scheduler.background_bytes(), 15_000_000);
+        drop(scheduler.fault());
+        assert_eq!(scheduler.background_bytes(), 3_750_000);
+    }
+}

@@ -1,0 +1,29 @@
+//! FUSE servers: [`flat`], a directory of layer files, and [`viewfs`], a whole view.
+//!
+//! Both are read-only and built so that a warm mount asks nothing: names and attributes stay cached
+//! for ever, open and opendir are answered by the kernel after the first one, pages are kept.
+//! A server can be killed at any moment: the mount waits for as long as anybody (the keeper) holds the
+//! `/dev/fuse` descriptor, and a new server adopts it with [`serve`].
+
+mod content;
+pub mod flat;
+mod join;
+mod mount;
+mod session;
+mod stats;
+pub mod viewfs;
+
+pub use content::{LayerFiles, ReadReply};
+pub use flat::Flat;
+pub use mount::{FuseError, FuseKind, FuseMount, mount, set_readahead};
+pub use session::{ServeOptions, Server, ServerHandle, serve};
+pub use stats::{Requests, StatsSnapshot};
+pub use viewfs::ViewFs;
+
+use std::time::Duration;
+
+/// How long the kernel may keep names and attributes: they never change, so a hundred years.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// The largest READ the servers ask for, in bytes (the kernel's own limit unless raised by sysctl).
+const MAX_READ: u32 = 1 << 20;

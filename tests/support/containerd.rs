@@ -1,0 +1,105 @@
+//! A private containerd: own configuration, root, state and socket, nothing shared with one of the host.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::server::Server;
+use super::wait_for;
+
+/// Everything that is neither images, overlayfs snapshots nor runc tasks stays off.
+const DISABLED: &[&str] = &[
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.tracing.processor.v1.otlp",
+];
+
+/// A running containerd.
+pub struct Containerd {
+    socket: PathBuf,
+    namespace: String,
+    mounted: Vec<PathBuf>,
+    // Stopped before its directory is removed: fields drop in this order.
+    server: Server,
+    _dir: TempDir,
+}
+
+impl Containerd {
+    /// Starts one and waits until it answers.
+    pub fn start() -> Containerd {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let dir = tempfile::tempdir().expect("a directory for containerd");
+        let socket = dir.path().join("sock");
+        let config = dir.path().join("config.toml");
+        let text = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {DISABLED:?}\n\
+             [grpc]\naddress = {socket:?}\n[ttrpc]\naddress = {:?}\n",
+            dir.path().join("root"),
+            dir.path().join("state"),
+            dir.path().join("ttrpc"),
+        );
+        fs::write(&config, text).expect("write containerd's configuration");
+        let mut command = Command::new("containerd");
+        command.arg("--config").arg(&config);
+        let server = Server::start(&mut command, &dir.path().join("log"));
+        // runc's state lies in /run/containerd/runc/<namespace>, which is the host's: hence a name of our own.
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let namespace = format!("lazyrun-test-{}-{number}", std::process::id());
+        let mut containerd = Containerd { socket, namespace, mounted: Vec::new(), server, _dir: dir };
+        wait_for("containerd to answer", Duration::from_secs(30), || {
+            containerd.server.assert_alive();
+            let status = containerd.ctr(["version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            status.is_ok_and(|status| status.success()).then_some(())
+        });
+        containerd
+    }
+
+    /// A `ctr` command against it.
+    pub fn ctr<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(&self.socket).args(["--namespace", &self.namespace]).args(args);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a `ctr` command; panics with its errors when it fails.
+    pub fn run<'a>(&self, args: impl IntoIterator<Item = &'a str>) {
+        let output = self.ctr(args).output().expect("ctr is needed: run tests/tools/deps.sh");
+        assert!(output.status.success(), "ctr: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Pulls and unpacks an image over plain HTTP.
+    pub fn pull(&self, reference: &str) {
+        self.run(["images", "pull", "--plain-http", reference]);
+    }
+
+    /// Mounts a pulled image's tree, as containerd's overlayfs snapshotter makes it, read-only.
+    pub fn mount(&mut self, reference: &str, dir: &Path) {
+        let dir_text = dir.to_str().expect("a path in UTF-8");
+        self.run(["images", "mount", reference, dir_text]);
+        self.mounted.push(dir.to_owned());
+    }
+
+    /// Forgets an image, its content and its snapshots.
+    pub fn remove(&self, reference: &str) {
+        self.run(["images", "remove", "--sync", reference]);
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        for dir in self.mounted.drain(..) {
+            let _ = nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH);
+        }
+        let _ = fs::remove_dir_all(Path::new("/run/containerd/runc").join(&self.namespace));
+    }
+}

@@ -1,0 +1,63 @@
+//! Debian's docker-registry with a storage of its own on a free port.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::server::{Server, free_port};
+use super::wait_for;
+
+/// A running registry.
+pub struct DockerRegistry {
+    addr: SocketAddr,
+    // Killed before its storage is removed: fields drop in this order.
+    _server: Server,
+    _dir: TempDir,
+}
+
+impl DockerRegistry {
+    /// Starts an empty one and waits until it answers.
+    pub fn start() -> DockerRegistry {
+        let dir = tempfile::tempdir().expect("a directory for the registry");
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let config = dir.path().join("config.yml");
+        let text = format!(
+            "version: 0.1\n\
+             log: {{level: error, accesslog: {{disabled: true}}}}\n\
+             storage: {{filesystem: {{rootdirectory: {}}}, maintenance: {{uploadpurging: {{enabled: false}}}}}}\n\
+             http: {{addr: \"{addr}\"}}\n",
+            dir.path().join("storage").display()
+        );
+        fs::write(&config, text).expect("write the registry's configuration");
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
+        let mut server = Server::start(&mut command, &dir.path().join("log"));
+        wait_for("docker-registry to listen", Duration::from_secs(30), || {
+            server.assert_alive();
+            TcpStream::connect(addr).ok()
+        });
+        DockerRegistry { addr, _server: server, _dir: dir }
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Pushes one tag of an OCI layout and returns the reference, `127.0.0.1:PORT/NAME:TAG`.
+    pub fn push(&self, layout: &Path, tag: &str, name: &str) -> String {
+        let reference = format!("{}/{name}:{tag}", self.addr);
+        let output = Command::new("skopeo")
+            .args(["copy", "--quiet", "--dest-tls-verify=false", "--insecure-policy"])
+            .arg(format!("oci:{}:{tag}", layout.display()))
+            .arg(format!("docker://{reference}"))
+            .output()
+            .expect("skopeo is needed: run tests/tools/deps.sh");
+        assert!(output.status.success(), "skopeo: {}", String::from_utf8_lossy(&output.stderr));
+        reference
+    }
+}
