@@ -31,8 +31,8 @@ mod root_oddlayers {
             let Some((written, of_view)) = written(&case) else { continue };
             let differences = tree::compare_strictly(&of_view, &mount::kernel_tree(&written));
             assert!(differences.is_empty(), "{}: {differences:#?}", case.tag);
-            // fsck would read all nine gigabytes.
-            if case.tag != "sparse-9g" {
+            // fsck would read all nine gigabytes of the one, and takes its time over the files of the other.
+            if !["sparse-9g", "dir-100k"].contains(&case.tag.as_str()) {
                 mount::fsck(&written);
             }
             mounted += 1;

@@ -215,6 +215,20 @@ fn symlinks_of_the_same_layer_lead_inside_the_root() {
 }
 
 #[test]
+fn long_detours_by_symlinks_end() {
+    let l = refused(&[layer(|l| {
+        l.dir("d").symlink("s0", vec!["./"; 2000].concat());
+        for i in 1..200 {
+            l.symlink(format!("s{i}"), [&vec!["./"; 2000].concat(), &*format!("s{}", i - 1)].concat());
+        }
+        for i in 0..1000 {
+            l.file(format!("s199/{i}"), b"").file(format!("d/{i}"), b"");
+        }
+    })]);
+    assert!(l.contains("too many"), "{l}");
+}
+
+#[test]
 fn hard_links_share_an_inode() {
     let lower = layer(|l| {
         l.file("f", b"f").hardlink("g", "f").symlink("s", "f").hardlink("sl", "s");

@@ -21,7 +21,7 @@ pub enum ViewError {
     #[error("{0} is a hard link to the directory '{target}'", target = .1)]
     LinkToDirectory(EntryName, String),
     /// The entry's path leads through more symlinks than any sane image has.
-    #[error("{0} lies behind a loop of symlinks")]
+    #[error("{0} lies behind a loop of symlinks, or behind too many of them")]
     SymlinkLoop(EntryName),
     /// Extents that overlap, are unsorted or reach past the end of the file.
     #[error("{0} has extents that overlap or reach past its size of {1} bytes")]

@@ -209,10 +209,12 @@ fn xattrs<L: LayerEntries + ?Sized>(layer: &L, i: usize, kind: Kind) -> Box<[Xat
     let mut list: Vec<Xattr> = Vec::new();
     layer.each_xattr(i, &mut |name, value| {
         if settable(kind, name, value) {
-            list.retain(|x| *x.name != *name);
             list.push(Xattr { name: name.into(), value: value.into() });
         }
     });
-    list.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    // Stable, and backwards: of equal names the last comes first, and the first stays.
+    list.reverse();
+    list.sort_by(|a, b| a.name.cmp(&b.name));
+    list.dedup_by(|later, first| later.name == first.name);
     list.into()
 }

@@ -1,6 +1,8 @@
 //! The tree that one layer unpacks to, with its whiteouts: what containerd would find in the layer's own
 //! directory. Entries are applied in tar order; the last one of a name wins.
 
+use std::cell::Cell;
+
 use lazyrun_index::EntryKind;
 
 use super::error::{EntryName, ViewError, printable};
@@ -13,6 +15,9 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 const AUFS: &[u8] = b".wh..wh.";
 /// Symlinks followed for one path, as the kernel's and containerd's limits are of this order.
 const MAX_LINKS: usize = 255;
+/// Path components that the symlinks of one layer may add to its paths, all entries together: else an image of a
+/// few bytes, compressed, could keep us walking for hours.
+const MAX_DETOUR: usize = 20_000_000;
 
 /// A layer being unpacked into its own tree.
 pub(super) struct LayerTree<'u, 'a, L: ?Sized> {
@@ -22,12 +27,16 @@ pub(super) struct LayerTree<'u, 'a, L: ?Sized> {
     tree: Tree,
     /// Where the last entry went: tars come directory by directory.
     last_parent: Option<(&'a [u8], NodeId)>,
+    /// What is left of [`MAX_DETOUR`].
+    detour: Cell<usize>,
 }
 
 impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
     /// Unpacks layer number `layer`; `union` holds what is below and keeps the list of attribute sources.
     pub(super) fn unpack(union: &'u mut Union<'a, L>, layer: u16, source: &'a L) -> Result<Tree, ViewError> {
-        let mut it = LayerTree { union, layer, source, tree: Tree::new(source.count()), last_parent: None };
+        let tree = Tree::new(source.count());
+        let detour = Cell::new(MAX_DETOUR);
+        let mut it = LayerTree { union, layer, source, tree, last_parent: None, detour };
         for i in 0..source.count() {
             let entry = source.get(i);
             it.apply(i, &entry)?;
@@ -124,12 +133,8 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
             at = match found {
                 Some((node, Shape::Directory)) => node,
                 Some((node, Shape::Symlink)) => {
-                    links += 1;
-                    if links > MAX_LINKS {
-                        return Err(ViewError::SymlinkLoop(self.name(entry)));
-                    }
                     let target = self.union.link_target(self.tree.item(node));
-                    ahead.extend(target.rsplit(|&b| b == b'/'));
+                    self.follow(target, &mut ahead, &mut links, entry)?;
                     if target.starts_with(b"/") { ROOT } else { at }
                 }
                 _ => self.put(at, name, Shape::Directory, IMPLICIT, entry)?,
@@ -164,12 +169,8 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
                 _ if ahead.is_empty() => return Ok(Some((shape, item))),
                 Shape::Other => return Ok(None),
                 Shape::Symlink => {
-                    links += 1;
-                    if links > MAX_LINKS {
-                        return Err(ViewError::SymlinkLoop(self.name(entry)));
-                    }
                     let target = self.union.link_target(item);
-                    ahead.extend(target.rsplit(|&b| b == b'/'));
+                    self.follow(target, &mut ahead, &mut links, entry)?;
                     if target.starts_with(b"/") {
                         trail.truncate(1);
                     }
@@ -177,6 +178,26 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
             }
         }
         Ok(Some((Shape::Directory, IMPLICIT)))
+    }
+
+    /// Puts a symlink's target in front of what is left of a path.
+    fn follow(
+        &self,
+        target: &'a [u8],
+        ahead: &mut Vec<&'a [u8]>,
+        links: &mut usize,
+        entry: &Entry<'a>,
+    ) -> Result<(), ViewError> {
+        let before = ahead.len();
+        ahead.extend(target.rsplit(|&b| b == b'/'));
+        *links += 1;
+        match self.detour.get().checked_sub(ahead.len() - before) {
+            Some(left) if *links <= MAX_LINKS => {
+                self.detour.set(left);
+                Ok(())
+            }
+            _ => Err(ViewError::SymlinkLoop(self.name(entry))),
+        }
     }
 
     fn step(&self, at: &Cursor, name: &[u8]) -> (Shape, u32, Cursor) {
