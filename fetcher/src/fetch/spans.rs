@@ -88,7 +88,8 @@ async fn from_source(
 ) -> Result<(), FetchError> {
     let index = layer.index();
     let begin = index.span(*next).blob_offset;
-    let end = (*next..run.spans.end).map(|i| index.span(i)).map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
+    let end =
+        (*next..run.spans.end).map(|i| index.span(i)).map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
     let mut arriving = Arriving {
         inner,
