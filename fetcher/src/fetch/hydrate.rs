@@ -44,11 +44,11 @@ pub(super) async fn run(
         let changed = state.changed.notified();
         let mut exhausted = false;
         while requests.len() < PIPELINE && !exhausted {
-            inner.scheduler.quiet().await;
+            let slot = inner.scheduler.background_request().await?;
             match state.plan_background(layer, inner.scheduler.background_bytes()) {
                 Some(run) => {
                     let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
-                    requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run)).await });
+                    requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run), slot).await });
                 }
                 None => exhausted = true,
             }
