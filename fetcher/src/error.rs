@@ -37,7 +37,9 @@ pub enum FetchError {
         digest: Digest,
     },
     /// 401 or 403, after trying what credentials there are.
-    #[error("access to {image} was denied by {host}: {reason}; log in with `docker login {host}` if it is private or check that it exists")]
+    #[error(
+        "access to {image} was denied by {host}: {reason}; log in with `docker login {host}` if it is private or check that it exists"
+    )]
     Denied {
         /// Registry and repository.
         image: String,
@@ -55,7 +57,9 @@ pub enum FetchError {
         reason: String,
     },
     /// The TLS handshake failed.
-    #[error("no secure connection to {host}: {reason}; for a registry without a trusted certificate name it as an insecure registry")]
+    #[error(
+        "no secure connection to {host}: {reason}; for a registry without a trusted certificate name it as an insecure registry"
+    )]
     Tls {
         /// Host.
         host: String,
@@ -308,7 +312,9 @@ impl FetchError {
     /// How long the server asked to be left alone.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
-            FetchError::RateLimited { retry_after, .. } | FetchError::Server { retry_after, .. } => *retry_after,
+            FetchError::RateLimited { retry_after, .. } | FetchError::Server { retry_after, .. } => {
+                *retry_after
+            }
             _ => None,
         }
     }

@@ -146,8 +146,8 @@ struct RawRootfs {
 
 /// Tells a list from an image manifest and checks what can be checked without the config.
 pub(crate) fn parse(reference: &Reference, bytes: &[u8]) -> Result<Document, FetchError> {
-    let raw: RawDocument =
-        serde_json::from_slice(bytes).map_err(|e| invalid(reference, "manifest", &format!("not a manifest: {e}")))?;
+    let raw: RawDocument = serde_json::from_slice(bytes)
+        .map_err(|e| invalid(reference, "manifest", &format!("not a manifest: {e}")))?;
     if raw.schema_version == Some(1) {
         return Err(unsupported(
             reference,
@@ -190,7 +190,8 @@ fn parse_image(
     layers: Vec<RawDescriptor>,
 ) -> Result<ImageManifest, FetchError> {
     let config_type = config.media_type.unwrap_or_default();
-    let known = ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+    let known =
+        ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
     if !config_type.is_empty() && !known.contains(&config_type.as_str()) {
         let kind = printable(&config_type);
         return Err(unsupported(reference, &format!("{kind} is an artifact, not a container image")));
@@ -209,7 +210,8 @@ fn parse_layer(reference: &Reference, raw: RawDescriptor) -> Result<BlobRef, Fet
     let media_type = raw.media_type.unwrap_or_default();
     let shown = printable(&raw.digest);
     if media_type.contains("nondistributable") || media_type.contains(".foreign.") {
-        let reason = format!("layer {shown} is a foreign layer that lies outside the registry ({media_type})");
+        let reason =
+            format!("layer {shown} is a foreign layer that lies outside the registry ({media_type})");
         return Err(unsupported(reference, &printable(&reason)));
     }
     if media_type.ends_with("+encrypted") {
@@ -222,9 +224,8 @@ fn parse_layer(reference: &Reference, raw: RawDescriptor) -> Result<BlobRef, Fet
         let reason = format!("layer {shown} has the unknown media type {}", printable(&media_type));
         return Err(unsupported(reference, &reason));
     }
-    let size = raw
-        .size
-        .ok_or_else(|| invalid(reference, "manifest", &format!("layer {shown} has no size")))?;
+    let size =
+        raw.size.ok_or_else(|| invalid(reference, "manifest", &format!("layer {shown} has no size")))?;
     Ok(BlobRef { digest: parse_digest(reference, "manifest", &raw.digest)?, size, media_type })
 }
 
@@ -238,7 +239,8 @@ fn join_layers(
         .map_err(|e| invalid(reference, "config", &format!("not an image config: {e}")))?;
     let diff_ids = config.rootfs.map(|r| r.diff_ids).unwrap_or_default();
     if diff_ids.len() != layers.len() {
-        let reason = format!("it names {} diffIDs but the manifest has {} layers", diff_ids.len(), layers.len());
+        let reason =
+            format!("it names {} diffIDs but the manifest has {} layers", diff_ids.len(), layers.len());
         return Err(invalid(reference, "config", &reason));
     }
     layers
@@ -292,8 +294,7 @@ pub(crate) fn choose(
 }
 
 fn parse_digest(reference: &Reference, what: &'static str, text: &str) -> Result<Digest, FetchError> {
-    text.parse()
-        .map_err(|_| invalid(reference, what, &format!("{} is not a sha256 digest", printable(text))))
+    text.parse().map_err(|_| invalid(reference, what, &format!("{} is not a sha256 digest", printable(text))))
 }
 
 fn invalid(reference: &Reference, what: &'static str, reason: &str) -> FetchError {
@@ -364,7 +365,9 @@ mod tests {
 
     #[test]
     fn refuses_ambiguous_and_old_documents() {
-        for body in ["{", "[]", "{}", r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#, r#"{"schemaVersion":1}"#] {
+        for body in
+            ["{", "[]", "{}", r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#, r#"{"schemaVersion":1}"#]
+        {
             assert!(parse(&reference(), body.as_bytes()).is_err(), "{body}");
         }
         let negative = manifest(TAR_GZ, b"x");

@@ -191,7 +191,9 @@ fn check_tag(tag: &str) -> Result<(), &'static str> {
     match tag.as_bytes() {
         [] => Err("the tag is empty"),
         [first, rest @ ..]
-            if word(*first) && rest.len() < 128 && rest.iter().all(|&b| word(b) || b == b'.' || b == b'-') =>
+            if word(*first)
+                && rest.len() < 128
+                && rest.iter().all(|&b| word(b) || b == b'.' || b == b'-') =>
         {
             Ok(())
         }
@@ -299,9 +301,36 @@ mod tests {
     fn refuses_what_docker_refuses() {
         let long = format!("a/{}", "b".repeat(300));
         for input in [
-            "", "Debian", "a/B", HEX, ":tag", "a:", "a:-x", "a//b", "/a", "a/", "a..b", "a-", "_a", "a___b",
-            "a@sha256:12", "a@md5:00", "a:t:u", "http://x/y", "x.io:port/a", "x.io:0/a", "x.io:99999/a", "-x.io/a",
-            "a b", "a/../b", "[::g]/a", "é", long.as_str(), "x.io/", "a@", "..../a",
+            "",
+            "Debian",
+            "a/B",
+            HEX,
+            ":tag",
+            "a:",
+            "a:-x",
+            "a//b",
+            "/a",
+            "a/",
+            "a..b",
+            "a-",
+            "_a",
+            "a___b",
+            "a@sha256:12",
+            "a@md5:00",
+            "a:t:u",
+            "http://x/y",
+            "x.io:port/a",
+            "x.io:0/a",
+            "x.io:99999/a",
+            "-x.io/a",
+            "a b",
+            "a/../b",
+            "[::g]/a",
+            "é",
+            long.as_str(),
+            "x.io/",
+            "a@",
+            "..../a",
         ] {
             assert!(input.parse::<Reference>().is_err(), "{input:?} was accepted");
         }

@@ -46,8 +46,12 @@ async fn resolves_by_tag_digest_and_list() {
     registry.put_manifest("team/app", "multi", index, "application/vnd.oci.image.index.v1+json").await;
     let multi = format!("{}/team/app:multi", registry.address);
     assert_eq!(bench.resolve(&multi).await.manifest_digest, image.digest());
-    let other = bench.client.resolve(&multi.parse().unwrap(), &"linux/arm64".parse().unwrap()).await.unwrap_err();
-    assert!(matches!(&other, FetchError::NoPlatform { available, .. } if available == "linux/amd64"), "{other}");
+    let other =
+        bench.client.resolve(&multi.parse().unwrap(), &"linux/arm64".parse().unwrap()).await.unwrap_err();
+    assert!(
+        matches!(&other, FetchError::NoPlatform { available, .. } if available == "linux/amd64"),
+        "{other}"
+    );
 
     let again = ResolvedImage::from_parts(resolved.reference, resolved.manifest, resolved.config).unwrap();
     assert_eq!(again.layers, resolved.layers);
@@ -167,7 +171,8 @@ async fn faults_fetch_only_what_is_touched() {
 #[tokio::test(flavor = "multi_thread")]
 async fn hydrates_what_is_missing_and_nothing_else() {
     let registry = Registry::start().await;
-    let image = TestImage::new(vec![TestLayer::gzip(tar(50, 40, 100_000)), TestLayer::zstd(tar(51, 20, 100_000))]);
+    let image =
+        TestImage::new(vec![TestLayer::gzip(tar(50, 40, 100_000)), TestLayer::zstd(tar(51, 20, 100_000))]);
     let name = registry.push(&image, "app", "v1").await;
     let bench = Bench::new();
     let resolved = bench.resolve(&name).await;

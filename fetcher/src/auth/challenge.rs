@@ -24,7 +24,11 @@ pub(crate) fn parse<'a>(values: impl Iterator<Item = &'a str>) -> Vec<Challenge>
             } else if scheme.eq_ignore_ascii_case("bearer")
                 && let Some(realm) = params.remove("realm")
             {
-                found.push(Challenge::Bearer { realm, service: params.remove("service"), scope: params.remove("scope") });
+                found.push(Challenge::Bearer {
+                    realm,
+                    service: params.remove("service"),
+                    scope: params.remove("scope"),
+                });
             }
         }
     }
@@ -116,7 +120,9 @@ mod tests {
 
     #[test]
     fn survives_nonsense() {
-        for value in ["", ",,,", "=", "a=b", "Bearer", "Bearer realm", "Bearer realm=\"x", "\"", "Bearer é=\"\\"] {
+        for value in
+            ["", ",,,", "=", "a=b", "Bearer", "Bearer realm", "Bearer realm=\"x", "\"", "Bearer é=\"\\"]
+        {
             let _ = one(value);
         }
         assert_eq!(one("Bearer service=x"), []);

@@ -116,9 +116,9 @@ async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
     };
     match text {
         // serde_json's message quotes what it found, which could be a secret: only the place is told.
-        Ok(text) => serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|e| format!("{shown} is not a docker configuration (line {}, column {})", e.line(), e.column())),
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
+            format!("{shown} is not a docker configuration (line {}, column {})", e.line(), e.column())
+        }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(format!("{shown}: {error}")),
     }
@@ -152,7 +152,9 @@ fn from_entry(entry: &AuthEntry) -> Option<Credential> {
 
 /// Runs `docker-credential-<helper> get`; "not found" is an answer, not an error.
 async fn ask_helper(helper: &str, key: &str) -> Result<Option<Credential>, String> {
-    if helper.is_empty() || !helper.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
+    if helper.is_empty()
+        || !helper.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    {
         return Err("the credential helper's name is not a plain word".to_owned());
     }
     let program = format!("docker-credential-{helper}");
@@ -217,7 +219,10 @@ mod tests {
         assert_eq!(lookup(json, "host:5000").await.unwrap(), password("u", "p"));
         assert_eq!(lookup(json, "host").await.unwrap(), None);
         assert_eq!(lookup(json, "other.example").await.unwrap(), password("u", "p"));
-        assert_eq!(lookup(json, "token.example").await.unwrap(), Some(Credential::IdentityToken("id".into())));
+        assert_eq!(
+            lookup(json, "token.example").await.unwrap(),
+            Some(Credential::IdentityToken("id".into()))
+        );
         assert_eq!(lookup(json, "empty.example").await.unwrap(), None);
     }
 
@@ -235,7 +240,8 @@ mod tests {
     #[tokio::test]
     async fn asks_the_helper() {
         // Helpers are found by PATH, which a library test must not change: a missing one is told by name.
-        let error = lookup(r#"{"credHelpers": {"a.example": "lazyrun-missing"}}"#, "a.example").await.unwrap_err();
+        let error =
+            lookup(r#"{"credHelpers": {"a.example": "lazyrun-missing"}}"#, "a.example").await.unwrap_err();
         assert!(error.to_string().contains("docker-credential-lazyrun-missing"), "{error}");
     }
 }

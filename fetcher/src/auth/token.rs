@@ -192,14 +192,18 @@ mod tests {
             assert!(request(&registry, realm, None, "s", None).is_err(), "{realm}");
         }
         assert!(request(&registry, "https://auth.example/token", None, "s", None).is_ok());
-        assert!(request(&url("http://127.0.0.1:5000/"), "http://127.0.0.1:5001/token", None, "s", None).is_ok());
+        assert!(
+            request(&url("http://127.0.0.1:5000/"), "http://127.0.0.1:5001/token", None, "s", None).is_ok()
+        );
     }
 
     #[test]
     fn requests_carry_what_the_spec_says() {
         let registry = url("https://r.example/");
         let password = Credential::Password { user: "u".into(), password: "p".into() };
-        let get = request(&registry, "https://a.example/t?x=1", Some("svc"), "repository:a:pull", Some(&password)).unwrap();
+        let get =
+            request(&registry, "https://a.example/t?x=1", Some("svc"), "repository:a:pull", Some(&password))
+                .unwrap();
         assert_eq!(get.url.query(), Some("x=1&service=svc&scope=repository%3Aa%3Apull&account=u"));
         assert_eq!(get.basic, Some(("u".into(), "p".into())));
         let token = Credential::IdentityToken("id&".into());

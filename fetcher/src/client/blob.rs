@@ -212,7 +212,8 @@ impl BlobReader {
         let policy = self.source.transport.policy();
         let asked = error.retry_after().unwrap_or_default();
         let resumable = error.is_transient() || matches!(error, FetchError::Truncated { .. });
-        let Some(wait) = policy.delays().nth(self.failures).filter(|_| resumable && asked <= policy.max_wait) else {
+        let Some(wait) = policy.delays().nth(self.failures).filter(|_| resumable && asked <= policy.max_wait)
+        else {
             return Err(error);
         };
         self.failures += 1;

@@ -79,10 +79,7 @@ impl RegistryClient {
 
     /// The blobs of a reference's repository.
     pub fn blobs(&self, reference: &Reference) -> BlobSource {
-        BlobSource {
-            transport: Arc::clone(&self.transport),
-            repository: Arc::new(Repository::of(reference)),
-        }
+        BlobSource { transport: Arc::clone(&self.transport), repository: Arc::new(Repository::of(reference)) }
     }
 
     /// Counters since the client was made.
@@ -94,9 +91,14 @@ impl RegistryClient {
     ///
     /// # Errors
     /// When the image cannot be had, is malformed, or is of a kind that lazyrun does not run.
-    pub async fn resolve(&self, reference: &Reference, platform: &Platform) -> Result<ResolvedImage, FetchError> {
+    pub async fn resolve(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<ResolvedImage, FetchError> {
         let repository = Repository::of(reference);
-        let mut bytes = self.manifest(reference, &repository, &reference.manifest_name(), reference.digest).await?;
+        let mut bytes =
+            self.manifest(reference, &repository, &reference.manifest_name(), reference.digest).await?;
         for _ in 0..=MAX_LIST_DEPTH {
             match manifest::parse(reference, &bytes)? {
                 Document::Image(image) => {
@@ -143,7 +145,9 @@ impl RegistryClient {
             })
             .await;
         let (body, claimed, host) = match fetched {
-            Err(FetchError::Server { status: 404, .. }) => return Err(self.why_missing(reference, repository).await),
+            Err(FetchError::Server { status: 404, .. }) => {
+                return Err(self.why_missing(reference, repository).await);
+            }
             other => other?,
         };
         let got = Digest::of(&body);

@@ -13,7 +13,12 @@ pub(crate) enum BodyStart {
 }
 
 /// Judges an answer to a request for bytes `start..end`.
-pub(crate) fn judge(status: StatusCode, headers: &HeaderMap, start: u64, end: u64) -> Result<BodyStart, String> {
+pub(crate) fn judge(
+    status: StatusCode,
+    headers: &HeaderMap,
+    start: u64,
+    end: u64,
+) -> Result<BodyStart, String> {
     match status {
         StatusCode::OK => Ok(if start == 0 { BodyStart::AtRange } else { BodyStart::Skip(start) }),
         StatusCode::PARTIAL_CONTENT => judge_partial(headers, start, end).map(|()| BodyStart::AtRange),
@@ -82,7 +87,9 @@ mod tests {
         assert_eq!(partial(Some("bytes 10-19/100"), None, 10, 20), Ok(BodyStart::AtRange));
         assert_eq!(partial(Some("bytes 10-14/*"), None, 10, 20), Ok(BodyStart::AtRange));
         assert_eq!(partial(None, Some("10"), 10, 20), Ok(BodyStart::AtRange));
-        for bad in ["bytes 11-19/100", "bytes 10-20/100", "bytes 10-19/15", "bytes 19-10/100", "10-19/100", ""] {
+        for bad in
+            ["bytes 11-19/100", "bytes 10-20/100", "bytes 10-19/15", "bytes 19-10/100", "10-19/100", ""]
+        {
             assert!(partial(Some(bad), None, 10, 20).is_err(), "{bad}");
         }
         assert!(partial(None, None, 10, 20).is_err());

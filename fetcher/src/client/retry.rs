@@ -129,7 +129,8 @@ mod tests {
 
     #[tokio::test]
     async fn only_transient_errors_are_repeated() {
-        let policy = RetryPolicy { retries: 3, base: Duration::from_millis(1), max_wait: Duration::from_secs(5) };
+        let policy =
+            RetryPolicy { retries: 3, base: Duration::from_millis(1), max_wait: Duration::from_secs(5) };
         let tries = |error: FetchError| async move {
             let count = std::cell::Cell::new(0);
             let result: Result<(), _> = policy
@@ -141,7 +142,8 @@ mod tests {
             assert!(result.is_err());
             count.get()
         };
-        let limited = |secs| FetchError::RateLimited { host: "h".into(), retry_after: Some(Duration::from_secs(secs)) };
+        let limited =
+            |secs| FetchError::RateLimited { host: "h".into(), retry_after: Some(Duration::from_secs(secs)) };
         assert_eq!(tries(limited(0)).await, 4);
         assert_eq!(tries(limited(315_360_000)).await, 1);
         assert_eq!(tries(FetchError::ImageNotFound { image: "a".into() }).await, 1);

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use lazyrun_index::Digest;
-use reqwest::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE, WWW_AUTHENTICATE};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE, WWW_AUTHENTICATE,
+};
 use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 
@@ -125,7 +127,11 @@ impl Transport {
             }
             if answered {
                 self.tokens.forget(&key);
-                let reason = if authorization.is_some() { "the credentials were not accepted" } else { "a login is needed" };
+                let reason = if authorization.is_some() {
+                    "the credentials were not accepted"
+                } else {
+                    "a login is needed"
+                };
                 return Err(denied(call, self.error_detail(response).await.as_deref().unwrap_or(reason)));
             }
             authorization = Some(self.answer_challenge(call, response, authorization).await?);
@@ -140,7 +146,9 @@ impl Transport {
         let Some(url) = self.redirects.get(&name, digest) else { return Ok(None) };
         let response = self.exchange(&url, call, None).await?;
         match response.status() {
-            StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => Ok(Some(response)),
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
+                Ok(Some(response))
+            }
             status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
                 self.check(response, call).await.map(Some)
             }
@@ -223,7 +231,11 @@ impl Transport {
     }
 
     /// The next piece of a body; `None` at its end.
-    pub(crate) async fn next_chunk(&self, response: &mut Response, what: &str) -> Result<Option<Bytes>, FetchError> {
+    pub(crate) async fn next_chunk(
+        &self,
+        response: &mut Response,
+        what: &str,
+    ) -> Result<Option<Bytes>, FetchError> {
         let limit = self.options.stall_timeout;
         let host = host_of(response.url());
         match tokio::time::timeout(limit, response.chunk()).await {
@@ -238,7 +250,12 @@ impl Transport {
     }
 
     /// A whole body of at most `limit` bytes.
-    pub(crate) async fn body(&self, mut response: Response, what: &str, limit: u64) -> Result<Bytes, FetchError> {
+    pub(crate) async fn body(
+        &self,
+        mut response: Response,
+        what: &str,
+        limit: u64,
+    ) -> Result<Bytes, FetchError> {
         let host = host_of(response.url());
         let too_large = || FetchError::TooLarge { host: host.clone(), what: what.to_owned(), limit };
         if response.content_length().is_some_and(|l| l > limit) {
@@ -260,9 +277,16 @@ impl Transport {
         let host = host_of(response.url());
         match status {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
-                let html = response.headers().get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"text/html"));
+                let html = response
+                    .headers()
+                    .get(CONTENT_TYPE)
+                    .is_some_and(|v| v.as_bytes().starts_with(b"text/html"));
                 if html && status == StatusCode::OK {
-                    return Err(self.protocol(&host, call, "it sent a web page; is there a captive portal or a proxy?"));
+                    return Err(self.protocol(
+                        &host,
+                        call,
+                        "it sent a web page; is there a captive portal or a proxy?",
+                    ));
                 }
                 Ok(response)
             }
@@ -272,7 +296,12 @@ impl Transport {
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => match call.blob {
                 Some(digest) => Err(FetchError::BlobNotFound { host, digest }),
-                None => Err(FetchError::Server { host, status: 404, what: call.resource.clone(), retry_after: None }),
+                None => Err(FetchError::Server {
+                    host,
+                    status: 404,
+                    what: call.resource.clone(),
+                    retry_after: None,
+                }),
             },
             StatusCode::TOO_MANY_REQUESTS => {
                 Err(FetchError::RateLimited { host, retry_after: retry_after(response.headers()) })
@@ -315,7 +344,8 @@ impl Transport {
         let authorization = if let Some((realm, service, scope)) = bearer {
             let default_scope = format!("repository:{}:pull", call.repository.path);
             let scope = scope.as_deref().filter(|s| !s.is_empty()).unwrap_or(&default_scope);
-            let request = auth::token_request(&registry, realm, service.as_deref(), scope, credential.as_ref())?;
+            let request =
+                auth::token_request(&registry, realm, service.as_deref(), scope, credential.as_ref())?;
             self.policy().run(|| self.fetch_token(call, &request)).await?
         } else if challenges.contains(&Challenge::Basic) {
             match credential {
@@ -331,7 +361,11 @@ impl Transport {
         Ok(authorization)
     }
 
-    async fn fetch_token(&self, call: &Call<'_>, wanted: &auth::TokenRequest) -> Result<Authorization, FetchError> {
+    async fn fetch_token(
+        &self,
+        call: &Call<'_>,
+        wanted: &auth::TokenRequest,
+    ) -> Result<Authorization, FetchError> {
         let host = host_of(&wanted.url);
         self.gates.wait(&host).await;
         let client = self.client_for(&wanted.url)?;
@@ -476,8 +510,10 @@ fn denied(call: &Call<'_>, reason: &str) -> FetchError {
 
 /// A header value that the HTTP stack neither logs nor indexes.
 fn sensitive(value: &str) -> Result<reqwest::header::HeaderValue, FetchError> {
-    let mut value = reqwest::header::HeaderValue::from_str(value)
-        .map_err(|_| FetchError::Credentials { host: "the registry".into(), reason: "they hold control characters".into() })?;
+    let mut value = reqwest::header::HeaderValue::from_str(value).map_err(|_| FetchError::Credentials {
+        host: "the registry".into(),
+        reason: "they hold control characters".into(),
+    })?;
     value.set_sensitive(true);
     Ok(value)
 }
@@ -497,16 +533,8 @@ fn is_loopback(url: &Url) -> bool {
 /// Words an HTTP client's error without the URL (signed URLs are secrets).
 fn classify(host: &str, what: &str, error: reqwest::Error) -> FetchError {
     let error = error.without_url();
-    let mut source: Option<&(dyn std::error::Error + 'static)> = error.source();
-    while let Some(current) = source {
-        let inner = current
-            .downcast_ref::<std::io::Error>()
-            .and_then(|io| io.get_ref())
-            .and_then(|e| e.downcast_ref::<rustls::Error>());
-        if let Some(tls) = inner.or_else(|| current.downcast_ref::<rustls::Error>()) {
-            return FetchError::Tls { host: host.to_owned(), reason: tls.to_string() };
-        }
-        source = current.source();
+    if let Some(tls) = error.source().and_then(find_tls) {
+        return FetchError::Tls { host: host.to_owned(), reason: tls.to_string() };
     }
     let (host, reason) = (host.to_owned(), deepest(&error));
     if error.is_connect() {
@@ -514,6 +542,15 @@ fn classify(host: &str, what: &str, error: reqwest::Error) -> FetchError {
     } else {
         FetchError::Broken { host, what: what.to_owned(), reason }
     }
+}
+
+/// The TLS error behind an error. An `io::Error` hides what it wraps from the chain of sources.
+fn find_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return Some(tls);
+    }
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    wrapped.and_then(|inner| find_tls(inner)).or_else(|| error.source().and_then(find_tls))
 }
 
 /// The innermost cause, which is the one that says something.

@@ -10,7 +10,11 @@ use crate::error::FetchError;
 use crate::store::Layer;
 
 /// Reads what is local; `None` when something is missing.
-pub(super) async fn read_local(layer: &Arc<Layer>, offset: u64, len: usize) -> Result<Option<Bytes>, FetchError> {
+pub(super) async fn read_local(
+    layer: &Arc<Layer>,
+    offset: u64,
+    len: usize,
+) -> Result<Option<Bytes>, FetchError> {
     let layer = Arc::clone(layer);
     blocking("reading a layer file", move || {
         let mut buffer = vec![0; len];

@@ -44,11 +44,11 @@ pub(super) async fn run(
         let changed = state.changed.notified();
         let mut exhausted = false;
         while requests.len() < PIPELINE && !exhausted {
-            inner.scheduler.quiet().await;
+            let slot = inner.scheduler.background_request().await?;
             match state.plan_background(layer, inner.scheduler.background_bytes()) {
                 Some(run) => {
                     let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
-                    requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run)).await });
+                    requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run), slot).await });
                 }
                 None => exhausted = true,
             }
@@ -73,7 +73,8 @@ pub(super) async fn run(
 /// Whether something is missing that ranges will not bring.
 fn needs_stream(layer: &Layer, state: &LayerState) -> bool {
     let all = state.no_ranges();
-    (0..layer.index().span_count()).any(|i| layer.lacks_span(i) && (all || !layer.index().span(i).restartable))
+    (0..layer.index().span_count())
+        .any(|i| layer.lacks_span(i) && (all || !layer.index().span(i).restartable))
 }
 
 fn report(layer: &Layer, progress: &Arc<dyn Progress>) {
@@ -98,7 +99,11 @@ pub(super) fn start_stream(inner: &Arc<Inner>, layer: &Arc<Layer>) {
 }
 
 /// Streams the layer, or joins the stream under way.
-async fn stream(inner: &Arc<Inner>, layer: &Arc<Layer>, progress: &Arc<dyn Progress>) -> Result<(), FetchError> {
+async fn stream(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    progress: &Arc<dyn Progress>,
+) -> Result<(), FetchError> {
     let (owned_inner, owned_layer, progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
     let flight = inner
         .streams
@@ -209,4 +214,3 @@ impl LayerSink for StreamSink {
         self.progress.advance(self.layer.diff_id(), blob_bytes, self.layer.index().blob_size());
     }
 }
-

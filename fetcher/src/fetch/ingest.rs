@@ -29,7 +29,12 @@ pub(super) async fn run(
 ) -> Result<Arc<Layer>, FetchError> {
     let (store, diff_id) = (inner.store.clone(), layer.diff_id);
     if let Some(found) = blocking("opening a layer", move || store.get(diff_id)).await? {
-        return Ok(found);
+        if found.is_hydrated() || found.has_suspects() || inner.sources(&found).is_ok() {
+            return Ok(found);
+        }
+        // The same tar was streamed from another blob, which nobody offers any more: its index leads nowhere.
+        let store = inner.store.clone();
+        blocking("removing a layer", move || store.remove(diff_id)).await?;
     }
     let _slot = inner.scheduler.stream().await?;
     let mut tries = 1;
@@ -52,7 +57,9 @@ pub(super) async fn run(
 /// Whether another try may bring other bytes.
 fn is_damage(error: &FetchError) -> bool {
     match error {
-        FetchError::WrongDigest { .. } | FetchError::WrongSize { .. } | FetchError::WrongDiffId { .. } => true,
+        FetchError::WrongDigest { .. } | FetchError::WrongSize { .. } | FetchError::WrongDiffId { .. } => {
+            true
+        }
         FetchError::Layer { source, .. } => !matches!(**source, IndexError::Entry { .. }),
         _ => false,
     }
@@ -107,12 +114,7 @@ impl Job {
         let failed = |e| FetchError::store("writing", &data_path, e);
         let data = staging.create(&data_path)?;
         let out = staging.create(&staging.index_path())?;
-        let mut sink = FileSink {
-            data: &data,
-            at: 0,
-            gathered: Vec::with_capacity(WRITE_SIZE),
-            job: self,
-        };
+        let mut sink = FileSink { data: &data, at: 0, gathered: Vec::with_capacity(WRITE_SIZE), job: self };
         let summary = index_layer(reader, &mut sink, out, &self.inner.options.stream)
             .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
         sink.flush().map_err(failed)?;
@@ -123,7 +125,11 @@ impl Job {
     fn check(&self, summary: &StreamSummary) -> Result<(), FetchError> {
         let layer = &self.layer;
         if summary.blob_size != layer.size {
-            return Err(FetchError::WrongSize { digest: layer.digest, want: layer.size, got: summary.blob_size });
+            return Err(FetchError::WrongSize {
+                digest: layer.digest,
+                want: layer.size,
+                got: summary.blob_size,
+            });
         }
         if summary.blob_digest != layer.digest {
             return Err(FetchError::WrongDigest {

@@ -147,10 +147,9 @@ impl Fetcher {
     ) -> Result<Arc<Layer>, FetchError> {
         self.add_source(descriptor.diff_id, descriptor.clone(), blobs.clone());
         let (inner, descriptor) = (Arc::clone(&self.inner), descriptor.clone());
-        let flight = self
-            .inner
-            .ingests
-            .join(descriptor.diff_id, || async move { ingest::run(&inner, &descriptor, &blobs, &progress).await });
+        let flight = self.inner.ingests.join(descriptor.diff_id, || async move {
+            ingest::run(&inner, &descriptor, &blobs, &progress).await
+        });
         flight.wait("streaming a layer").await
     }
 

@@ -14,9 +14,11 @@ const QUIET: Duration = Duration::from_millis(40);
 /// Hydration that has waited this long does one request, so that a busy reader cannot keep it out for ever.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// A background request shall occupy the link about this long, because a fault that comes meanwhile shares it.
-const BACKGROUND_TURN: Duration = Duration::from_millis(150);
-/// After so long without faults background requests may be long.
-const LONG_QUIET: Duration = Duration::from_secs(2);
+const BUSY_TURN: Duration = Duration::from_millis(60);
+/// The same after `CALM` without a fault.
+const CALM_TURN: Duration = Duration::from_millis(500);
+/// After so long without faults background requests may be long, and several at a time.
+const CALM: Duration = Duration::from_secs(2);
 const MIN_BACKGROUND: u64 = 1 << 20;
 const MAX_BACKGROUND: u64 = 32 << 20;
 
@@ -35,6 +37,7 @@ pub(super) struct Scheduler {
     fault_ended: Notify,
     fault_slots: Arc<Semaphore>,
     background_slots: Arc<Semaphore>,
+    background_requests: u32,
     stream_slots: Arc<Semaphore>,
     decode_slots: Arc<Semaphore>,
     link: Mutex<Link>,
@@ -45,7 +48,7 @@ pub(super) struct Scheduler {
 struct Link {
     /// Bytes per second, smoothed; 0 is unknown.
     rate: f64,
-    /// Seconds to the first byte, smoothed.
+    /// Seconds to the first byte: near the least seen, since queues add to it and are no property of the link.
     latency: f64,
 }
 
@@ -63,6 +66,7 @@ impl Scheduler {
             fault_ended: Notify::new(),
             fault_slots: slots(options.fault_requests),
             background_slots: slots(options.background_requests),
+            background_requests: u32::try_from(options.background_requests.max(1)).unwrap_or(u32::MAX),
             stream_slots: slots(options.streams),
             decode_slots: slots(cores.clamp(2, 4)),
             link: Mutex::default(),
@@ -75,27 +79,32 @@ impl Scheduler {
         FaultGuard(self)
     }
 
-    /// The right to one request.
-    pub(super) async fn request(&self, class: Class) -> Result<OwnedSemaphorePermit, FetchError> {
-        let slots = match class {
-            Class::Fault => &self.fault_slots,
-            Class::Background => &self.background_slots,
-        };
-        permit(slots).await
+    /// The right to one request for a fault.
+    pub(super) async fn fault_request(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.fault_slots, 1).await
+    }
+
+    /// The right to one background request, once no fault is being served. While faults come now and then only
+    /// one such request runs at a time, over all layers.
+    pub(super) async fn background_request(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        let count = if self.is_calm() { 1 } else { self.background_requests };
+        let permit = permit(&self.background_slots, count).await?;
+        self.quiet().await;
+        Ok(permit)
     }
 
     /// The right to one stream.
     pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit, FetchError> {
-        permit(&self.stream_slots).await
+        permit(&self.stream_slots, 1).await
     }
 
     /// The right to hold one decoded span in memory.
     pub(super) async fn decode(&self) -> Result<OwnedSemaphorePermit, FetchError> {
-        permit(&self.decode_slots).await
+        permit(&self.decode_slots, 1).await
     }
 
     /// Waits until background work may start a request.
-    pub(super) async fn quiet(&self) {
+    async fn quiet(&self) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let ended = self.fault_ended.notified();
@@ -120,10 +129,9 @@ impl Scheduler {
 
     /// Bytes for the next background request.
     pub(super) fn background_bytes(&self) -> u64 {
-        let link = self.link();
-        let turn = if link.rate > 0.0 { (link.rate * BACKGROUND_TURN.as_secs_f64()) as u64 } else { 4 << 20 };
-        let quiet = self.faults.load(Relaxed) == 0 && self.since_fault().is_none_or(|s| s > LONG_QUIET);
-        let turn = if quiet { turn.saturating_mul(4) } else { turn };
+        let turn = if self.is_calm() { CALM_TURN } else { BUSY_TURN };
+        let rate = Some(self.link().rate).filter(|r| *r > 0.0);
+        let turn = rate.map_or(4 << 20, |rate| (rate * turn.as_secs_f64()) as u64);
         turn.clamp(MIN_BACKGROUND, MAX_BACKGROUND)
     }
 
@@ -139,7 +147,9 @@ impl Scheduler {
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         let smooth = |old: f64, new: f64| if old == 0.0 { new } else { old * 0.75 + new * 0.25 };
         if let Some(first_byte) = first_byte {
-            link.latency = smooth(link.latency, first_byte.as_secs_f64());
+            let new = first_byte.as_secs_f64();
+            let known = link.latency > 0.0 && new > link.latency;
+            link.latency = if known { link.latency * 0.97 + new * 0.03 } else { new };
         }
         // Shorter transfers say more about buffers than about the link.
         if bytes >= 256 << 10 {
@@ -149,6 +159,10 @@ impl Scheduler {
 
     fn link(&self) -> Link {
         *self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_calm(&self) -> bool {
+        self.faults.load(Relaxed) == 0 && self.since_fault().is_none_or(|since| since > CALM)
     }
 
     fn since_fault(&self) -> Option<Duration> {
@@ -166,8 +180,8 @@ impl Drop for FaultGuard<'_> {
     }
 }
 
-async fn permit(slots: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, FetchError> {
-    Arc::clone(slots).acquire_owned().await.map_err(|_| FetchError::Interrupted { what: "a fetch" })
+async fn permit(slots: &Arc<Semaphore>, count: u32) -> Result<OwnedSemaphorePermit, FetchError> {
+    Arc::clone(slots).acquire_many_owned(count).await.map_err(|_| FetchError::Interrupted { what: "a fetch" })
 }
 
 #[cfg(test)]
@@ -177,15 +191,15 @@ mod tests {
     #[tokio::test]
     async fn background_waits_for_faults() {
         let scheduler = Arc::new(Scheduler::new(&FetchOptions::default()));
-        scheduler.quiet().await;
+        drop(scheduler.background_request().await.unwrap());
         let fault = scheduler.fault();
         let other = Arc::clone(&scheduler);
-        let waiter = tokio::spawn(async move { other.quiet().await });
+        let waiter = tokio::spawn(async move { other.background_request().await });
         tokio::time::sleep(Duration::from_millis(80)).await;
         assert!(!waiter.is_finished());
         let ended = Instant::now();
         drop(fault);
-        waiter.await.unwrap();
+        waiter.await.unwrap().unwrap();
         assert!(ended.elapsed() + Duration::from_millis(2) >= QUIET);
     }
 
@@ -196,8 +210,8 @@ mod tests {
         // 25 MB/s at 20 ms: half a megabyte.
         scheduler.observe(Some(Duration::from_millis(20)), 25_000_000, Duration::from_secs(1));
         assert_eq!(scheduler.free_readahead(), 500_000);
-        assert_eq!(scheduler.background_bytes(), 15_000_000);
+        assert_eq!(scheduler.background_bytes(), 12_500_000);
         drop(scheduler.fault());
-        assert_eq!(scheduler.background_bytes(), 3_750_000);
+        assert_eq!(scheduler.background_bytes(), 1_500_000);
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use lazyrun_index::SpanInfo;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 
 use super::claims::Run;
@@ -22,19 +23,25 @@ const TRIES: usize = 2;
 pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
     let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
     tokio::spawn(async move {
-        if let Err(error) = fetch(&inner, &layer, Arc::new(run)).await {
+        let result = match inner.scheduler.fault_request().await {
+            Ok(slot) => fetch(&inner, &layer, Arc::new(run), slot).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
             tracing::warn!(layer = %layer.diff_id(), %error, "fault could not be served");
         }
     });
 }
 
 /// Fetches a run from the first source that can deliver it.
-pub(super) async fn fetch(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Arc<Run>) -> Result<(), FetchError> {
-    let result = async {
-        let _slot = inner.scheduler.request(run.class).await?;
-        from_any_source(inner, layer, &run).await
-    }
-    .await;
+pub(super) async fn fetch(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    run: Arc<Run>,
+    slot: OwnedSemaphorePermit,
+) -> Result<(), FetchError> {
+    let result = from_any_source(inner, layer, &run).await;
+    drop(slot);
     let saved = Arc::clone(layer);
     let _ = blocking("saving the span map", move || {
         saved.save_map().map_err(|e| FetchError::store("writing", &saved.data_path(), e))
@@ -88,7 +95,8 @@ async fn from_source(
 ) -> Result<(), FetchError> {
     let index = layer.index();
     let begin = index.span(*next).blob_offset;
-    let end = (*next..run.spans.end).map(|i| index.span(i)).map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
+    let end =
+        (*next..run.spans.end).map(|i| index.span(i)).map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
     let mut arriving = Arriving {
         inner,

@@ -26,13 +26,22 @@ impl Window {
     /// `first` is the first missing span, `wanted` the compressed bytes of the missing spans, `free` what the link
     /// gives for nothing, `max` the bound. A read that goes on where the last one ended doubles the window; dense
     /// faults open it wholly, which turns the layer over to streaming in pieces; else only what is free is taken.
-    pub(super) fn ahead(&mut self, now: Instant, first: usize, wanted: u64, blob: u64, free: u64, max: u64) -> u64 {
+    pub(super) fn ahead(
+        &mut self,
+        now: Instant,
+        first: usize,
+        wanted: u64,
+        blob: u64,
+        free: u64,
+        max: u64,
+    ) -> u64 {
         while self.recent.front().is_some_and(|(at, _)| now.duration_since(*at) > MEMORY) {
             self.recent.pop_front();
         }
         self.recent.push_back((now, wanted));
         let share: u64 = self.recent.iter().map(|(_, bytes)| bytes).sum();
-        let dense = self.recent.len() >= DENSE_FAULTS || (self.recent.len() >= 4 && share >= blob / DENSE_SHARE);
+        let dense =
+            self.recent.len() >= DENSE_FAULTS || (self.recent.len() >= 4 && share >= blob / DENSE_SHARE);
         let sequential = first > 0 && first == self.next_span;
         self.bytes = match (dense, sequential) {
             (true, _) => max,
@@ -74,8 +83,9 @@ mod tests {
     fn dense_faults_open_the_window() {
         let mut window = Window::default();
         let now = Instant::now();
-        let sizes: Vec<u64> =
-            (0..12u32).map(|i| window.ahead(now, (i * 10) as usize + 1, MIB, 1000 * MIB, 0, 8 * MIB)).collect();
+        let sizes: Vec<u64> = (0..12u32)
+            .map(|i| window.ahead(now, (i * 10) as usize + 1, MIB, 1000 * MIB, 0, 8 * MIB))
+            .collect();
         assert_eq!(sizes[10], 0);
         assert_eq!(sizes[11], 8 * MIB);
         // A second later all is forgotten.

@@ -165,10 +165,12 @@ impl Layer {
 
     fn punch(&self) -> io::Result<()> {
         let size = self.index.layer_size();
-        let Ok(len) = i64::try_from(size) else { return Err(io::ErrorKind::FileTooLarge.into()) };
-        if len == 0 {
+        if size == 0 {
             return Ok(());
         }
+        // To the end of the last page: part of a page would be zeroed but kept.
+        let pages = size.checked_next_multiple_of(4096).and_then(|len| i64::try_from(len).ok());
+        let Some(len) = pages else { return Err(io::ErrorKind::FileTooLarge.into()) };
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match fallocate(&self.data, flags, 0, len) {
             Err(nix::errno::Errno::EOPNOTSUPP) => {

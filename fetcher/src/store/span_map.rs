@@ -57,7 +57,10 @@ impl SpanMap {
         let file = match OpenOptions::new().read(true).write(true).open(path) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Ok((SpanMap::create(path, spans, boot_id)?, Loaded { trusted: empty(), suspect: empty() }));
+                return Ok((
+                    SpanMap::create(path, spans, boot_id)?,
+                    Loaded { trusted: empty(), suspect: empty() },
+                ));
             }
             Err(e) => return Err(e),
         };

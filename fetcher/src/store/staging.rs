@@ -66,7 +66,12 @@ impl Staging {
     /// The index and the map are made durable first, the data is not: hundreds of megabytes would stand between
     /// the last byte and the container's start. The map carries this boot's id, so data that a power cut takes
     /// away is found by its digest before it is used; `Layer::sync` ends that state in the background.
-    pub(super) fn publish(self, final_dir: &Path, span_count: usize, boot_id: [u8; 16]) -> Result<(), FetchError> {
+    pub(super) fn publish(
+        self,
+        final_dir: &Path,
+        span_count: usize,
+        boot_id: [u8; 16],
+    ) -> Result<(), FetchError> {
         let map_path = self.dir.join(SPANS);
         let index_path = self.index_path();
         let mut map = SpanMap::create(&map_path, span_count, boot_id)

@@ -46,7 +46,9 @@ impl Registry {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .unwrap_or_else(|e| panic!("docker-registry is needed by this test (apt-get install docker-registry): {e}"));
+            .unwrap_or_else(|e| {
+                panic!("docker-registry is needed by this test (apt-get install docker-registry): {e}")
+            });
         let mut registry = Registry { child, address, _dir: dir };
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
@@ -68,12 +70,22 @@ impl Registry {
         for layer in &image.layers {
             self.put_blob(repository, layer.blob.clone()).await;
         }
-        self.put_manifest(repository, tag, image.manifest.clone(), "application/vnd.oci.image.manifest.v1+json").await;
+        self.put_manifest(
+            repository,
+            tag,
+            image.manifest.clone(),
+            "application/vnd.oci.image.manifest.v1+json",
+        )
+        .await;
         format!("{}/{repository}:{tag}", self.address)
     }
 
     pub async fn put_blob(&self, repository: &str, blob: bytes::Bytes) {
-        let start = client().post(format!("http://{}/v2/{repository}/blobs/uploads/", self.address)).send().await.unwrap();
+        let start = client()
+            .post(format!("http://{}/v2/{repository}/blobs/uploads/", self.address))
+            .send()
+            .await
+            .unwrap();
         assert_eq!(start.status(), StatusCode::ACCEPTED);
         let place = start.headers()["location"].to_str().unwrap().to_owned();
         let place = if place.starts_with('/') { format!("http://{}{place}", self.address) } else { place };

@@ -70,13 +70,19 @@ impl Server {
                     let (handler, seen) = (Arc::clone(&handler), Arc::clone(&seen));
                     async move {
                         let (head, body) = request.into_parts();
-                        let body = body.collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+                        let body =
+                            body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
                         let path = head.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
                         let one = {
                             let mut log = seen.lock().unwrap();
                             let before = log.iter().filter(|s| s.path == path).count();
-                            let one =
-                                Seen { method: head.method.to_string(), path, headers: head.headers, body, before };
+                            let one = Seen {
+                                method: head.method.to_string(),
+                                path,
+                                headers: head.headers,
+                                body,
+                                before,
+                            };
                             log.push(one.clone());
                             one
                         };
