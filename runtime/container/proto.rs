@@ -147,7 +147,9 @@ impl Frame {
     /// # Errors
     /// The bytes cannot become a frame.
     pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, FrameError> {
-        let Some((&[kind, l0, l1, l2, l3], rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
+        let Some((&[kind, l0, l1, l2, l3], rest)) = bytes.split_first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
         let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         if kind > 8 {
             return Err(FrameError::Kind(kind));
@@ -205,9 +207,15 @@ mod tests {
     #[test]
     fn frames_survive_the_wire_in_any_cut() {
         let frames = [
-            Frame::Stdin(b"abc".to_vec()), Frame::Stdout(vec![]), Frame::Stderr(vec![1; 300]),
-            Frame::Resize(24, 80), Frame::StdinEof, Frame::Exit(-1), Frame::Error(127, "no".into()),
-            Frame::Started(7), Frame::Signal(15),
+            Frame::Stdin(b"abc".to_vec()),
+            Frame::Stdout(vec![]),
+            Frame::Stderr(vec![1; 300]),
+            Frame::Resize(24, 80),
+            Frame::StdinEof,
+            Frame::Exit(-1),
+            Frame::Error(127, "no".into()),
+            Frame::Started(7),
+            Frame::Signal(15),
         ];
         for frame in frames {
             let bytes = frame.to_bytes();
@@ -221,7 +229,10 @@ mod tests {
     #[test]
     fn requests_are_the_documented_json() {
         let parse = |s: &str| serde_json::from_str::<Request>(s).unwrap();
-        assert_eq!(parse(r#"{"op":"attach","stdin":true,"logs":false}"#), Request::Attach { stdin: true, logs: false });
+        assert_eq!(
+            parse(r#"{"op":"attach","stdin":true,"logs":false}"#),
+            Request::Attach { stdin: true, logs: false }
+        );
         assert_eq!(parse(r#"{"op":"kill","signal":9}"#), Request::Kill { signal: 9 });
         assert_eq!(parse(r#"{"op":"state"}"#), Request::State);
         let exec = parse(r#"{"op":"exec","process":{"args":["true"],"terminal":true}}"#);

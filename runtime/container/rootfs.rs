@@ -64,7 +64,9 @@ pub(crate) fn ensure_dir(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
             Err(Errno::ENOENT) => {
                 match mkdirat(dir.as_fd(), name, Mode::from_bits_truncate(0o755)) {
                     Ok(()) | Err(Errno::EEXIST) => {}
-                    Err(e) => return Err(e).attempt(|| format!("create {} in the container", prefix.display())),
+                    Err(e) => {
+                        return Err(e).attempt(|| format!("create {} in the container", prefix.display()));
+                    }
                 }
                 open(root, &prefix, flags, Mode::empty())
             }
@@ -101,7 +103,10 @@ pub(crate) fn read_file(root: BorrowedFd<'_>, path: &Path, limit: u64) -> Result
     let what = || format!("read {} in the container", path.display());
     let meta = file.metadata().attempt(what)?;
     if !meta.is_file() {
-        return Err(ContainerError::Invalid(format!("{} in the container is not a regular file", path.display())));
+        return Err(ContainerError::Invalid(format!(
+            "{} in the container is not a regular file",
+            path.display()
+        )));
     }
     let mut content = Vec::new();
     file.take(limit + 1).read_to_end(&mut content).attempt(what)?;

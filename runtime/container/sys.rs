@@ -90,7 +90,14 @@ pub(crate) fn mount_setattr(fd: BorrowedFd<'_>, recursive: bool, attr: &MountAtt
     let size = size_of::<MountAttr>();
     // SAFETY: `attr` is a valid struct mount_attr of the size given.
     let ret = unsafe {
-        libc::syscall(libc::SYS_mount_setattr, fd.as_raw_fd(), c"".as_ptr(), flags, attr as *const MountAttr, size)
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            attr as *const MountAttr,
+            size,
+        )
     };
     check(ret).map(drop)
 }
@@ -209,7 +216,8 @@ pub(crate) fn pty_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub(crate) fn set_winsize(tty: BorrowedFd<'_>, rows: u16, cols: u16) -> io::Result<()> {
     let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: `size` is a valid struct winsize for the call's duration.
-    check(libc::c_long::from(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })).map(drop)
+    check(libc::c_long::from(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }))
+        .map(drop)
 }
 
 /// One prctl(2) with one integer argument.
@@ -230,4 +238,18 @@ pub(crate) fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     check(libc::c_long::from(unsafe { libc::fcntl(fd, libc::F_GETFD) }))?;
     // SAFETY: it is open, and by the protocol between parent and child it belongs to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A non-blocking inotify descriptor.
+pub(crate) fn inotify() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    owned(libc::c_long::from(unsafe { libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK) }))
+}
+
+/// Adds a watch for the events of `mask` on `path`.
+pub(crate) fn inotify_watch(inotify: BorrowedFd<'_>, path: &Path, mask: u32) -> io::Result<()> {
+    let path = cstring(path)?;
+    // SAFETY: `path` is NUL-terminated and outlives the call.
+    let ret = unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), mask) };
+    check(libc::c_long::from(ret)).map(drop)
 }

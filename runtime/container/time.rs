@@ -61,7 +61,9 @@ pub(crate) fn parse_rfc3339(text: &str) -> Option<i128> {
     }
     let offset = match rest.as_bytes() {
         [] | [b'Z' | b'z'] => 0,
-        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] if [h1, h2, m1, m2].iter().all(|b| b.is_ascii_digit()) => {
+        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2]
+            if [h1, h2, m1, m2].iter().all(|b| b.is_ascii_digit()) =>
+        {
             let two = |a: &u8, b: &u8| i64::from(a - b'0') * 10 + i64::from(b - b'0');
             let total = two(h1, h2) * 3600 + two(m1, m2) * 60;
             if *sign == b'+' { total } else { -total }

@@ -74,8 +74,20 @@ impl Hierarchies {
 }
 
 const V1_CONTROLLERS: [&str; 14] = [
-    "cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "net_cls", "net_prio", "perf_event",
-    "hugetlb", "rdma", "misc",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "memory",
+    "devices",
+    "freezer",
+    "blkio",
+    "pids",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "hugetlb",
+    "rdma",
+    "misc",
 ];
 
 /// The control groups of one container: one directory per hierarchy.
@@ -93,7 +105,8 @@ impl Cgroup {
     /// The path is empty or climbs with `..`.
     pub fn new(hierarchies: Hierarchies, path: &str) -> Result<Self> {
         let relative = path.trim_matches('/');
-        let sound = !relative.is_empty() && relative.split('/').all(|p| !p.is_empty() && p != "." && p != "..");
+        let sound =
+            !relative.is_empty() && relative.split('/').all(|p| !p.is_empty() && p != "." && p != "..");
         if !sound {
             return Err(ContainerError::Invalid(format!("\"{path}\" is not a usable cgroup path")));
         }
@@ -147,7 +160,10 @@ impl Cgroup {
     /// What the container may see of its groups.
     pub(crate) fn view(&self) -> super::init::CgroupView {
         let v1 = self.hierarchies.v1.iter().map(|h| (h.controllers.clone(), h.mount.join(&self.path)));
-        super::init::CgroupView { v1: v1.collect(), v2: self.hierarchies.v2.as_ref().map(|m| m.join(&self.path)) }
+        super::init::CgroupView {
+            v1: v1.collect(),
+            v2: self.hierarchies.v2.as_ref().map(|m| m.join(&self.path)),
+        }
     }
 
     /// On a purely unified machine: the group as a descriptor, for a clone straight into it.
@@ -190,7 +206,8 @@ impl Cgroup {
     /// Processes in the group, as this process sees their ids.
     pub fn pids(&self) -> Vec<i32> {
         let dirs = self.dirs();
-        let text = dirs.first().and_then(|d| fs::read_to_string(d.join("cgroup.procs")).ok()).unwrap_or_default();
+        let text =
+            dirs.first().and_then(|d| fs::read_to_string(d.join("cgroup.procs")).ok()).unwrap_or_default();
         text.lines().filter_map(|l| l.trim().parse().ok()).collect()
     }
 
@@ -239,7 +256,8 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
 
 /// Writes one control file.
 fn set(dir: &Path, file: &str, value: &str) -> Result<()> {
-    fs::write(dir.join(file), value).attempt(|| format!("set {file} to \"{value}\" in cgroup {}", dir.display()))
+    fs::write(dir.join(file), value)
+        .attempt(|| format!("set {file} to \"{value}\" in cgroup {}", dir.display()))
 }
 
 fn missing(controller: &str) -> ContainerError {

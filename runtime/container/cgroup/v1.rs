@@ -30,7 +30,8 @@ fn inherit(parent: &Path, dir: &Path, file: &str) -> Result<()> {
     if !own.trim().is_empty() {
         return Ok(());
     }
-    let value = fs::read_to_string(parent.join(file)).attempt(|| format!("read {file} of {}", parent.display()))?;
+    let value =
+        fs::read_to_string(parent.join(file)).attempt(|| format!("read {file} of {}", parent.display()))?;
     set(dir, file, value.trim())
 }
 

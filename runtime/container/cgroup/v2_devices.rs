@@ -112,7 +112,8 @@ pub(super) fn attach(dir: &Path, rules: &[Rule]) -> Result<()> {
         attach_flags: BPF_F_ALLOW_MULTI,
     };
     // SAFETY: `attr` is the leading part of union bpf_attr for this command, its size is passed with it.
-    let ret = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) };
+    let ret =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>()) };
     if ret < 0 { Err(io::Error::last_os_error()).attempt(what) } else { Ok(()) }
 }
 

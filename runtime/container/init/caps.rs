@@ -32,7 +32,8 @@ impl Sets {
 fn mask(caps: Option<&Capabilities>) -> Result<u64> {
     let mut out = 0;
     for cap in caps.into_iter().flatten() {
-        let name = serde_json::to_value(cap).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+        let name =
+            serde_json::to_value(cap).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
         let known = caps::Capability::from_str(&name)
             .map_err(|_| ContainerError::Invalid(format!("capability {name} is not known here")))?;
         out |= 1u64 << known.index();
@@ -58,7 +59,9 @@ pub(super) fn become_user(process: &Process) -> Result<()> {
     setresuid(uid, uid, uid).attempt(|| format!("become user {uid}"))?;
     set(sets.effective & supported, sets.permitted & supported, sets.inheritable & supported)?;
     sys::prctl(libc::PR_SET_KEEPCAPS, 0).attempt(|| "stop keeping capabilities")?;
-    for cap in (0..=last).filter(|c| sets.ambient & 1 << c != 0) {
+    // Ambient capabilities must be permitted and inheritable; specs (runc's template too) ask for more.
+    let ambient = sets.ambient & sets.permitted & sets.inheritable;
+    for cap in (0..=last).filter(|c| ambient & 1 << c != 0) {
         raise_ambient(cap)?;
     }
     Ok(())

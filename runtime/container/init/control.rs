@@ -2,9 +2,7 @@
 
 use crate::container::error::{Attempt, ContainerError, EXIT_RUNNER, Result};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, send, sendmsg,
-};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, send, sendmsg};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 use std::fs::File;

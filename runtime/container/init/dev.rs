@@ -68,11 +68,15 @@ fn custom(root: BorrowedFd<'_>, device: &LinuxDevice) -> Result<()> {
         LinuxDeviceType::P => SFlag::S_IFIFO,
         LinuxDeviceType::C | LinuxDeviceType::U => SFlag::S_IFCHR,
         LinuxDeviceType::A => {
-            return Err(ContainerError::Invalid(format!("device {} has no usable type", device.path().display())));
+            return Err(ContainerError::Invalid(format!(
+                "device {} has no usable type",
+                device.path().display()
+            )));
         }
     };
     let number = |n: i64| u64::try_from(n).unwrap_or(0);
-    let dev = if kind == SFlag::S_IFIFO { 0 } else { makedev(number(device.major()), number(device.minor())) };
+    let dev =
+        if kind == SFlag::S_IFIFO { 0 } else { makedev(number(device.major()), number(device.minor())) };
     let dir = rootfs::ensure_dir(root, parent)?;
     let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
     node(dir.as_fd(), name, kind, dev, mode)?;

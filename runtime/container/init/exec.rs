@@ -2,9 +2,7 @@
 
 use super::control::{Control, Message, Plan};
 use super::{caps, die_with_shim, paths, seccomp};
-use crate::container::error::{
-    Attempt, ContainerError, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Result,
-};
+use crate::container::error::{Attempt, ContainerError, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Result};
 use crate::container::sys;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
@@ -17,8 +15,11 @@ use std::path::{Path, PathBuf};
 
 /// Becomes the container's command. Never returns but with an error.
 pub(super) fn into_command(control: &Control, plan: &Plan) -> Result<Infallible> {
-    let process =
-        plan.spec.process().as_ref().ok_or_else(|| ContainerError::invalid("the spec has no \"process\" section"))?;
+    let process = plan
+        .spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| ContainerError::invalid("the spec has no \"process\" section"))?;
     if let Some(score) = process.oom_score_adj() {
         let path = format!("{}/oom_score_adj", nix::unistd::getpid());
         paths::write_proc(&paths::private_proc()?, &path, &score.to_string())?;

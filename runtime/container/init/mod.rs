@@ -59,7 +59,11 @@ fn run(control: &Control) -> Result<Infallible> {
     umask(Mode::empty());
     // The shim's child is never a group leader, so this can only fail if it already leads a session.
     let _ = nix::unistd::setsid();
-    if plan.exec { join(control, &plan)? } else { build(control, &plan)? }
+    if plan.exec {
+        join(control, &plan)?
+    } else {
+        build(control, &plan)?
+    }
     exec::into_command(control, &plan)
 }
 
@@ -156,7 +160,9 @@ fn has_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 /// One sentence naming the feature.
 pub(crate) fn check_supported(spec: &Spec) -> Result<()> {
     let refuse = |what: &str| {
-        Err(ContainerError::Invalid(format!("{what} not supported by the built-in runner; use another --runtime")))
+        Err(ContainerError::Invalid(format!(
+            "{what} not supported by the built-in runner; use another --runtime"
+        )))
     };
     let Some(linux) = spec.linux() else {
         return Err(ContainerError::invalid("the spec has no \"linux\" section"));
@@ -200,6 +206,7 @@ pub(crate) fn check_supported(spec: &Spec) -> Result<()> {
 
 /// The container's root as the spec names it, relative paths counting from the bundle.
 pub(crate) fn root_path(spec: &Spec, bundle: &Path) -> Result<std::path::PathBuf> {
-    let root = spec.root().as_ref().ok_or_else(|| ContainerError::invalid("the spec has no \"root\" section"))?;
+    let root =
+        spec.root().as_ref().ok_or_else(|| ContainerError::invalid("the spec has no \"root\" section"))?;
     Ok(bundle.join(root.path()))
 }

@@ -53,7 +53,8 @@ pub(super) fn build_root(control: &Control, plan: &Plan, cgroup: &mut Gate<'_>) 
 /// later may still arrive until the final propagation is set.
 fn isolate() -> Result<()> {
     let none: Option<&str> = None;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).attempt(|| "isolate the container's mounts")
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .attempt(|| "isolate the container's mounts")
 }
 
 /// The propagation the spec wants for the container's root, once inside it; private when it wants none.
@@ -144,13 +145,19 @@ fn bind(root: BorrowedFd<'_>, m: &Mount, options: &Options, bundle: &Path) -> Re
     let destination = m.destination();
     let source: PathBuf = match m.source() {
         Some(source) => bundle.join(source),
-        None => return Err(ContainerError::Invalid(format!("the mount on {} has no source", destination.display()))),
+        None => {
+            return Err(ContainerError::Invalid(format!(
+                "the mount on {} has no source",
+                destination.display()
+            )));
+        }
     };
     let what = || format!("bind {} to {}", source.display(), destination.display());
     let tree = sys::clone_tree(&source, options.recursive).attempt(what)?;
     let st = fstat(&tree).attempt(what)?;
     let is_dir = SFlag::from_bits_truncate(st.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR;
-    let target = if is_dir { rootfs::ensure_dir(root, destination)? } else { rootfs::ensure_file(root, destination)? };
+    let target =
+        if is_dir { rootfs::ensure_dir(root, destination)? } else { rootfs::ensure_file(root, destination)? };
     if options.attr != sys::MountAttr::default() {
         sys::mount_setattr(tree.as_fd(), false, &options.attr).attempt(what)?;
     }

@@ -13,7 +13,8 @@ use std::path::Path;
 
 /// The host's /dev/null, proven to be it (a bundle might have swapped it; CVE-2025-31133).
 pub(super) fn host_null() -> Result<OwnedFd> {
-    let fd = open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).attempt(|| "open /dev/null")?;
+    let fd =
+        open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).attempt(|| "open /dev/null")?;
     let st = fstat(&fd).attempt(|| "look at /dev/null")?;
     let is_char = SFlag::from_bits_truncate(st.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR;
     if is_char && (major(st.st_rdev), minor(st.st_rdev)) == (1, 3) {
@@ -38,8 +39,15 @@ pub(super) fn mask(root: BorrowedFd<'_>, path: &Path, null: BorrowedFd<'_>) -> R
     let st = fstat(&target).attempt(what)?;
     let is_dir = SFlag::from_bits_truncate(st.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR;
     let cover = if is_dir {
-        let size = [("size".to_owned(), Some("0k".to_owned())), ("nr_inodes".to_owned(), Some("2".to_owned()))];
-        sys::fs_mount("tmpfs", Some("tmpfs"), &size, &[], sys::attr::RDONLY | sys::attr::NODEV | sys::attr::NOSUID)
+        let size =
+            [("size".to_owned(), Some("0k".to_owned())), ("nr_inodes".to_owned(), Some("2".to_owned()))];
+        sys::fs_mount(
+            "tmpfs",
+            Some("tmpfs"),
+            &size,
+            &[],
+            sys::attr::RDONLY | sys::attr::NODEV | sys::attr::NOSUID,
+        )
     } else {
         sys::clone_tree_at(null, false)
     };
@@ -63,7 +71,8 @@ pub(super) fn private_proc() -> Result<OwnedFd> {
 
 /// Writes one file of a private procfs.
 pub(super) fn write_proc(proc: &OwnedFd, path: &str, value: &str) -> Result<()> {
-    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
+    let resolve =
+        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
     let how = OpenHow::new().flags(OFlag::O_WRONLY | OFlag::O_CLOEXEC).resolve(resolve);
     let what = || format!("write \"{value}\" to /proc/{path}");
     let fd = openat2(proc.as_fd(), path, how).attempt(what)?;
@@ -77,7 +86,8 @@ pub(super) fn set_sysctls(spec: &Spec) -> Result<()> {
     let proc = private_proc()?;
     for (key, value) in sysctls {
         if !is_namespaced(key) {
-            let message = format!("sysctl {key} belongs to the whole machine and cannot be set for a container");
+            let message =
+                format!("sysctl {key} belongs to the whole machine and cannot be set for a container");
             return Err(ContainerError::Invalid(message));
         }
         write_proc(&proc, &format!("sys/{}", key.replace('.', "/")), value)?;
@@ -86,7 +96,15 @@ pub(super) fn set_sysctls(spec: &Spec) -> Result<()> {
 }
 
 fn is_namespaced(key: &str) -> bool {
-    let ipc = ["kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem", "kernel.shmall", "kernel.shmmax",
-        "kernel.shmmni", "kernel.shm_rmid_forced"];
+    let ipc = [
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.sem",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+    ];
     ipc.contains(&key) || key.starts_with("net.") || key.starts_with("fs.mqueue.")
 }

@@ -8,7 +8,9 @@
 
 use super::syscalls;
 use crate::container::error::{ContainerError, Result};
-use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator, LinuxSyscall};
+use oci_spec::runtime::{
+    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator, LinuxSyscall,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
@@ -63,7 +65,8 @@ pub(super) fn install(programs: &[BpfProgram]) -> Result<()> {
 /// seccomp(2) itself: the crate's own installer also sets no_new_privs, which is the spec's business.
 fn load(program: &BpfProgram) -> Result<()> {
     use crate::container::error::Attempt;
-    let len = u16::try_from(program.len()).map_err(|_| ContainerError::invalid("the seccomp profile is too long"))?;
+    let len = u16::try_from(program.len())
+        .map_err(|_| ContainerError::invalid("the seccomp profile is too long"))?;
     #[repr(C)]
     struct Fprog {
         len: u16,
@@ -97,7 +100,9 @@ fn add(rules: &mut Rules, call: &LinuxSyscall) -> Result<()> {
             .map_err(|e| ContainerError::Invalid(format!("a seccomp rule cannot be compiled: {e}")))?;
         match rules.entry(number) {
             std::collections::btree_map::Entry::Vacant(e) => drop(e.insert(vec![rule])),
-            std::collections::btree_map::Entry::Occupied(mut e) if !e.get().is_empty() => e.get_mut().push(rule),
+            std::collections::btree_map::Entry::Occupied(mut e) if !e.get().is_empty() => {
+                e.get_mut().push(rule)
+            }
             std::collections::btree_map::Entry::Occupied(_) => {}
         }
     }
@@ -132,7 +137,9 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<SeccompActio
         LinuxSeccompAction::ScmpActTrap => SeccompAction::Trap,
         LinuxSeccompAction::ScmpActTrace => SeccompAction::Trace(errno),
         LinuxSeccompAction::ScmpActNotify => {
-            return Err(ContainerError::invalid("seccomp notification is not supported by the built-in runner"));
+            return Err(ContainerError::invalid(
+                "seccomp notification is not supported by the built-in runner",
+            ));
         }
     })
 }

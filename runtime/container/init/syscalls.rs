@@ -10,7 +10,9 @@ pub(super) fn number(name: &str) -> Option<i64> {
     let known = |t: &[(&str, libc::c_long)]| {
         t.iter().find(|(n, _)| n.strip_prefix("SYS_") == Some(name)).map(|(_, number)| *number)
     };
-    known(COMMON).or_else(|| known(LEGACY)).or_else(|| RECENT.iter().find(|(n, _)| *n == name).map(|(_, n)| *n))
+    known(COMMON)
+        .or_else(|| known(LEGACY))
+        .or_else(|| RECENT.iter().find(|(n, _)| *n == name).map(|(_, n)| *n))
 }
 
 /// On every 64-bit architecture.

@@ -49,7 +49,16 @@ impl Client {
     pub(super) fn new(stream: UnixStream) -> std::io::Result<Self> {
         stream.set_nonblocking(true)?;
         let (input, output) = (Vec::new(), Vec::new());
-        Ok(Self { stream, role: Role::Greeting, input, output, sent: 0, stalled: None, replay: None, gone: false })
+        Ok(Self {
+            stream,
+            role: Role::Greeting,
+            input,
+            output,
+            sent: 0,
+            stalled: None,
+            replay: None,
+            gone: false,
+        })
     }
 
     /// Bytes not yet taken.
@@ -150,7 +159,8 @@ impl Client {
 
     /// It follows the container without the right to hold it up, and has done so for too long.
     pub(super) fn out_of_patience(&self) -> bool {
-        let follows = matches!(self.role, Role::Attached { foreground: false, .. } | Role::Greeting | Role::Done);
+        let follows =
+            matches!(self.role, Role::Attached { foreground: false, .. } | Role::Greeting | Role::Done);
         follows && self.owed() > 0 && self.stalled.is_some_and(|s| s.elapsed() > PATIENCE)
     }
 

@@ -50,10 +50,13 @@ pub(super) fn attach_root(config: &ShimConfig) -> Result<()> {
 pub(super) fn load_spec(config: &ShimConfig) -> Result<Spec> {
     let path = config.dir.join("config.json");
     let json = std::fs::read(&path).attempt(|| format!("read {}", path.display()))?;
-    let mut spec: Spec = serde_json::from_slice(&json).attempt(|| format!("understand {}", path.display()))?;
+    let mut spec: Spec =
+        serde_json::from_slice(&json).attempt(|| format!("understand {}", path.display()))?;
     let terminal = spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal).unwrap_or(false);
     if terminal != config.terminal {
-        return Err(ContainerError::invalid("the spec and the shim's configuration disagree about a terminal"));
+        return Err(ContainerError::invalid(
+            "the spec and the shim's configuration disagree about a terminal",
+        ));
     }
     let root = open_root(&spec, &config.dir)?;
     if user::complete(&mut spec, root.as_fd())? {

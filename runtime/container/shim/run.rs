@@ -73,16 +73,19 @@ pub(super) fn run(config: &ShimConfig, status: &mut Status) -> Result<()> {
     };
     let lived = shim.start().and_then(|()| shim.serve(status));
     shim.clean_up();
-    lived.inspect_err(|error| shim.say_goodbye(&Frame::Error(i32::from(error.exit_code()), error.to_string())))
+    lived
+        .inspect_err(|error| shim.say_goodbye(&Frame::Error(i32::from(error.exit_code()), error.to_string())))
 }
 
 impl Shim<'_> {
     /// Brings the container to the point where init is at work.
     fn start(&mut self) -> Result<()> {
         let (streams, theirs) = make_streams(self.config.terminal, self.config.open_stdin)?;
-        let netns = self.config.netns_fd.map(sys::adopt).transpose().attempt(|| "take the network namespace")?;
+        let netns =
+            self.config.netns_fd.map(sys::adopt).transpose().attempt(|| "take the network namespace")?;
         if let Some(runtime) = self.config.runtime.clone() {
-            let (foreign, child, console) = Foreign::create(&runtime, self.config, &self.spec, netns, &theirs)?;
+            let (foreign, child, console) =
+                Foreign::create(&runtime, self.config, &self.spec, netns, &theirs)?;
             self.foreign = Some(foreign);
             let mut session = Session::new(child, streams, self.config.terminal, !self.config.wait_attach);
             session.control = None;
@@ -170,8 +173,10 @@ impl Shim<'_> {
 
     /// Waits for anything to do, then does what the ready descriptors call for.
     fn wait(&mut self) -> Result<()> {
-        let mut fds: Vec<(BorrowedFd<'_>, PollFlags, Source)> =
-            vec![(self.signals.as_fd(), PollFlags::POLLIN, Source::Signal), (self.listener.as_fd(), PollFlags::POLLIN, Source::Listener)];
+        let mut fds: Vec<(BorrowedFd<'_>, PollFlags, Source)> = vec![
+            (self.signals.as_fd(), PollFlags::POLLIN, Source::Signal),
+            (self.listener.as_fd(), PollFlags::POLLIN, Source::Listener),
+        ];
         for (key, s) in &self.sessions {
             if let Some(control) = &s.control {
                 fds.push((control.as_fd(), PollFlags::POLLIN, Source::Control(*key)));
@@ -200,7 +205,8 @@ impl Shim<'_> {
             fds.push((c.stream.as_fd(), events, Source::Client(index)));
         }
         let timeout = if impatient { PollTimeout::from(1000u16) } else { PollTimeout::NONE };
-        let mut polled: Vec<PollFd<'_>> = fds.iter().map(|(fd, events, _)| PollFd::new(*fd, *events)).collect();
+        let mut polled: Vec<PollFd<'_>> =
+            fds.iter().map(|(fd, events, _)| PollFd::new(*fd, *events)).collect();
         match poll(&mut polled, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(e).attempt(|| "wait for events"),

@@ -151,8 +151,10 @@ impl Foreign {
         if status.success() {
             return Ok(());
         }
-        let message = self.last_error().unwrap_or_else(|| format!("{} failed: {status}", self.runtime.display()));
-        let code = if message.contains("executable file not found") || message.contains("no such file or directory")
+        let message =
+            self.last_error().unwrap_or_else(|| format!("{} failed: {status}", self.runtime.display()));
+        let code = if message.contains("executable file not found")
+            || message.contains("no such file or directory")
         {
             EXIT_NOT_FOUND
         } else if message.contains("permission denied") || message.contains("exec format error") {
@@ -169,7 +171,8 @@ impl Foreign {
         File::open(self.log()).ok()?.take(1 << 20).read_to_string(&mut text).ok()?;
         let error = |line: &str| -> Option<String> {
             let value: serde_json::Value = serde_json::from_str(line).ok()?;
-            (value.get("level")?.as_str()? == "error").then(|| value.get("msg")?.as_str().map(str::to_owned))?
+            (value.get("level")?.as_str()? == "error")
+                .then(|| value.get("msg")?.as_str().map(str::to_owned))?
         };
         text.lines().rev().find_map(error)
     }

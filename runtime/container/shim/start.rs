@@ -125,7 +125,8 @@ pub(super) fn spawn(exe: BorrowedFd<'_>, plan: &Plan, birth: &Birth<'_>) -> Resu
 /// The child between clone and exec.
 fn become_init(exe: &OwnedFd, netns: Option<&OwnedFd>, copies: &[(OwnedFd, i32)]) -> ! {
     let failed = |step: &CStr| -> ! {
-        let control = copies.iter().find(|(_, to)| *to == CONTROL_FD).map_or(CONTROL_FD, |(fd, _)| fd.as_raw_fd());
+        let control =
+            copies.iter().find(|(_, to)| *to == CONTROL_FD).map_or(CONTROL_FD, |(fd, _)| fd.as_raw_fd());
         let errno = nix::errno::Errno::last();
         let text = format!("cannot {}: {}", step.to_string_lossy(), errno.desc());
         let mut packet = vec![b'E', crate::container::error::EXIT_RUNNER];

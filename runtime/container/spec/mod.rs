@@ -205,7 +205,9 @@ fn resources(run: &RunOptions, devices: &[Value]) -> Result<Value> {
         }
         let swap = run.memory_swap.unwrap_or_else(|| limit.saturating_mul(2));
         if swap >= 0 && swap < limit {
-            return Err(ContainerError::invalid("the limit of memory and swap cannot be below the memory limit"));
+            return Err(ContainerError::invalid(
+                "the limit of memory and swap cannot be below the memory limit",
+            ));
         }
         out["memory"] = json!({"limit": limit, "swap": swap});
     }

@@ -62,7 +62,10 @@ fn absolute(path: &Path) -> Result<()> {
     if path.is_absolute() && crate::container::rootfs::clean(path).as_os_str() != "" {
         return Ok(());
     }
-    Err(ContainerError::Invalid(format!("{} is not a usable path for a mount in the container", path.display())))
+    Err(ContainerError::Invalid(format!(
+        "{} is not a usable path for a mount in the container",
+        path.display()
+    )))
 }
 
 fn bind(source: &Path, destination: &Path, options: &[String]) -> Result<Value> {
@@ -117,8 +120,23 @@ fn host_devices() -> Vec<Value> {
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
             let (path, name) = (entry.path(), entry.file_name());
             let Ok(kind) = entry.file_type() else { continue };
-            let own = ["pts", "shm", "mqueue", "fd", "console", "ptmx", "null", "zero", "full", "random", "urandom",
-                "tty", ".lxc", ".lxd-mounts", ".udev"];
+            let own = [
+                "pts",
+                "shm",
+                "mqueue",
+                "fd",
+                "console",
+                "ptmx",
+                "null",
+                "zero",
+                "full",
+                "random",
+                "urandom",
+                "tty",
+                ".lxc",
+                ".lxd-mounts",
+                ".udev",
+            ];
             if own.iter().any(|o| name == *o) {
                 continue;
             }

@@ -76,7 +76,8 @@ const BY_CAPABILITY: [(&str, &str); 13] = [
 #[cfg(target_arch = "x86_64")]
 const BY_ARCHITECTURE: &str = "arch_prctl modify_ldt";
 #[cfg(target_arch = "aarch64")]
-const BY_ARCHITECTURE: &str = "arm_fadvise64_64 arm_sync_file_range breakpoint cacheflush set_tls sync_file_range2";
+const BY_ARCHITECTURE: &str =
+    "arm_fadvise64_64 arm_sync_file_range breakpoint cacheflush set_tls sync_file_range2";
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 const BY_ARCHITECTURE: &str = "";
 
@@ -100,7 +101,8 @@ pub(super) fn profile(capabilities: &[String]) -> Option<LinuxSeccomp> {
             always.extend(split(names));
         }
     }
-    let allow = |names: &[&str], args: Value| json!({"names": names, "action": "SCMP_ACT_ALLOW", "args": args});
+    let allow =
+        |names: &[&str], args: Value| json!({"names": names, "action": "SCMP_ACT_ALLOW", "args": args});
     let mut syscalls = vec![
         json!({"names": always, "action": "SCMP_ACT_ALLOW"}),
         allow(&["socket"], json!([{"index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_NE"}])),
@@ -114,7 +116,8 @@ pub(super) fn profile(capabilities: &[String]) -> Option<LinuxSeccomp> {
         syscalls.push(allow(&["clone"], no_namespaces));
         syscalls.push(json!({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS}));
     }
-    let mut profile = json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": libc::EPERM, "syscalls": syscalls});
+    let mut profile =
+        json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": libc::EPERM, "syscalls": syscalls});
     if let Some(map) = profile.as_object_mut() {
         let architectures = match std::env::consts::ARCH {
             "x86_64" => json!(["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]),
@@ -138,7 +141,9 @@ mod tests {
         let names = |p: &LinuxSeccomp| -> Vec<String> {
             p.syscalls().iter().flatten().flat_map(|s| s.names().clone()).collect()
         };
-        for absent in ["mount", "unshare", "bpf", "io_uring_setup", "keyctl", "kexec_load", "userfaultfd", "setns"] {
+        for absent in
+            ["mount", "unshare", "bpf", "io_uring_setup", "keyctl", "kexec_load", "userfaultfd", "setns"]
+        {
             assert!(!names(&plain).contains(&absent.to_owned()), "{absent}");
         }
         for present in ["read", "execve", "ptrace", "clone3", "personality", "fchmodat2"] {

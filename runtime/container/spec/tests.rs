@@ -10,7 +10,8 @@ fn image(config: &str) -> ImageConfiguration {
 }
 
 fn spec(config: &str, run: &RunOptions) -> Result<Spec> {
-    let paths = BundlePaths { rootfs: "rootfs".into(), cgroup: Some("/lazyrun/x".into()), ..Default::default() };
+    let paths =
+        BundlePaths { rootfs: "rootfs".into(), cgroup: Some("/lazyrun/x".into()), ..Default::default() };
     generate(&image(config), run, &paths)
 }
 
@@ -41,7 +42,12 @@ fn commands_combine_as_dockers() {
 
 #[test]
 fn environment_user_and_annotations() {
-    let run = RunOptions { env: strings(&["X=2", "Y=3"]), tty: true, hostname: Some("h".into()), ..Default::default() };
+    let run = RunOptions {
+        env: strings(&["X=2", "Y=3"]),
+        tty: true,
+        hostname: Some("h".into()),
+        ..Default::default()
+    };
     let spec = spec(IMAGE, &run).unwrap();
     let process = spec.process().as_ref().unwrap();
     let env = process.env().as_ref().unwrap();
@@ -70,7 +76,8 @@ fn the_sandbox_is_closed_by_default_and_open_when_privileged() {
 
 #[test]
 fn limits_and_what_they_refuse() {
-    let run = RunOptions { memory: Some(64 << 20), cpus: Some(1.5), pids_limit: Some(10), ..Default::default() };
+    let run =
+        RunOptions { memory: Some(64 << 20), cpus: Some(1.5), pids_limit: Some(10), ..Default::default() };
     let json = serde_json::to_value(spec(IMAGE, &run).unwrap()).unwrap();
     let r = &json["linux"]["resources"];
     assert_eq!(r["memory"]["swap"], 128 << 20);

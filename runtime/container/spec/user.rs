@@ -61,7 +61,10 @@ fn number(text: &str) -> Result<Option<u32>> {
     }
     match text.parse::<u32>() {
         Ok(id) if id <= i32::MAX as u32 => Ok(Some(id)),
-        _ => Err(ContainerError::Invalid(format!("user or group id {text} is out of range (0 to {})", i32::MAX))),
+        _ => Err(ContainerError::Invalid(format!(
+            "user or group id {text} is out of range (0 to {})",
+            i32::MAX
+        ))),
     }
 }
 
@@ -89,7 +92,9 @@ fn resolve_in(user: &str, passwd: &str, group: &str) -> Result<ResolvedUser> {
         (Some(e), _) => e.id,
         (None, Some(id)) => id,
         (None, None) => {
-            return Err(ContainerError::Invalid(format!("user \"{name}\" is not in the container's /etc/passwd")));
+            return Err(ContainerError::Invalid(format!(
+                "user \"{name}\" is not in the container's /etc/passwd"
+            )));
         }
     };
     let home = found.as_ref().and_then(|e| e.fields.get(5).copied()).filter(|h| !h.is_empty()).unwrap_or("/");
@@ -131,7 +136,8 @@ pub(crate) fn complete(spec: &mut Spec, root: BorrowedFd<'_>) -> Result<bool> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n# comment\nbroken\nweb:x:33:34::/var/www:\n123:x:5:6::/odd:\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\n# comment\nbroken\nweb:x:33:34::/var/www:\n123:x:5:6::/odd:\n";
     const GROUP: &str = "root:x:0:root\nweb:x:34:\naudio:x:29:web,root\nvideo:x:44:web\n";
 
     fn get(user: &str) -> ResolvedUser {
@@ -156,7 +162,17 @@ mod tests {
 
     #[test]
     fn nothing_wraps_or_slips_through() {
-        for bad in ["4294967296", "2147483648", "-1", "0x0", "nobody", "web:nobody", "1 ", "+1", "99999999999999999999"] {
+        for bad in [
+            "4294967296",
+            "2147483648",
+            "-1",
+            "0x0",
+            "nobody",
+            "web:nobody",
+            "1 ",
+            "+1",
+            "99999999999999999999",
+        ] {
             assert!(resolve_in(bad, PASSWD, GROUP).is_err(), "{bad}");
         }
     }
