@@ -202,7 +202,6 @@ pub(crate) fn encode_output(error: bool, bytes: &[u8], out: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn frames_survive_the_wire_in_any_cut() {
@@ -239,11 +238,21 @@ mod tests {
         assert!(matches!(exec, Request::Exec { process } if process.terminal && process.args == ["true"]));
     }
 
-    proptest! {
-        #[test]
-        fn foreign_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+    #[test]
+    fn foreign_bytes_never_panic() {
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut next = || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed
+        };
+        for _ in 0..20_000 {
+            let len = (next() % 24) as usize;
+            // Small bytes, so that types and lengths are often valid ones.
+            let bytes: Vec<u8> = (0..len).map(|_| (next() % 12) as u8 * u8::from(next() % 3 > 0)).collect();
             if let Ok(Some((_, used))) = Frame::decode(&bytes) {
-                prop_assert!(used <= bytes.len());
+                assert!(used <= bytes.len());
             }
         }
     }

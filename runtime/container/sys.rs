@@ -102,6 +102,14 @@ pub(crate) fn mount_setattr(fd: BorrowedFd<'_>, recursive: bool, attr: &MountAtt
     check(ret).map(drop)
 }
 
+/// A detached read-only mount of one file or directory: nothing can be written through it, whoever holds it.
+pub(crate) fn readonly_tree(path: &Path) -> io::Result<OwnedFd> {
+    use std::os::fd::AsFd;
+    let tree = clone_tree(path, false)?;
+    mount_setattr(tree.as_fd(), false, &MountAttr { set: attr::RDONLY, ..MountAttr::default() })?;
+    Ok(tree)
+}
+
 /// A new, detached filesystem mount. `options` are (name, value) as mount(8) data; `attrs` are `attr::*`.
 pub(crate) fn fs_mount(
     fstype: &str,

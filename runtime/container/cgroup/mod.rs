@@ -254,6 +254,11 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
     gone(fs::remove_dir(dir))
 }
 
+#[cfg(test)]
+pub(crate) fn attach_v2_filter(dir: &Path, rules: &[oci_spec::runtime::LinuxDeviceCgroup]) -> Result<()> {
+    v2_devices::attach(dir, &devices::with_defaults(rules))
+}
+
 /// Writes one control file.
 fn set(dir: &Path, file: &str, value: &str) -> Result<()> {
     fs::write(dir.join(file), value)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// Bytes owed to a client at which the process it follows is no longer read from.
 pub(super) const OUTPUT_HIGH: usize = 1 << 20;
 /// A client that follows without being the foreground one and takes nothing for so long is dropped.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// What a client is here for.
 #[derive(Debug, PartialEq, Eq)]

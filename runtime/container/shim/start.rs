@@ -42,12 +42,7 @@ pub(super) struct Birth<'a> {
 /// kernel cannot do that.
 pub(super) fn protected_exe() -> Result<OwnedFd> {
     let exe = Path::new("/proc/self/exe");
-    let readonly = sys::MountAttr { set: sys::attr::RDONLY, ..sys::MountAttr::default() };
-    let mounted = sys::clone_tree(exe, false).and_then(|fd| {
-        sys::mount_setattr(fd.as_fd(), false, &readonly)?;
-        Ok(fd)
-    });
-    mounted.or_else(|_| sealed_copy(exe))
+    sys::readonly_tree(exe).or_else(|_| sealed_copy(exe))
 }
 
 fn sealed_copy(exe: &Path) -> Result<OwnedFd> {
