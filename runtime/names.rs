@@ -3,14 +3,14 @@
 use std::io::Read;
 
 const ADJECTIVES: &[&str] = &[
-    "brisk", "calm", "clever", "cosy", "eager", "early", "easy", "fresh", "gentle", "happy", "idle", "keen", "lazy",
-    "light", "lively", "mellow", "nimble", "patient", "placid", "prompt", "quick", "quiet", "ready", "sleepy", "snug",
-    "steady", "swift", "tidy", "wakeful", "witty",
+    "brisk", "calm", "clever", "cosy", "eager", "early", "easy", "fresh", "gentle", "happy", "idle", "keen",
+    "lazy", "light", "lively", "mellow", "nimble", "patient", "placid", "prompt", "quick", "quiet", "ready",
+    "sleepy", "snug", "steady", "swift", "tidy", "wakeful", "witty",
 ];
 const NOUNS: &[&str] = &[
-    "badger", "bear", "beaver", "cat", "crane", "dormouse", "finch", "fox", "gecko", "heron", "ibis", "kestrel",
-    "koala", "lemur", "lynx", "marmot", "moth", "newt", "otter", "owl", "panda", "quail", "raven", "seal", "sloth",
-    "snail", "stoat", "tortoise", "wombat", "wren",
+    "badger", "bear", "beaver", "cat", "crane", "dormouse", "finch", "fox", "gecko", "heron", "ibis",
+    "kestrel", "koala", "lemur", "lynx", "marmot", "moth", "newt", "otter", "owl", "panda", "quail", "raven",
+    "seal", "sloth", "snail", "stoat", "tortoise", "wombat", "wren",
 ];
 
 /// Random bytes from the kernel.
@@ -32,5 +32,9 @@ pub fn id() -> String {
 pub fn random() -> String {
     let [a, b, c, d] = random_bytes::<4>();
     let number = u16::from_le_bytes([c, d]) % 1000;
-    format!("{}_{}{number}", ADJECTIVES[usize::from(a) % ADJECTIVES.len()], NOUNS[usize::from(b) % NOUNS.len()])
+    format!(
+        "{}_{}{number}",
+        ADJECTIVES[usize::from(a) % ADJECTIVES.len()],
+        NOUNS[usize::from(b) % NOUNS.len()]
+    )
 }

@@ -118,11 +118,18 @@ pub(super) fn logs(context: &Context, args: &LogsArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn inspect(context: &Context, format: Option<&str>, names: &[String]) -> Result<ExitCode, Failure> {
+pub(super) fn inspect(
+    context: &Context,
+    format: Option<&str>,
+    names: &[String],
+) -> Result<ExitCode, Failure> {
     let mut found = Vec::new();
     let mut code = 0;
     for name in names {
-        match context.daemon()?.call::<serde_json::Value>(&Request::Inspect { name: name.clone() }, &mut Quiet) {
+        match context
+            .daemon()?
+            .call::<serde_json::Value>(&Request::Inspect { name: name.clone() }, &mut Quiet)
+        {
             Ok(value) => found.push(value),
             Err(failure) => {
                 eprintln!("lazyrun: {failure}");

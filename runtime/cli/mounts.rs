@@ -11,7 +11,9 @@ use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Mounted, Request};
 
 fn resolve(directory: &Path) -> Result<PathBuf, Failure> {
-    let bad = |why: String| Failure::daemon(format!("{} can't be used as a mount point: {why}", directory.display()));
+    let bad = |why: String| {
+        Failure::daemon(format!("{} can't be used as a mount point: {why}", directory.display()))
+    };
     let real = directory.canonicalize().map_err(|e| bad(e.to_string()))?;
     if real.is_dir() { Ok(real) } else { Err(bad("it is not a directory".into())) }
 }
@@ -25,7 +27,8 @@ pub(super) fn mount(context: &Context, args: MountArgs) -> Result<(), Failure> {
         writable: args.rw,
     };
     let mut daemon = context.daemon()?;
-    let (mounted, fd): (Mounted, _) = daemon.call_fd(&request, &mut progress::Shown::new(context.progress))?;
+    let (mounted, fd): (Mounted, _) =
+        daemon.call_fd(&request, &mut progress::Shown::new(context.progress))?;
     let fd = fd.ok_or_else(|| Failure::daemon("the daemon sent no mount"))?;
     lazyrun_fs::mount::attach(fd.as_fd(), &target)
         .map_err(|e| Failure::daemon(format!("the image can't be mounted at {}: {e}", target.display())))?;

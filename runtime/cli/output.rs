@@ -28,7 +28,9 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
 pub(super) fn value<T: Serialize>(value: &T, format: Option<&str>) -> Result<(), Failure> {
     let json = to_json(value)?;
     match format {
-        None | Some("json") => print(&format!("{}\n", serde_json::to_string_pretty(&json).unwrap_or_default())),
+        None | Some("json") => {
+            print(&format!("{}\n", serde_json::to_string_pretty(&json).unwrap_or_default()))
+        }
         Some(format) => print(&format!("{}\n", template::render(format, &json)?)),
     }
 }
@@ -90,7 +92,12 @@ pub(super) fn bytes(n: u64) -> String {
     let mut value = n as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 1000.0 {
-            return if unit == "B" { format!("{n}B") } else { format!("{value:.3}").chars().take(4).collect::<String>().trim_end_matches('.').to_owned() + unit };
+            return if unit == "B" {
+                format!("{n}B")
+            } else {
+                format!("{value:.3}").chars().take(4).collect::<String>().trim_end_matches('.').to_owned()
+                    + unit
+            };
         }
         value /= 1000.0;
     }

@@ -63,7 +63,8 @@ impl Shown {
 
     fn due(&mut self, layer: &str, finished: bool) -> bool {
         let now = Instant::now();
-        let due = self.last_line.get(layer).is_none_or(|last| now.duration_since(*last) >= LINE_EVERY) || finished;
+        let due =
+            self.last_line.get(layer).is_none_or(|last| now.duration_since(*last) >= LINE_EVERY) || finished;
         if due {
             self.last_line.insert(layer.to_owned(), now);
         }

@@ -12,8 +12,10 @@ use crate::container::client::{self, Ending, SessionOptions};
 use crate::container::spec::{Network, RunOptions, Volume};
 use crate::failure::Failure;
 use crate::ipc::client::Quiet;
+use crate::ipc::protocol::{
+    ImageRequest, NetworkMode, PullPolicy, RegistryOptions, Request, RunRequest, Started,
+};
 use crate::network::PortMapping;
-use crate::ipc::protocol::{ImageRequest, NetworkMode, PullPolicy, RegistryOptions, Request, RunRequest, Started};
 
 impl Context {
     /// A request for an image with this process's registry settings.
@@ -94,7 +96,9 @@ fn request(context: &Context, args: RunArgs) -> Result<RunRequest, Failure> {
         "host" => NetworkMode::Host,
         "none" => NetworkMode::None,
         other => {
-            return Err(Failure::daemon(format!("there is no network {other:?}; choose bridge, host or none")));
+            return Err(Failure::daemon(format!(
+                "there is no network {other:?}; choose bridge, host or none"
+            )));
         }
     };
     if network != NetworkMode::Bridge && !args.publish.is_empty() {
@@ -162,10 +166,12 @@ fn volume(text: &str) -> Result<Volume, Failure> {
     let source = std::path::absolute(source).map_err(|e| bad(&format!("has a bad source ({e})")))?;
     if !source.exists() {
         // As docker does: a source that isn't there becomes a directory.
-        std::fs::create_dir_all(&source)
-            .map_err(|e| Failure::daemon(format!("the volume source {} can't be made: {e}", source.display())))?;
+        std::fs::create_dir_all(&source).map_err(|e| {
+            Failure::daemon(format!("the volume source {} can't be made: {e}", source.display()))
+        })?;
     }
-    let options: Vec<String> = parts.next().map(|o| o.split(',').map(str::to_owned).collect()).unwrap_or_default();
+    let options: Vec<String> =
+        parts.next().map(|o| o.split(',').map(str::to_owned).collect()).unwrap_or_default();
     Ok(Volume { source, destination: target.into(), options })
 }
 
@@ -202,7 +208,10 @@ mod tests {
     #[test]
     fn volumes() {
         let v = volume("/tmp:/data:ro").expect("volume");
-        assert_eq!((v.source, v.destination, v.options), ("/tmp".into(), "/data".into(), vec!["ro".to_owned()]));
+        assert_eq!(
+            (v.source, v.destination, v.options),
+            ("/tmp".into(), "/data".into(), vec!["ro".to_owned()])
+        );
         assert!(volume("/tmp").is_err() && volume("/tmp:data").is_err());
     }
 }

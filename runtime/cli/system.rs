@@ -11,15 +11,15 @@ use serde_json::json;
 
 use super::args::{BenchArgs, DemoArgs};
 use super::{Context, output};
+use crate::bench::{self, BenchOptions};
+use crate::demo::image::HostImageOptions;
+use crate::demo::shaper::Shape;
+use crate::demo::{self, DemoOptions};
 use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Info, Request};
 use crate::keeper;
 use crate::network::Instance;
-use crate::bench::{self, BenchOptions};
-use crate::demo::image::HostImageOptions;
-use crate::demo::shaper::Shape;
-use crate::demo::{self, DemoOptions};
 
 // Long enough for a kernel that is busy taking things down, short enough for a person.
 const RESET_TIMEOUT: Duration = Duration::from_secs(20);
@@ -27,7 +27,11 @@ const RESET_TIMEOUT: Duration = Duration::from_secs(20);
 fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LAZYRUN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init();
 }
 
 pub(super) fn keeper(context: &Context) -> ExitCode {
@@ -87,15 +91,18 @@ pub(super) fn version(format: Option<&str>) -> Result<(), Failure> {
 }
 
 pub(super) fn doctor(context: &Context, format: Option<&str>) -> Result<ExitCode, Failure> {
-    let probes = probes(context).map_err(|e| Failure::daemon(format!("this machine can't be probed: {e}")))?;
+    let probes =
+        probes(context).map_err(|e| Failure::daemon(format!("this machine can't be probed: {e}")))?;
     let chosen = plan::choose(&probes, None);
     let nft = find_program("nft");
-    let kernel = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let kernel =
+        nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let mut checks: Vec<(String, Result<(), String>)> =
         probes.each().into_iter().map(|(name, outcome)| (name.to_owned(), outcome.clone())).collect();
     checks.push((
         "bridge networking".into(),
-        nft.then_some(()).ok_or_else(|| "nft is not installed; install nftables, or use --network host".into()),
+        nft.then_some(())
+            .ok_or_else(|| "nft is not installed; install nftables, or use --network host".into()),
     ));
     let usable = chosen.is_ok();
     if let Some(format) = format {
@@ -134,7 +141,9 @@ fn why(plan: Plan, probes: &Probes) -> String {
 
 fn find_program(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|dir| dir.join(name).is_file())
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|dir| dir.join(name).is_file())
 }
 
 pub(super) fn reset(context: &Context, force: bool) -> Result<(), Failure> {
@@ -148,7 +157,9 @@ pub(super) fn reset(context: &Context, force: bool) -> Result<(), Failure> {
     let deadline = Instant::now() + RESET_TIMEOUT;
     while keeper_lives(context) {
         if Instant::now() > deadline {
-            return Err(Failure::daemon("the daemon was told to end but is still there; see daemon.log in its root"));
+            return Err(Failure::daemon(
+                "the daemon was told to end but is still there; see daemon.log in its root",
+            ));
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -30,7 +30,9 @@ fn action(action: &str, value: &Value) -> Result<String, Failure> {
         None => (false, action),
     };
     let Some(path) = path.strip_prefix('.') else {
-        return Err(Failure::daemon(format!("{{{{{action}}}}} is no field; write {{{{.Name}}}} or {{{{json .Name}}}}")));
+        return Err(Failure::daemon(format!(
+            "{{{{{action}}}}} is no field; write {{{{.Name}}}} or {{{{json .Name}}}}"
+        )));
     };
     let field = path.split('.').filter(|p| !p.is_empty()).try_fold(value, |v, key| match v {
         Value::Object(map) => map.iter().find(|(k, _)| k.eq_ignore_ascii_case(key)).map(|(_, v)| v),

@@ -69,7 +69,12 @@ pub struct Container {
 impl Container {
     /// A container that is being made.
     pub fn new(dir: PathBuf, record: Record, view: Option<Arc<MountedView>>, ended: bool) -> Self {
-        Self { dir, record: Mutex::new(record), view: Mutex::new(view), ended: tokio::sync::Mutex::new(ended) }
+        Self {
+            dir,
+            record: Mutex::new(record),
+            view: Mutex::new(view),
+            ended: tokio::sync::Mutex::new(ended),
+        }
     }
 
     /// A copy of its record.

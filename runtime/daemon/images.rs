@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    ClientOptions, Fetcher, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage,
+    ClientOptions, Fetcher, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient,
+    ResolvedImage,
 };
 use lazyrun_index::Digest;
 use tokio::task::AbortHandle;
@@ -74,23 +75,46 @@ impl Images {
             (Some(image), _) => image,
             (None, PullPolicy::Never) => {
                 let name = reference.familiar();
-                return Err(Failure::daemon(format!("image {name} is not here, and --pull=never forbids to fetch it"))
-                    .into());
+                return Err(Failure::daemon(format!(
+                    "image {name} is not here, and --pull=never forbids to fetch it"
+                ))
+                .into());
             }
             (None, _) => {
                 let image = client.resolve(&reference, &Platform::host()).await?;
-                self.record(&reference, &image)?;
+                self.record(&reference, &image, &request.registry)?;
                 image
             }
         };
-        let source = client.blobs(&reference);
-        for layer in &image.layers {
-            self.fetcher.add_source(layer.diff_id, layer.clone(), source.clone());
-        }
+        self.add_sources(&client, &image);
         Ok(image)
     }
 
-    fn record(&self, reference: &Reference, image: &ResolvedImage) -> Result<()> {
+    fn add_sources(&self, client: &RegistryClient, image: &ResolvedImage) {
+        let source = client.blobs(&image.reference);
+        for layer in &image.layers {
+            self.fetcher.add_source(layer.diff_id, layer.clone(), source.clone());
+        }
+    }
+
+    /// Tells the fetcher where the layers of all recorded images come from. Reads of containers that an earlier
+    /// daemon left may arrive before anybody names their image again.
+    ///
+    /// # Errors
+    /// The database's; an image that can't be loaded is passed over with a warning.
+    pub fn add_recorded_sources(&self) -> Result<()> {
+        for record in self.records()? {
+            match self.load(&record).and_then(|image| Ok((self.client(&record.registry)?, image))) {
+                Ok((client, image)) => self.add_sources(&client, &image),
+                Err(error) => {
+                    tracing::warn!(image = record.reference, %error, "a recorded image can't be used")
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&self, reference: &Reference, image: &ResolvedImage, registry: &RegistryOptions) -> Result<()> {
         self.save_blob(image.manifest_digest, &image.manifest)?;
         self.save_blob(image.config_digest, &image.config)?;
         self.meta.put_image(&ImageRecord {
@@ -98,6 +122,7 @@ impl Images {
             manifest: image.manifest_digest,
             config: image.config_digest,
             pulled_at: clock::now(),
+            registry: registry.clone(),
         })
     }
 
@@ -129,7 +154,11 @@ impl Images {
         let read = |digest: Digest| {
             let path = self.blobs.join(digest.hex());
             let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-            anyhow::ensure!(Digest::of(&bytes) == digest, "{} is damaged; remove the image and pull it again", path.display());
+            anyhow::ensure!(
+                Digest::of(&bytes) == digest,
+                "{} is damaged; remove the image and pull it again",
+                path.display()
+            );
             Ok(Bytes::from(bytes))
         };
         let reference = record.reference.parse()?;
@@ -181,7 +210,9 @@ impl Images {
             let job = tokio::spawn(async move {
                 match this.fetcher.hydrate(&layer, Arc::new(Unwatched)).await {
                     Ok(()) => tracing::info!(layer = %diff_id, "layer hydrated"),
-                    Err(error) => tracing::warn!(layer = %diff_id, %error, "background hydration ended early"),
+                    Err(error) => {
+                        tracing::warn!(layer = %diff_id, %error, "background hydration ended early")
+                    }
                 }
             });
             hydrating.insert(diff_id, job.abort_handle());

@@ -183,7 +183,11 @@ impl Daemon {
 fn stop_signal(record: &Record) -> i32 {
     let Some(text) = &record.stop_signal else { return libc::SIGTERM };
     parse_signal(text).unwrap_or_else(|| {
-        tracing::warn!(container = record.id, signal = text, "the image's stop signal is unknown; SIGTERM is used");
+        tracing::warn!(
+            container = record.id,
+            signal = text,
+            "the image's stop signal is unknown; SIGTERM is used"
+        );
         libc::SIGTERM
     })
 }

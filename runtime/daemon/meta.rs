@@ -7,6 +7,8 @@ use lazyrun_index::Digest;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
+use crate::ipc::protocol::RegistryOptions;
+
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images.v1");
 
 /// A reference and what it was resolved to.
@@ -20,6 +22,9 @@ pub struct ImageRecord {
     pub config: Digest,
     /// When that was (RFC 3339).
     pub pulled_at: String,
+    /// How its registry was talked to, for a daemon that starts while containers of the image run.
+    #[serde(default)]
+    pub registry: RegistryOptions,
 }
 
 /// The database.
@@ -34,7 +39,8 @@ impl Meta {
     /// # Errors
     /// When the file can't be opened, is damaged, or is held by another daemon.
     pub fn open(path: &Path) -> Result<Self> {
-        let db = Database::create(path).with_context(|| format!("opening the database {}", path.display()))?;
+        let db =
+            Database::create(path).with_context(|| format!("opening the database {}", path.display()))?;
         let write = db.begin_write()?;
         write.open_table(IMAGES)?;
         write.commit()?;
@@ -47,7 +53,9 @@ impl Meta {
     /// The database's.
     pub fn put_image(&self, record: &ImageRecord) -> Result<()> {
         let write = self.db.begin_write()?;
-        write.open_table(IMAGES)?.insert(record.reference.as_str(), serde_json::to_vec(record)?.as_slice())?;
+        write
+            .open_table(IMAGES)?
+            .insert(record.reference.as_str(), serde_json::to_vec(record)?.as_slice())?;
         write.commit().context("writing the metadata database")
     }
 
@@ -98,6 +106,7 @@ mod tests {
             manifest: Digest::of(b"m"),
             config: Digest::of(b"c"),
             pulled_at: "now".into(),
+            registry: RegistryOptions::default(),
         };
         Meta::open(&path).expect("open").put_image(&record).expect("put");
         let meta = Meta::open(&path).expect("reopen");

@@ -113,12 +113,14 @@ impl Daemon {
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(&paths.layers()).context("opening the layer store")?;
         let fetcher = Fetcher::new(layers, FetchOptions::default());
+        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone()));
+        images.add_recorded_sources()?;
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
         let probes = probing.await.context("probing mount plans")??;
         let plan = plan::choose(&probes, None)?;
-        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone()));
-        let views = Views::new(paths.views(), mounter, fetcher, Arc::clone(&service), Arc::new(flat_tree), kept);
+        let views =
+            Views::new(paths.views(), mounter, fetcher, Arc::clone(&service), Arc::new(flat_tree), kept);
         let daemon = Arc::new(Self {
             network: Instance::for_root(paths.root()),
             paths,
@@ -138,7 +140,8 @@ impl Daemon {
 
     // Containers and mounts of an earlier daemon, with the views that the keeper held for them.
     async fn recover(self: &Arc<Self>, mut before: BTreeMap<String, OwnedFd>) -> Result<()> {
-        let names: Vec<String> = before.keys().filter(|n| views::parse_kept_name(n).is_some()).cloned().collect();
+        let names: Vec<String> =
+            before.keys().filter(|n| views::parse_kept_name(n).is_some()).cloned().collect();
         for name in names {
             let Some(tree) = before.remove(&name) else { continue };
             let dev = before.remove(&format!("{name}:dev"));
@@ -197,12 +200,13 @@ fn serve_flat(
     let server = fuse::Flat::new(Arc::clone(service));
     let options = |adopt| ServeOptions { adopt, threads: FUSE_THREADS };
     if let (Some(tree), Some(dev)) = (before.remove("flat"), before.remove("flat:dev")) {
-        let handle = fuse::serve(server, tree.as_fd(), dev, options(true)).context("taking over the layer files")?;
+        let handle =
+            fuse::serve(server, tree.as_fd(), dev, options(true)).context("taking over the layer files")?;
         return Ok((tree, handle));
     }
     let mount = fuse::mount(FuseKind::Flat).context("mounting the layer files")?;
-    let handle =
-        fuse::serve(server, mount.tree.as_fd(), mount.dev, options(false)).context("serving the layer files")?;
+    let handle = fuse::serve(server, mount.tree.as_fd(), mount.dev, options(false))
+        .context("serving the layer files")?;
     kept.keep("flat", &mount.tree)?;
     kept.keep("flat:dev", &handle.device_fd()?)?;
     Ok((mount.tree, handle))

@@ -80,7 +80,9 @@ impl Daemon {
             Ok(())
         };
         make().with_context(|| format!("writing {}", dir.display()))?;
-        self.mounts.lock().insert(id.clone(), Entry { record, attached: false, _view: Some(Arc::clone(&view)) });
+        self.mounts
+            .lock()
+            .insert(id.clone(), Entry { record, attached: false, _view: Some(Arc::clone(&view)) });
         let upper_and_work = writable.then(|| (dir.join("upper"), dir.join("work")));
         let views = Arc::clone(&self.views);
         let mounted = tokio::task::spawn_blocking(move || views.stack(&view, upper_and_work));

@@ -116,7 +116,8 @@ impl Daemon {
         view: &MountedView,
         network: &Network<'_>,
     ) -> Result<Record> {
-        let config = ImageConfiguration::from_reader(image.config.as_ref()).context("reading the image's config")?;
+        let config =
+            ImageConfiguration::from_reader(image.config.as_ref()).context("reading the image's config")?;
         for sub in ["rootfs", "upper", "work"] {
             std::fs::create_dir_all(dir.join(sub)).with_context(|| format!("creating {}", dir.display()))?;
         }
@@ -126,10 +127,10 @@ impl Daemon {
             (None, _) => id[..12].to_owned(),
         };
         let host = request.network == NetworkMode::Host;
-        let own = network.attachment.as_ref().map(|a| network::HostEntry {
-            ip: a.ip.into(),
-            names: vec![hostname.clone(), name.to_owned()],
-        });
+        let own = network
+            .attachment
+            .as_ref()
+            .map(|a| network::HostEntry { ip: a.ip.into(), names: vec![hostname.clone(), name.to_owned()] });
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let files = [
             ("hostname", format!("{hostname}\n")),
@@ -137,7 +138,8 @@ impl Daemon {
             ("resolv.conf", if host { read("/etc/resolv.conf") } else { network::host_resolv_conf() }),
         ];
         for (file, text) in files {
-            std::fs::write(dir.join(file), text).with_context(|| format!("writing {file} of the container"))?;
+            std::fs::write(dir.join(file), text)
+                .with_context(|| format!("writing {file} of the container"))?;
         }
         let mut options = request.options.clone();
         options.hostname = Some(hostname);
@@ -150,7 +152,8 @@ impl Daemon {
         };
         let bundle = spec::generate(&config, &options, &paths)?;
         let args = bundle.process().as_ref().and_then(|p| p.args().clone()).unwrap_or_default();
-        std::fs::write(dir.join("config.json"), serde_json::to_vec(&bundle)?).context("writing config.json")?;
+        std::fs::write(dir.join("config.json"), serde_json::to_vec(&bundle)?)
+            .context("writing config.json")?;
         Ok(Record {
             id: id.to_owned(),
             name: name.to_owned(),

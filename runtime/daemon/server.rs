@@ -79,15 +79,12 @@ impl Daemon {
     }
 
     // `None`: the answer has been sent.
-    async fn handle(
-        self: &Arc<Self>,
-        request: Request,
-        stream: &mut UnixStream,
-    ) -> Result<Option<Value>> {
+    async fn handle(self: &Arc<Self>, request: Request, stream: &mut UnixStream) -> Result<Option<Value>> {
         let value = match request {
             Request::Info => serde_json::to_value(self.info()?)?,
             Request::Run(request) => {
-                let started = self.with_progress(stream, |p| async move { self.run(*request, &p).await }).await?;
+                let started =
+                    self.with_progress(stream, |p| async move { self.run(*request, &p).await }).await?;
                 serde_json::to_value(started)?
             }
             Request::Pull(image) => self.with_progress(stream, |p| self.pull(image, true, p)).await?,
@@ -212,7 +209,12 @@ impl Daemon {
         }
     }
 
-    async fn pull(self: &Arc<Self>, request: ImageRequest, whole: bool, progress: Arc<dyn Progress>) -> Result<Value> {
+    async fn pull(
+        self: &Arc<Self>,
+        request: ImageRequest,
+        whole: bool,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Value> {
         let image = self.images.resolve(&request).await?;
         let layers = self.images.layers(&image, &request.registry, &progress).await?;
         if whole {
@@ -301,13 +303,19 @@ impl Daemon {
 
     fn remove_image(&self, name: &str, force: bool) -> Result<Vec<String>> {
         let records = self.images.find(name)?;
-        let user = self.containers.all().into_iter().map(|c| c.record()).find(|c| {
-            records.iter().any(|r| r.config == c.image_id)
-        });
+        let user = self
+            .containers
+            .all()
+            .into_iter()
+            .map(|c| c.record())
+            .find(|c| records.iter().any(|r| r.config == c.image_id));
         if let Some(user) = user.filter(|_| !force) {
             return Err(Failure::new(
                 1,
-                format!("image {name} is used by container {}; remove that first, or use rmi --force", user.name),
+                format!(
+                    "image {name} is used by container {}; remove that first, or use rmi --force",
+                    user.name
+                ),
             )
             .into());
         }

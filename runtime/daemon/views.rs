@@ -19,7 +19,6 @@ use lazyrun_index::Digest;
 use super::layer_service::{LayerService, inode_of};
 use crate::keeper::store::Kept;
 
-
 /// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
 #[derive(Debug)]
 pub struct MountedView {
@@ -89,7 +88,13 @@ impl Views {
     ///
     /// # Errors
     /// When its FUSE connection can't be served again.
-    pub fn adopt(&self, name: &str, layers: Vec<Arc<Layer>>, tree: OwnedFd, dev: Option<OwnedFd>) -> Result<()> {
+    pub fn adopt(
+        &self,
+        name: &str,
+        layers: Vec<Arc<Layer>>,
+        tree: OwnedFd,
+        dev: Option<OwnedFd>,
+    ) -> Result<()> {
         let Some((chain, plan, direct)) = parse_kept_name(name) else { bail!("odd view name {name}") };
         let server = match dev {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
@@ -203,7 +208,14 @@ impl Views {
             fuse::mount(FuseKind::View).with_context(|| format!("mounting the FUSE view of {chain}"))?;
         let server = self.serve_view(&layers, &mount.tree, mount.dev, false)?;
         self.keep(chain, Plan::Overlay, false, &mount.tree, Some(&server.device_fd()?))?;
-        Ok(MountedView { chain, plan: Plan::Overlay, tree: mount.tree, direct: false, layers, _server: Some(server) })
+        Ok(MountedView {
+            chain,
+            plan: Plan::Overlay,
+            tree: mount.tree,
+            direct: false,
+            layers,
+            _server: Some(server),
+        })
     }
 
     fn serve_view(
@@ -228,10 +240,8 @@ impl Views {
     ) -> Result<()> {
         let started = std::time::Instant::now();
         let view = merge(layers)?;
-        let devices: Vec<DeviceSpec> = layers
-            .iter()
-            .map(|l| DeviceSpec::layer(&l.diff_id(), l.index().layer_size()))
-            .collect();
+        let devices: Vec<DeviceSpec> =
+            layers.iter().map(|l| DeviceSpec::layer(&l.diff_id(), l.index().layer_size())).collect();
         let content = Content { layers, fetcher: &self.fetcher, runtime };
         let mut image_file = tempfile::NamedTempFile::new_in(&self.dir)?;
         let mut appendix_file = tempfile::NamedTempFile::new_in(&self.dir)?;
@@ -262,7 +272,14 @@ impl Views {
         self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", chain.hex()))
     }
 
-    fn keep(&self, chain: Digest, plan: Plan, direct: bool, tree: &OwnedFd, dev: Option<&OwnedFd>) -> Result<()> {
+    fn keep(
+        &self,
+        chain: Digest,
+        plan: Plan,
+        direct: bool,
+        tree: &OwnedFd,
+        dev: Option<&OwnedFd>,
+    ) -> Result<()> {
         let name = kept_name(chain, plan, direct);
         self.kept.keep(&name, tree)?;
         if let Some(dev) = dev {
@@ -310,7 +327,8 @@ struct Content<'a> {
 impl LayerContent for Content<'_> {
     fn read_at(&self, layer: u16, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let layer = self.layers.get(usize::from(layer)).ok_or(io::ErrorKind::NotFound)?;
-        let bytes = self.runtime.block_on(self.fetcher.read(layer, offset, buf.len())).map_err(io::Error::other)?;
+        let bytes =
+            self.runtime.block_on(self.fetcher.read(layer, offset, buf.len())).map_err(io::Error::other)?;
         if bytes.len() != buf.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

@@ -41,7 +41,8 @@ pub fn connect_or_start(paths: &Paths) -> Result<Connection, Failure> {
     }
     let said = spawn_keeper(paths).map_err(io_failure)?;
     if said != READY {
-        let reason = if said.is_empty() { "it ended without a word; see daemon.log in its root" } else { &said };
+        let reason =
+            if said.is_empty() { "it ended without a word; see daemon.log in its root" } else { &said };
         return Err(Failure::daemon(format!("the lazyrun daemon can't be started: {reason}")));
     }
     Connection::open(&paths.control()).map_err(io_failure)

@@ -69,7 +69,8 @@ impl FdStore {
         match frame::read(daemon)? {
             Some(Message::Keep(name)) => {
                 let fd = fds::receive(daemon.as_fd())?.pop();
-                let fd = fd.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no descriptor came"))?;
+                let fd =
+                    fd.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no descriptor came"))?;
                 self.kept.insert(name, fd);
             }
             Some(Message::Drop(name)) => {
