@@ -193,7 +193,11 @@ impl Container {
         (String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
     }
 
-    fn exec(&self, process: &ExecProcess, stdin: Option<&OwnedFd>) -> Result<(Ending, String), super::ContainerError> {
+    fn exec(
+        &self,
+        process: &ExecProcess,
+        stdin: Option<&OwnedFd>,
+    ) -> Result<(Ending, String), super::ContainerError> {
         let options =
             SessionOptions { stdin: stdin.map(AsFd::as_fd), terminal: process.terminal, signal_proxy: false };
         let (mut out, mut err) = (Vec::new(), Vec::new());

@@ -85,7 +85,7 @@ impl Shim<'_> {
             self.config.netns_fd.map(sys::adopt).transpose().attempt(|| "take the network namespace")?;
         if let Some(runtime) = self.config.runtime.clone() {
             let (foreign, child, console) =
-                Foreign::create(&runtime, self.config, &self.spec, netns, &theirs)?;
+                Foreign::create(&runtime, self.config, &self.spec, netns.as_ref(), &theirs)?;
             self.foreign = Some(foreign);
             let mut session = Session::new(child, streams, self.config.terminal, !self.config.wait_attach);
             session.control = None;
@@ -120,16 +120,20 @@ impl Shim<'_> {
         };
         let child = start::spawn(self.exe.as_fd(), &plan, &birth)?;
         let session = Session::new(child, streams, self.config.terminal, !self.config.wait_attach);
-        if let (Some(group), true) = (&self.cgroup, unified.is_none()) {
-            // Init builds the container meanwhile, until it needs its groups.
-            group.create(self.resources())?;
-            group.add(session.pid)?;
-        }
-        if let Some(control) = &session.control {
-            Message::CgroupReady.send(control.as_fd())?;
-        }
+        let group = self.cgroup.as_ref().filter(|_| unified.is_none());
+        // Init builds the container meanwhile, until it needs its groups.
+        let placed = group.map_or(Ok(()), |g| g.create(self.resources()).and_then(|()| g.add(session.pid)));
+        let told = placed.and_then(|()| session.tell(Message::CgroupReady));
         self.sessions.insert(CONTAINER, session);
-        Ok(())
+        // An init that failed meanwhile knows better why.
+        told.or_else(|e| self.last_words(CONTAINER).map_or(Err(e), |()| Ok(())))
+    }
+
+    /// Whether an init has something to say, which the loop will hear.
+    fn last_words(&self, key: u32) -> Option<()> {
+        let control = self.sessions.get(&key)?.control.as_ref()?;
+        let mut fd = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+        (poll(&mut fd, PollTimeout::ZERO).ok()? > 0).then_some(())
     }
 
     fn resources(&self) -> Option<&oci_spec::runtime::LinuxResources> {
@@ -378,8 +382,8 @@ impl Shim<'_> {
             if session.auto_start || foreground {
                 session.phase = Phase::Preparing;
                 match &session.control {
-                    // With auto_start init does not wait; the message would only be ignored.
-                    Some(control) if !session.auto_start => Message::Start.send(control.as_fd())?,
+                    // With auto_start init does not wait. One that just died is noticed by its exit.
+                    Some(_) if !session.auto_start => drop(session.tell(Message::Start)),
                     Some(_) => {}
                     None => {
                         if let Some(foreign) = &self.foreign {

@@ -75,10 +75,10 @@ pub fn generate(image: &ImageConfiguration, run: &RunOptions, paths: &BundlePath
     if let Some(process) = spec.process_mut() {
         process.set_capabilities(Some(defaults::capability_sets(&capabilities)?));
     }
-    if !(run.privileged || run.seccomp_unconfined) {
-        if let Some(linux) = spec.linux_mut() {
-            linux.set_seccomp(seccomp_profile::profile(&capabilities));
-        }
+    if !(run.privileged || run.seccomp_unconfined)
+        && let Some(linux) = spec.linux_mut()
+    {
+        linux.set_seccomp(seccomp_profile::profile(&capabilities));
     }
     Ok(spec)
 }
