@@ -51,12 +51,12 @@ fn the_v2_filter_loads_and_filters() {
     let procs = dir.join("cgroup.procs");
     // kmsg (1:11) may be read, not written; mem (1:1) neither; null both.
     let script = format!(
-        "echo $$ > {}; for f in /dev/kmsg /dev/mem /dev/null; do (: < $f) 2>/dev/null && echo r; (: >> $f) 2>/dev/null && echo w; done",
+        "echo $$ > {}; for f in /dev/kmsg /dev/mem /dev/null; do (: < $f) 2>/dev/null && echo $f r; (: >> $f) 2>/dev/null && echo $f w; done",
         procs.display()
     );
     let out = Command::new("sh").args(["-c", &script]).output();
     let removed = eventually(|| std::fs::remove_dir(&dir).is_ok());
     attached.unwrap();
     assert!(removed);
-    assert_eq!(String::from_utf8(out.unwrap().stdout).unwrap(), "r\nr\nw\n");
+    assert_eq!(String::from_utf8(out.unwrap().stdout).unwrap(), "/dev/kmsg r\n/dev/null r\n/dev/null w\n");
 }
