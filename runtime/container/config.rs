@@ -23,7 +23,8 @@ pub struct ShimConfig {
     /// waits for it when it reads slowly, and its end of input or leaving closes standard input.
     #[serde(default)]
     pub wait_attach: bool,
-    /// Signal that asks the container to stop, by name (`SIGTERM`, `TERM`) or number.
+    /// Signal that asks the container to stop, by name (`SIGTERM`, `TERM`) or number. Kept for whoever stops the
+    /// container; the shim itself sends only what it is told to.
     #[serde(default)]
     pub stop_signal: Option<String>,
     /// Path of the json-file log, or none.

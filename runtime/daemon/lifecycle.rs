@@ -9,8 +9,8 @@ use tokio::io::unix::AsyncFd;
 
 use super::Daemon;
 use super::containers::{Container, Record};
-use crate::clock;
-use crate::container::config::ExitRecord;
+use crate::container::config::ShimConfig;
+use crate::container::shim;
 use crate::failure::Failure;
 use crate::network::Attachment;
 
@@ -39,11 +39,16 @@ impl Daemon {
         }
         let record = container.record();
         if container.exit().is_none() {
-            // The shim was killed, and its container with it.
-            let error = Some("its shim was killed".to_owned());
-            let exit = ExitRecord { exit_code: 137, exited_at: clock::now(), oom_killed: false, error };
-            if let Err(error) = exit.store(container.dir()) {
-                tracing::warn!(container = record.id, %error, "an exit status can't be written");
+            // The shim was killed, and its container with it; what it would have cleaned up is done here.
+            let dir = container.dir().to_owned();
+            let swept =
+                tokio::task::spawn_blocking(move || shim::sweep(&ShimConfig::load(&dir.join("shim.json"))?));
+            match swept.await {
+                Ok(Ok(exit)) => tracing::warn!(container = record.id, exit.exit_code, "a shim was killed"),
+                Ok(Err(error)) => {
+                    tracing::warn!(container = record.id, %error, "a killed shim left something")
+                }
+                Err(error) => tracing::warn!(container = record.id, %error, "a killed shim left something"),
             }
         }
         if let Some(attachment) = record.attachment {

@@ -38,6 +38,8 @@ const fn mov(dst: u8, imm: i32) -> Insn {
 const fn jne(dst: u8, imm: i32) -> Insn {
     insn(0x55, dst, 0, 0, imm) // BPF_JMP | BPF_JNE | BPF_K; the offset is filled in later
 }
+/// Instructions of a verdict.
+const VERDICT: usize = 2;
 const EXIT: Insn = insn(0x95, 0, 0, 0, 0);
 
 /// The program for `rules`, the last matching rule deciding, and "no" when none matches.
@@ -52,7 +54,12 @@ pub(super) fn program(rules: &[Rule]) -> Vec<Insn> {
         load(MINOR, 8),
     ];
     for rule in rules.iter().rev() {
-        out.extend(block(rule));
+        let block = block(rule);
+        out.extend(&block);
+        if block.len() == VERDICT {
+            // It matches everything: the verifier refuses code that cannot be reached.
+            return out;
+        }
     }
     out.extend([mov(R0, 0), EXIT]);
     out
@@ -83,7 +90,7 @@ fn block(rule: &Rule) -> Vec<Insn> {
     let len = tests.len();
     for (i, test) in tests.iter_mut().enumerate() {
         if matches!(test.code, 0x55 | 0x15) {
-            test.off = (len - i - 1 + 2) as i16;
+            test.off = (len - i - 1 + VERDICT) as i16;
         }
     }
     tests.extend([mov(R0, i32::from(rule.allow)), EXIT]);

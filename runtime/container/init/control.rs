@@ -100,7 +100,11 @@ impl Report {
         let (len, fd) = {
             let mut iov = [IoSliceMut::new(&mut buffer)];
             let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
+            let message = match recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), flags) {
+                // Init died without having read all we sent it. That is told once, before its last words.
+                Err(nix::errno::Errno::ECONNRESET) => return Self::receive(socket),
+                other => other?,
+            };
             let mut fd = None;
             for cmsg in message.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(fds) = cmsg {

@@ -60,9 +60,9 @@ fn run(control: &Control) -> Result<Infallible> {
     // The shim's child is never a group leader, so this can only fail if it already leads a session.
     let _ = nix::unistd::setsid();
     if plan.exec {
-        join(control, &plan)?
+        join(control, &plan)?;
     } else {
-        build(control, &plan)?
+        build(control, &plan)?;
     }
     exec::into_command(control, &plan)
 }

@@ -116,7 +116,7 @@ fn one(root: &OwnedFd, m: &Mount, plan: &Plan, cgroup: &mut Gate<'_>) -> Result<
     let source = m.source().as_ref().and_then(|s| s.to_str()).unwrap_or(kind);
     let tree = sys::fs_mount(kind, Some(source), &options.data, &options.superblock, options.attr.set)
         .attempt(|| format!("mount {kind} for {}", destination.display()))?;
-    attach(tree, target.as_fd(), &options, destination)
+    attach(&tree, target.as_fd(), &options, destination)
 }
 
 /// proc, sysfs and /dev land where they belong or not at all: an image in which they are links is refused.
@@ -161,10 +161,10 @@ fn bind(root: BorrowedFd<'_>, m: &Mount, options: &Options, bundle: &Path) -> Re
     if options.attr != sys::MountAttr::default() {
         sys::mount_setattr(tree.as_fd(), false, &options.attr).attempt(what)?;
     }
-    attach(tree, target.as_fd(), options, destination)
+    attach(&tree, target.as_fd(), options, destination)
 }
 
-fn attach(tree: OwnedFd, target: BorrowedFd<'_>, options: &Options, destination: &Path) -> Result<()> {
+fn attach(tree: &OwnedFd, target: BorrowedFd<'_>, options: &Options, destination: &Path) -> Result<()> {
     let what = || format!("mount on {} in the container", destination.display());
     if options.tree_attr != sys::MountAttr::default() {
         sys::mount_setattr(tree.as_fd(), true, &options.tree_attr).attempt(what)?;

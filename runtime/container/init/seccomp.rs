@@ -101,7 +101,7 @@ fn add(rules: &mut Rules, call: &LinuxSyscall) -> Result<()> {
         match rules.entry(number) {
             std::collections::btree_map::Entry::Vacant(e) => drop(e.insert(vec![rule])),
             std::collections::btree_map::Entry::Occupied(mut e) if !e.get().is_empty() => {
-                e.get_mut().push(rule)
+                e.get_mut().push(rule);
             }
             std::collections::btree_map::Entry::Occupied(_) => {}
         }

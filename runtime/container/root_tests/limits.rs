@@ -49,14 +49,17 @@ fn the_v2_filter_loads_and_filters() {
     .unwrap();
     let attached = super::super::cgroup::attach_v2_filter(&dir, &rules);
     let procs = dir.join("cgroup.procs");
-    // kmsg (1:11) may be read, not written; mem (1:1) neither; null both.
+    // Nodes of our own: kmsg (1:11) may be read, not written; fuse (10:229) neither; null (1:3) both.
+    let nodes = tempfile::tempdir().unwrap();
     let script = format!(
-        "echo $$ > {}; for f in /dev/kmsg /dev/mem /dev/null; do (: < $f) 2>/dev/null && echo r; (: >> $f) 2>/dev/null && echo w; done",
+        "cd {} && mknod a c 1 11 && mknod b c 10 229 && mknod c c 1 3 && echo $$ > {} && \
+         for f in a b c; do (: < $f) 2>/dev/null && echo $f r; (: >> $f) 2>/dev/null && echo $f w; done",
+        nodes.path().display(),
         procs.display()
     );
     let out = Command::new("sh").args(["-c", &script]).output();
     let removed = eventually(|| std::fs::remove_dir(&dir).is_ok());
     attached.unwrap();
     assert!(removed);
-    assert_eq!(String::from_utf8(out.unwrap().stdout).unwrap(), "r\nr\nw\n");
+    assert_eq!(String::from_utf8(out.unwrap().stdout).unwrap(), "a r\nc r\nc w\n");
 }

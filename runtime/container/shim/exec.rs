@@ -49,11 +49,16 @@ impl Shim<'_> {
                     stdio: theirs.borrow(),
                 };
                 let child = start::spawn(self.exe.as_fd(), &plan, &birth)?;
-                if let (Some(group), true) = (&self.cgroup, unified.is_none()) {
-                    group.add(child.pid)?;
+                let session = Session::new(child, streams, wanted.terminal, true);
+                let group = self.cgroup.as_ref().filter(|_| unified.is_none());
+                if let Err(e) = group.map_or(Ok(()), |g| g.add(session.pid)) {
+                    // Outside its groups the process must not run; it is reaped with the others.
+                    let _ = session.signal(libc::SIGKILL);
+                    return Err(e);
                 }
-                Message::CgroupReady.send(child.control.as_fd())?;
-                Session::new(child, streams, wanted.terminal, true)
+                // An init that died is noticed by its exit.
+                let _ = session.tell(Message::CgroupReady);
+                session
             }
         };
         let key = self.next_session;

@@ -2,6 +2,7 @@
 
 use super::start::Child;
 use crate::container::error::{Attempt, Result};
+use crate::container::init::Message;
 use crate::container::sys;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -103,6 +104,11 @@ impl Session {
 
     pub(super) fn signal(&self, signal: i32) -> std::io::Result<()> {
         sys::pidfd_signal(self.pidfd.as_fd(), signal)
+    }
+
+    /// Sends init a message, while there is one.
+    pub(super) fn tell(&self, message: Message) -> Result<()> {
+        self.control.as_ref().map_or(Ok(()), |control| message.send(control.as_fd()))
     }
 
     pub(super) fn resize(&self, rows: u16, cols: u16) {

@@ -9,12 +9,14 @@ mod exec;
 mod io;
 mod log;
 mod prepare;
+mod reap;
 mod requests;
 mod run;
 mod runtime;
 mod start;
 
 pub(crate) use log::Entry as LogEntry;
+pub use reap::sweep;
 
 use super::config::{ExitRecord, ShimConfig, StatusLine};
 use super::error::{ContainerError, EXIT_RUNNER, Result};

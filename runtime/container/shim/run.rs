@@ -1,29 +1,25 @@
 //! The shim's life: prepare, start, one poll loop, clean up.
 
-use super::attach::{Client, OUTPUT_HIGH, PATIENCE, Role};
+use super::attach::{Client, OUTPUT_HIGH, Role};
 use super::io::{Phase, STDIN_HIGH, Session, make_streams};
 use super::log::Log;
 use super::runtime::Foreign;
-use super::{Status, prepare, record, start};
+use super::{Status, prepare, start};
 use crate::container::cgroup::{Cgroup, Hierarchies};
 use crate::container::config::ShimConfig;
-use crate::container::error::{Attempt, ContainerError, Result};
+use crate::container::error::{Attempt, Result};
 use crate::container::init::{CgroupView, Message, Plan, Report, check_supported};
 use crate::container::proto::Frame;
 use crate::container::sys;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::time::{Duration, Instant};
 
 /// Key of the container's own session; exec sessions count from 1.
 pub(super) const CONTAINER: u32 = 0;
-/// How long clients may take for what they are owed after the container's end.
-const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Everything the loop works on.
 pub(super) struct Shim<'a> {
@@ -36,9 +32,10 @@ pub(super) struct Shim<'a> {
     pub(super) clients: Vec<Client>,
     pub(super) log: Log,
     pub(super) next_session: u32,
-    listener: UnixListener,
-    signals: SignalFd,
-    exits: BTreeMap<i32, i32>,
+    pub(super) listener: UnixListener,
+    pub(super) signals: SignalFd,
+    /// Exit codes of sessions' processes that were reaped and not yet dealt with.
+    pub(super) exits: BTreeMap<i32, i32>,
 }
 
 /// Runs one container from preparation to clean-up.
@@ -85,7 +82,7 @@ impl Shim<'_> {
             self.config.netns_fd.map(sys::adopt).transpose().attempt(|| "take the network namespace")?;
         if let Some(runtime) = self.config.runtime.clone() {
             let (foreign, child, console) =
-                Foreign::create(&runtime, self.config, &self.spec, netns, &theirs)?;
+                Foreign::create(&runtime, self.config, &self.spec, netns.as_ref(), &theirs)?;
             self.foreign = Some(foreign);
             let mut session = Session::new(child, streams, self.config.terminal, !self.config.wait_attach);
             session.control = None;
@@ -120,16 +117,20 @@ impl Shim<'_> {
         };
         let child = start::spawn(self.exe.as_fd(), &plan, &birth)?;
         let session = Session::new(child, streams, self.config.terminal, !self.config.wait_attach);
-        if let (Some(group), true) = (&self.cgroup, unified.is_none()) {
-            // Init builds the container meanwhile, until it needs its groups.
-            group.create(self.resources())?;
-            group.add(session.pid)?;
-        }
-        if let Some(control) = &session.control {
-            Message::CgroupReady.send(control.as_fd())?;
-        }
+        let group = self.cgroup.as_ref().filter(|_| unified.is_none());
+        // Init builds the container meanwhile, until it needs its groups.
+        let placed = group.map_or(Ok(()), |g| g.create(self.resources()).and_then(|()| g.add(session.pid)));
+        let told = placed.and_then(|()| session.tell(Message::CgroupReady));
         self.sessions.insert(CONTAINER, session);
-        Ok(())
+        // An init that failed meanwhile knows better why.
+        told.or_else(|e| self.last_words(CONTAINER).map_or(Err(e), |()| Ok(())))
+    }
+
+    /// Whether an init has something to say, which the loop will hear.
+    fn last_words(&self, key: u32) -> Option<()> {
+        let control = self.sessions.get(&key)?.control.as_ref()?;
+        let mut fd = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+        (poll(&mut fd, PollTimeout::ZERO).ok()? > 0).then_some(())
     }
 
     fn resources(&self) -> Option<&oci_spec::runtime::LinuxResources> {
@@ -253,7 +254,7 @@ impl Shim<'_> {
         }
     }
 
-    fn accept(&mut self) {
+    pub(super) fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
             // A client that cannot be made non-blocking is simply closed.
             if let Ok(client) = Client::new(stream) {
@@ -324,21 +325,6 @@ impl Shim<'_> {
         self.sessions.get(&key).is_none_or(|s| s.streams.input.len() < STDIN_HIGH)
     }
 
-    /// Collects ended children.
-    fn reap(&mut self) {
-        loop {
-            let (pid, code) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid.as_raw(), 128 + signal as i32),
-                Ok(WaitStatus::StillAlive) | Err(_) => return,
-                Ok(_) => continue,
-            };
-            if self.sessions.values().any(|s| s.pid == pid) {
-                self.exits.insert(pid, code);
-            }
-        }
-    }
-
     /// Everything that follows from what is known now: starts, ends, flushes, drops.
     fn advance(&mut self, status: &mut Status) -> Result<()> {
         let keys: Vec<u32> = self.sessions.keys().copied().collect();
@@ -378,8 +364,8 @@ impl Shim<'_> {
             if session.auto_start || foreground {
                 session.phase = Phase::Preparing;
                 match &session.control {
-                    // With auto_start init does not wait; the message would only be ignored.
-                    Some(control) if !session.auto_start => Message::Start.send(control.as_fd())?,
+                    // With auto_start init does not wait. One that just died is noticed by its exit.
+                    Some(_) if !session.auto_start => drop(session.tell(Message::Start)),
                     Some(_) => {}
                     None => {
                         if let Some(foreign) = &self.foreign {
@@ -443,81 +429,6 @@ impl Shim<'_> {
             if let Some(s) = self.sessions.get_mut(&key) {
                 s.streams.end_input(s.terminal);
                 s.streams.write_input();
-            }
-        }
-    }
-
-    /// The container has ended: record, clean up, tell everybody.
-    fn ended(&mut self, code: i32, status: &mut Status) -> Result<()> {
-        let oom = self.cgroup.as_ref().is_some_and(Cgroup::oom_killed);
-        let failure = self.sessions.get_mut(&CONTAINER).and_then(|s| s.failure.take());
-        self.log.flush();
-        if let Some((code, message)) = failure {
-            // Reported, recorded and told to the clients by the callers of an error.
-            return Err(ContainerError::Failed { code, message });
-        }
-        if let Some(pid) = self.container().map(|s| s.pid) {
-            // Nothing but a container that ended at once can leave this unsaid.
-            status.started(pid);
-        }
-        self.clean_up();
-        record(&self.config.dir, code, oom, None)?;
-        self.say_goodbye(&Frame::Exit(code));
-        Ok(())
-    }
-
-    /// Ends whatever of the container is left. Safe to call again.
-    fn clean_up(&mut self) {
-        if let Some(foreign) = self.foreign.take() {
-            foreign.delete();
-        }
-        self.kill_container(libc::SIGKILL);
-        let Some(group) = self.cgroup.take() else { return };
-        if !group.pids().is_empty() {
-            group.kill_all();
-        }
-        // Children must be reaped before the group is empty; the kernel tells by SIGCHLD.
-        let deadline = Instant::now() + FAREWELL;
-        while group.remove().is_err() && Instant::now() < deadline {
-            let mut fd = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-            let _ = poll(&mut fd, PollTimeout::from(20u16));
-            let _ = self.signals.read_signal();
-            while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(s) if s != WaitStatus::StillAlive) {}
-        }
-    }
-
-    /// Sends every client its last frame and waits a bounded time for them to take it.
-    fn say_goodbye(&mut self, last: &Frame) {
-        let _ = std::fs::remove_file(&self.config.socket);
-        self.accept();
-        for client in &mut self.clients {
-            if client.role == Role::Greeting {
-                client.fill();
-            }
-            while !client.feed_replay() {
-                client.flush();
-                if client.gone || client.is_stalled() {
-                    break;
-                }
-            }
-            if client.role != Role::Done {
-                client.finish(last);
-            }
-            client.flush();
-        }
-        let deadline = Instant::now() + FAREWELL.max(PATIENCE / 2);
-        loop {
-            self.clients.retain(|c| !c.gone && c.owed() > 0);
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.clients.is_empty() || left.is_zero() {
-                return;
-            }
-            let mut fds: Vec<PollFd<'_>> =
-                self.clients.iter().map(|c| PollFd::new(c.stream.as_fd(), PollFlags::POLLOUT)).collect();
-            let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO));
-            drop(fds);
-            for client in &mut self.clients {
-                client.flush();
             }
         }
     }

@@ -33,7 +33,7 @@ impl Foreign {
         runtime: &Path,
         config: &ShimConfig,
         spec: &Spec,
-        netns: Option<OwnedFd>,
+        netns: Option<&OwnedFd>,
         stdio: &ChildStreams,
     ) -> Result<(Self, Child, Option<OwnedFd>)> {
         let this = Self {
@@ -43,7 +43,7 @@ impl Foreign {
             terminal: config.terminal,
         };
         let mut spec = spec.clone();
-        if let Some(netns) = &netns {
+        if let Some(netns) = netns {
             point_to_netns(&mut spec, netns);
         }
         if let (Some(path), Some(linux)) = (&config.cgroup, spec.linux_mut().as_mut()) {
@@ -196,11 +196,11 @@ fn receive_console(listener: &UnixListener) -> Result<OwnedFd> {
     let message = recvmsg::<()>(stream.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
         .attempt(what)?;
     for cmsg in message.cmsgs().attempt(what)? {
-        if let ControlMessageOwned::ScmRights(fds) = cmsg {
-            if let Some(fd) = fds.first() {
-                // SAFETY: the kernel just installed this descriptor for us.
-                return nonblocking(unsafe { OwnedFd::from_raw_fd(*fd) });
-            }
+        if let ControlMessageOwned::ScmRights(fds) = cmsg
+            && let Some(fd) = fds.first()
+        {
+            // SAFETY: the kernel just installed this descriptor for us.
+            return nonblocking(unsafe { OwnedFd::from_raw_fd(*fd) });
         }
     }
     Err(ContainerError::invalid("the runtime sent no terminal"))

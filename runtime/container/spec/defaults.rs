@@ -69,9 +69,10 @@ fn capability_name(word: &str) -> Result<String> {
     }
 }
 
-/// Names of all capabilities this kernel knows.
+/// Names of all capabilities there are to give: those this process has itself.
 fn all_names() -> Vec<String> {
-    let mut all: Vec<_> = caps::runtime::thread_all_supported().into_iter().collect();
+    let own = caps::read(None, caps::CapSet::Permitted).unwrap_or_default();
+    let mut all: Vec<_> = own.into_iter().collect();
     all.sort_by_key(caps::Capability::index);
     all.iter().map(ToString::to_string).collect()
 }

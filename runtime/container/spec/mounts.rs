@@ -1,7 +1,7 @@
 //! The mounts and devices of a container.
 
 use super::BundlePaths;
-use super::options::{Network, RunOptions};
+use super::options::RunOptions;
 use crate::container::error::{Attempt, ContainerError, Result};
 use serde_json::{Value, json};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -28,10 +28,6 @@ pub(super) fn mounts(run: &RunOptions, paths: &BundlePaths) -> Result<Vec<Value>
         json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
                "options": with(&["mode=1777", &shm])}),
     ];
-    if run.network == Network::Host && !run.privileged {
-        // sysfs shows the devices of the network namespace that mounts it: the host's is fine, read-only.
-        debug_assert_eq!(sys_mode, "ro");
-    }
     let files = [
         ("/etc/resolv.conf", &paths.resolv_conf),
         ("/etc/hostname", &paths.hostname),
@@ -71,9 +67,8 @@ fn absolute(path: &Path) -> Result<()> {
 fn bind(source: &Path, destination: &Path, options: &[String]) -> Result<Value> {
     absolute(destination)?;
     let mut words = vec!["rbind".to_owned()];
-    let propagation = |w: &String| {
-        matches!(w.trim_start_matches('r'), "private" | "slave" | "hared" | "shared" | "unbindable")
-    };
+    let propagation =
+        |w: &String| matches!(w.trim_start_matches('r'), "private" | "slave" | "shared" | "unbindable");
     if !options.iter().any(propagation) {
         words.push("rprivate".to_owned());
     }
