@@ -111,7 +111,9 @@ pub enum IndexError {
         reason: String,
     },
     /// A span, the blob or the layer file has another digest than the index says.
-    #[error("{what} has digest {actual} instead of {expected}: the data is damaged or not what was asked for")]
+    #[error(
+        "{what} has digest {actual} instead of {expected}: the data is damaged or not what was asked for"
+    )]
     DigestMismatch {
         /// What was hashed.
         what: String,

@@ -33,8 +33,9 @@ impl Inflater {
         let mut stream = Box::new(z::z_stream::default());
         // SAFETY: the stream is a valid, default-initialised z_stream with the default allocator, and the size
         // given is its own; a negative window size asks for raw deflate.
-        let code =
-            unsafe { z::inflateInit2_(&raw mut *stream, -15, z::zlibVersion(), size_of::<z::z_stream>() as c_int) };
+        let code = unsafe {
+            z::inflateInit2_(&raw mut *stream, -15, z::zlibVersion(), size_of::<z::z_stream>() as c_int)
+        };
         if code == z::Z_OK { Ok(Self { stream }) } else { Err(format!("zlib error {code}")) }
     }
 
@@ -76,7 +77,12 @@ impl Inflater {
     }
 
     /// Decodes from `input` to `output` until either is used up, the stream ends or, with `stop_at_border`, a block ends.
-    pub(crate) fn run(&mut self, input: &[u8], output: &mut [u8], stop_at_border: bool) -> Result<Step, String> {
+    pub(crate) fn run(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+        stop_at_border: bool,
+    ) -> Result<Step, String> {
         let in_len = input.len().min(1 << 30);
         let out_len = output.len().min(1 << 30);
         self.stream.next_in = input.as_ptr();
@@ -95,7 +101,8 @@ impl Inflater {
             return Err(self.message(code));
         }
         let state = self.stream.data_type;
-        let border = (stop_at_border && !end && state & 128 != 0 && state & 64 == 0).then_some((state & 63) as u32);
+        let border =
+            (stop_at_border && !end && state & 128 != 0 && state & 64 == 0).then_some((state & 63) as u32);
         Ok(Step { consumed, produced, end, border })
     }
 

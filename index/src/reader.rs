@@ -8,9 +8,9 @@ use zerocopy::FromBytes;
 
 use crate::decode::Entrance;
 use crate::format::{
-    ENTRANCE_DEFLATE, ENTRANCE_GZIP_MEMBER, ENTRANCE_NONE, ENTRANCE_PLAIN, ENTRANCE_ZSTD_FRAME, ENTRY_SEGMENT,
-    EntryRecord, ExtentRecord, FLAG_CONTENT, FLAG_SPARSE, HeaderRecord, SPAN_SEGMENT, SpanRecord, XattrRecord,
-    kind_of,
+    ENTRANCE_DEFLATE, ENTRANCE_GZIP_MEMBER, ENTRANCE_NONE, ENTRANCE_PLAIN, ENTRANCE_ZSTD_FRAME,
+    ENTRY_SEGMENT, EntryRecord, ExtentRecord, FLAG_CONTENT, FLAG_SPARSE, HeaderRecord, SPAN_SEGMENT,
+    SpanRecord, XattrRecord, kind_of,
 };
 use crate::validate::{Checked, check};
 use crate::{Compression, Digest, EntryKind, Extent, Hasher, IndexError, SpanInfo, Timestamp};
@@ -121,7 +121,8 @@ impl LayerIndex {
     pub fn entry(&self, i: usize) -> EntryRef<'_> {
         assert!(i < self.entry_count(), "entry {i} of {}", self.entry_count());
         let body = self.body();
-        let at = self.checked.entry_segments[i / ENTRY_SEGMENT] + i % ENTRY_SEGMENT * size_of::<EntryRecord>();
+        let at =
+            self.checked.entry_segments[i / ENTRY_SEGMENT] + i % ENTRY_SEGMENT * size_of::<EntryRecord>();
         EntryRef { body, record: record(body, at) }
     }
 
@@ -211,8 +212,9 @@ impl LayerIndex {
                 let window = if packed.is_empty() {
                     Vec::new()
                 } else {
-                    zstd::bulk::decompress(packed, size)
-                        .map_err(|e| IndexError::bad_index(format!("the window of span {i} is damaged: {e}")))?
+                    zstd::bulk::decompress(packed, size).map_err(|e| {
+                        IndexError::bad_index(format!("the window of span {i} is damaged: {e}"))
+                    })?
                 };
                 if window.len() != size {
                     return Err(IndexError::bad_index(format!("the window of span {i} has a wrong length")));
@@ -361,8 +363,7 @@ impl<'a> EntryRef<'a> {
         let sparse = this.record.flags & FLAG_SPARSE != 0;
         let data = !sparse && this.kind() == EntryKind::File && this.size() > 0;
         let count = if sparse { this.record.extents.get() as usize } else { usize::from(data) };
-        let start =
-            this.heap() + this.path_len() + this.link_len() + this.record.xattrs_len.get() as usize;
+        let start = this.heap() + this.path_len() + this.link_len() + this.record.xattrs_len.get() as usize;
         (0..count).map(move |i| {
             if !sparse {
                 return Extent { file_offset: 0, layer_offset: this.record.data.get(), len: this.size() };

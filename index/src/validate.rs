@@ -45,7 +45,8 @@ pub(crate) fn check(bytes: &[u8]) -> Result<Checked, IndexError> {
     if header.version.get() != VERSION {
         return Err(bad(format!("there is no format version {}", header.version)));
     }
-    let compression = compression_of(header.compression).ok_or_else(|| bad("its compression is not known"))?;
+    let compression =
+        compression_of(header.compression).ok_or_else(|| bad("its compression is not known"))?;
     let body_len = usize::try_from(header.body_len.get()).ok().filter(|n| *n <= rest.len());
     let body_len = body_len.ok_or_else(|| bad("it is cut off"))?;
     let (body, directory) = rest.split_at(body_len);
@@ -74,7 +75,10 @@ pub(crate) fn check(bytes: &[u8]) -> Result<Checked, IndexError> {
 fn directory_of(checked: &mut Checked, body: &[u8], directory: &[u8]) -> Result<(), Fault> {
     let count = |n: u64, size: usize| -> Result<usize, Fault> {
         // Records lie in the body, so there cannot be more than fit there.
-        usize::try_from(n).ok().filter(|n| *n <= body.len() / size).ok_or_else(|| "it counts too many records".into())
+        usize::try_from(n)
+            .ok()
+            .filter(|n| *n <= body.len() / size)
+            .ok_or_else(|| "it counts too many records".into())
     };
     checked.entries = count(checked.header.entry_count.get(), size_of::<EntryRecord>())?;
     checked.spans = count(checked.header.span_count.get(), size_of::<SpanRecord>())?;
@@ -170,7 +174,8 @@ fn entry(entry: &EntryRecord, body: &[u8], layer_size: u64) -> Result<(), Fault>
     let link_len = usize::from(entry.link_len.get());
     let xattrs_len = entry.xattrs_len.get() as usize;
     let extents = entry.extents.get() as usize;
-    let total = (path_len + link_len) as u64 + xattrs_len as u64 + extents as u64 * size_of::<ExtentRecord>() as u64;
+    let total =
+        (path_len + link_len) as u64 + xattrs_len as u64 + extents as u64 * size_of::<ExtentRecord>() as u64;
     let heap = range(entry.heap.get(), total, body.len() as u64)? as usize;
     let (path, rest) = body[heap..].split_at(path_len);
     let (link, rest) = rest.split_at(link_len);
@@ -217,8 +222,9 @@ fn entry(entry: &EntryRecord, body: &[u8], layer_size: u64) -> Result<(), Fault>
 fn xattrs(mut rest: &[u8]) -> Result<(), Fault> {
     while !rest.is_empty() {
         let (head, tail) = XattrRecord::ref_from_prefix(rest).map_err(|_| "its attributes are cut off")?;
-        let len = head.name_len.get() as u64 + u64::from(head.value_len.get());
-        rest = usize::try_from(len).ok().and_then(|len| tail.get(len..)).ok_or("its attributes are cut off")?;
+        let len = u64::from(head.name_len.get()) + u64::from(head.value_len.get());
+        rest =
+            usize::try_from(len).ok().and_then(|len| tail.get(len..)).ok_or("its attributes are cut off")?;
     }
     Ok(())
 }

@@ -166,8 +166,13 @@ impl<W: Write + Seek> IndexWriter<W> {
             self.flush_spans()?;
         }
         let (body_len, body_crc) = (self.body_len, self.body_crc_now());
-        let directory: Vec<u8> =
-            self.entries.segments.iter().chain(&self.spans.segments).flat_map(|at| at.to_le_bytes()).collect();
+        let directory: Vec<u8> = self
+            .entries
+            .segments
+            .iter()
+            .chain(&self.spans.segments)
+            .flat_map(|at| at.to_le_bytes())
+            .collect();
         self.append(&directory)?;
         self.flush()?;
         let mut header = HeaderRecord {

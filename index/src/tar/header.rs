@@ -36,7 +36,11 @@ impl Header {
         let flavor = match &block[257..265] {
             b"ustar  \0" => Flavor::Gnu,
             magic if magic.starts_with(b"ustar\0") => {
-                if &block[508..512] == b"tar\0" { Flavor::Star } else { Flavor::Ustar }
+                if &block[508..512] == b"tar\0" {
+                    Flavor::Star
+                } else {
+                    Flavor::Ustar
+                }
             }
             _ => Flavor::V7,
         };

@@ -227,7 +227,8 @@ impl Parser {
         let size = u64::try_from(header.size).map_err(|_| self.bad_header("the size is negative"))?;
         self.padding = padding(size);
         let Some(kind) = meta else {
-            let left = size.checked_add(self.padding).ok_or_else(|| self.bad_header("the size is too large"))?;
+            let left =
+                size.checked_add(self.padding).ok_or_else(|| self.bad_header("the size is too large"))?;
             self.skip(left);
             return Ok(());
         };
@@ -314,7 +315,9 @@ impl Parser {
             }
             b'5' => entry.kind = EntryKind::Directory,
             b'6' => entry.kind = EntryKind::Fifo,
-            other => return Err(fail(format!("entries of type '{}' are not supported", other.escape_ascii()))),
+            other => {
+                return Err(fail(format!("entries of type '{}' are not supported", other.escape_ascii())));
+            }
         }
         if entry.path.is_empty() && entry.kind != EntryKind::Directory {
             return Err(fail("the name means the root, but the entry is no directory".into()));

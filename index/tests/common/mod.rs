@@ -1,10 +1,13 @@
 //! What the integration tests share: indexing into memory, and the proof that an index is right.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod make;
+
 use std::io::{self, Cursor};
 
 use lazyrun_index::{
-    Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer, index_layer,
+    Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer,
+    index_layer,
 };
 
 /// Keeps the layer file and the spans.
