@@ -1,6 +1,7 @@
 //! The registry client: distribution-spec over HTTP, pull side only.
 
 mod blob;
+mod login;
 mod range;
 mod redirect;
 mod retry;

@@ -8,23 +8,21 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use lazyrun_index::Digest;
-use reqwest::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE, WWW_AUTHENTICATE,
-};
+use reqwest::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE};
 use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::ClientOptions;
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
 use super::retry::{Gates, RetryPolicy, retry_after};
-use crate::auth::{self, Authorization, Challenge, CredentialStore, TokenCache};
+use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
 use crate::manifest::printable;
 use crate::reference::Reference;
 use crate::stats::ClientCounters;
 
 /// Largest token answer or error body that is read, in bytes.
-const MAX_SMALL_BODY: u64 = 256 << 10;
+pub(super) const MAX_SMALL_BODY: u64 = 256 << 10;
 
 /// A repository and how to talk about it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -47,7 +45,7 @@ impl Repository {
         format!("{}/{}", self.registry, self.path)
     }
 
-    fn key(&self) -> (String, String) {
+    pub(super) fn key(&self) -> (String, String) {
         (self.registry.clone(), self.path.clone())
     }
 }
@@ -74,12 +72,12 @@ pub(crate) struct Transport {
     local: OnceLock<Result<Client, String>>,
     /// Insecure registries that turned out to speak only plain http.
     plain: Mutex<HashMap<String, bool>>,
-    credentials: CredentialStore,
-    tokens: TokenCache,
+    pub(super) credentials: CredentialStore,
+    pub(super) tokens: TokenCache,
     /// One token request at a time per registry: a hundred blobs must not ask for a hundred tokens.
-    token_turn: tokio::sync::Mutex<()>,
+    pub(super) token_turn: tokio::sync::Mutex<()>,
     redirects: RedirectCache,
-    gates: Gates,
+    pub(super) gates: Gates,
 }
 
 impl Transport {
@@ -215,7 +213,7 @@ impl Transport {
     }
 
     /// Waits for a response's header at most as long as a stall may last, and words the errors.
-    async fn timed(
+    pub(super) async fn timed(
         &self,
         host: &str,
         what: &str,
@@ -315,99 +313,8 @@ impl Transport {
         }
     }
 
-    /// Finds what satisfies a 401's challenge.
-    async fn answer_challenge(
-        &self,
-        call: &Call<'_>,
-        response: Response,
-        stale: Option<Authorization>,
-    ) -> Result<Authorization, FetchError> {
-        let key = call.repository.key();
-        let registry = response.url().clone();
-        let values = response.headers().get_all(WWW_AUTHENTICATE);
-        let challenges = auth::parse_challenges(values.iter().filter_map(|v| v.to_str().ok()));
-        // Reading the short body keeps the connection.
-        let _ = self.body(response, "an error", MAX_SMALL_BODY).await;
-        let _turn = self.token_turn.lock().await;
-        // Somebody else may have been faster.
-        if let Some(fresh) = self.tokens.get(&key)
-            && stale.as_ref().is_none_or(|s| s.value != fresh.value)
-        {
-            return Ok(fresh);
-        }
-        self.tokens.forget(&key);
-        let credential = self.credentials.get(&call.repository.registry).await?;
-        let bearer = challenges.iter().find_map(|c| match c {
-            Challenge::Bearer { realm, service, scope } => Some((realm, service, scope)),
-            Challenge::Basic => None,
-        });
-        let authorization = if let Some((realm, service, scope)) = bearer {
-            let default_scope = format!("repository:{}:pull", call.repository.path);
-            let scope = scope.as_deref().filter(|s| !s.is_empty()).unwrap_or(&default_scope);
-            let request =
-                auth::token_request(&registry, realm, service.as_deref(), scope, credential.as_ref())?;
-            self.policy().run(|| self.fetch_token(call, &request)).await?
-        } else if challenges.contains(&Challenge::Basic) {
-            match credential {
-                Some(auth::Credential::Password { user, password }) => {
-                    Authorization::new(auth::basic(&user, &password), None)
-                }
-                _ => return Err(denied(call, "it wants a user name and password and none are stored")),
-            }
-        } else {
-            return Err(denied(call, "it wants a kind of login that is not known here"));
-        };
-        self.tokens.put(key, authorization.clone());
-        Ok(authorization)
-    }
-
-    async fn fetch_token(
-        &self,
-        call: &Call<'_>,
-        wanted: &auth::TokenRequest,
-    ) -> Result<Authorization, FetchError> {
-        let host = host_of(&wanted.url);
-        self.gates.wait(&host).await;
-        let client = self.client_for(&wanted.url)?;
-        let mut request = match &wanted.form {
-            Some(form) => client
-                .post(wanted.url.clone())
-                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                .body(form.clone()),
-            None => client.get(wanted.url.clone()),
-        };
-        if let Some((user, password)) = &wanted.basic {
-            request = request.header(AUTHORIZATION, sensitive(&auth::basic(user, password))?);
-        }
-        let response = self.timed(&host, "a token", request.send()).await?;
-        match response.status() {
-            StatusCode::OK => {
-                let body = self.body(response, "a token", MAX_SMALL_BODY).await?;
-                auth::parse_answer(&body).ok_or_else(|| FetchError::Protocol {
-                    host,
-                    what: "a token request".to_owned(),
-                    reason: "there is no usable token in it".to_owned(),
-                })
-            }
-            StatusCode::TOO_MANY_REQUESTS => {
-                Err(FetchError::RateLimited { host, retry_after: retry_after(response.headers()) })
-            }
-            status if status.is_server_error() => Err(FetchError::Server {
-                host,
-                status: status.as_u16(),
-                what: "a token".to_owned(),
-                retry_after: retry_after(response.headers()),
-            }),
-            // Redirects are not followed: the credentials are for this place.
-            _ => {
-                let detail = self.error_detail(response).await;
-                Err(denied(call, detail.as_deref().unwrap_or("its token service refused")))
-            }
-        }
-    }
-
     /// The first message of a registry's JSON error.
-    async fn error_detail(&self, response: Response) -> Option<String> {
+    pub(super) async fn error_detail(&self, response: Response) -> Option<String> {
         #[derive(Deserialize)]
         struct Errors {
             #[serde(default)]
@@ -457,7 +364,7 @@ impl Transport {
         self.options.insecure_registries.iter().any(|name| name == endpoint)
     }
 
-    fn client_for(&self, url: &Url) -> Result<&Client, FetchError> {
+    pub(super) fn client_for(&self, url: &Url) -> Result<&Client, FetchError> {
         let host = host_of(url);
         let (slot, insecure, proxied) = if is_loopback(url) {
             (&self.local, self.is_insecure(&host), false)
@@ -500,7 +407,7 @@ impl Transport {
     }
 }
 
-fn denied(call: &Call<'_>, reason: &str) -> FetchError {
+pub(super) fn denied(call: &Call<'_>, reason: &str) -> FetchError {
     FetchError::Denied {
         image: call.repository.name(),
         host: call.repository.registry.clone(),
@@ -509,7 +416,7 @@ fn denied(call: &Call<'_>, reason: &str) -> FetchError {
 }
 
 /// A header value that the HTTP stack neither logs nor indexes.
-fn sensitive(value: &str) -> Result<reqwest::header::HeaderValue, FetchError> {
+pub(super) fn sensitive(value: &str) -> Result<reqwest::header::HeaderValue, FetchError> {
     let mut value = reqwest::header::HeaderValue::from_str(value).map_err(|_| FetchError::Credentials {
         host: "the registry".into(),
         reason: "they hold control characters".into(),

@@ -151,8 +151,10 @@ impl Scheduler {
             let known = link.latency > 0.0 && new > link.latency;
             link.latency = if known { link.latency * 0.97 + new * 0.03 } else { new };
         }
-        // Shorter transfers say more about buffers than about the link.
-        if bytes >= 256 << 10 {
+        // Shorter transfers say more about buffers than about the link, and so does the time without the wait for
+        // the first byte: much of a body may have arrived with it.
+        if bytes >= 1 << 20 {
+            let took = took + first_byte.unwrap_or_default();
             link.rate = smooth(link.rate, bytes as f64 / took.as_secs_f64().max(1e-4));
         }
     }
@@ -199,7 +201,7 @@ mod tests {
         assert!(!waiter.is_finished());
         let ended = Instant::now();
         drop(fault);
-        waiter.await.unwrap().unwrap();
+        drop(waiter.await.unwrap().unwrap());
         assert!(ended.elapsed() + Duration::from_millis(2) >= QUIET);
     }
 
@@ -208,7 +210,7 @@ mod tests {
         let scheduler = Scheduler::new(&FetchOptions::default());
         assert_eq!(scheduler.free_readahead(), 0);
         // 25 MB/s at 20 ms: half a megabyte.
-        scheduler.observe(Some(Duration::from_millis(20)), 25_000_000, Duration::from_secs(1));
+        scheduler.observe(Some(Duration::from_millis(20)), 25_000_000, Duration::from_millis(980));
         assert_eq!(scheduler.free_readahead(), 500_000);
         assert_eq!(scheduler.background_bytes(), 12_500_000);
         drop(scheduler.fault());

@@ -47,7 +47,8 @@ impl SpanMap {
     /// Makes a new, empty map.
     pub(super) fn create(path: &Path, spans: usize, boot_id: [u8; 16]) -> io::Result<SpanMap> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
-        file.set_len((slot_size(spans) * 4) as u64)?;
+        // Written rather than left sparse: on a full disk the map must still be able to forget.
+        file.write_all_at(&vec![0; slot_size(spans) * 4], 0)?;
         Ok(SpanMap { file, spans, boot_id, sequence: 0 })
     }
 
