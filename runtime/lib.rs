@@ -1,6 +1,15 @@
 //! The lazyrun program: command line, daemon, containers and networking.
 
 pub mod bench;
+pub mod cli;
+pub mod clock;
 pub mod container;
+pub mod daemon;
 pub mod demo;
+pub mod failure;
+pub mod ipc;
+pub mod keeper;
+pub mod names;
 pub mod network;
+pub mod paths;
+pub mod proc;

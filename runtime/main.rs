@@ -1,3 +1,20 @@
-//! The `lazyrun` binary.
+//! The `lazyrun` binary: the processes of an instance are told apart by the first argument.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // A container's own processes start here too, before anything else is looked at: they are on the path to
+    // the first instruction of every container.
+    let mut args = std::env::args_os().skip(1);
+    match args.next().as_ref().and_then(|a| a.to_str()) {
+        Some("init") => return lazyrun::container::init::main(),
+        Some("mounter") => return lazyrun_fs::mounter::main(),
+        Some("shim") => {
+            let config = args.nth(1).map(PathBuf::from).unwrap_or_default();
+            return lazyrun::container::shim::main(&config);
+        }
+        _ => {}
+    }
+    lazyrun::cli::main()
+}

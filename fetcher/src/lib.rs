@@ -1,1 +1,26 @@
 //! Registry client, fetch scheduling and the layer-file store.
+//!
+//! Bytes arrive in two ways (see docs/ARCHITECTURE.md): as a *stream*, one sequential GET of a layer blob that
+//! builds the layer index while it fills the layer file, and as *faults*, ranged GETs of just the spans a reader
+//! misses. Both end as verified bytes in the sparse layer file of a [`LayerStore`].
+//!
+//! The crate reads no environment and prints nothing; what it has to say goes to `tracing`.
+
+mod auth;
+mod client;
+mod error;
+mod fetch;
+mod manifest;
+mod platform;
+mod reference;
+mod stats;
+mod store;
+
+pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient};
+pub use error::FetchError;
+pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
+pub use manifest::{LayerDescriptor, ResolvedImage};
+pub use platform::Platform;
+pub use reference::{Reference, ReferenceError};
+pub use stats::{ClientStats, FetchStats};
+pub use store::{Layer, LayerStore};

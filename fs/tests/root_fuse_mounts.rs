@@ -162,7 +162,7 @@ fn a_helper_that_hangs_is_killed() {
 }
 
 #[test]
-fn a_dropped_server_ends_the_connection() {
+fn an_aborted_server_ends_the_connection() {
     let _isolated = Isolated::enter();
     let bytes = pattern(2 * MIB);
     let files = MemoryFiles::with("layer", bytes.clone());
@@ -172,9 +172,32 @@ fn a_dropped_server_ends_the_connection() {
     let file = File::open(inside(&tree, "layer")).unwrap();
     let reader = std::thread::spawn(move || file.read_exact_at(&mut [0u8; 4096], MIB as u64));
     wait_for("the read to arrive", || !files.parked.lock().unwrap().is_empty());
-    drop(server);
+    server.abort().unwrap();
     assert!(reader.join().unwrap().is_err(), "a read without a server must fail");
     drop(keeper);
+}
+
+#[test]
+fn a_server_ends_with_its_mount() {
+    let _isolated = Isolated::enter();
+    let (tree, server) = serve(&MemoryFiles::with("layer", pattern(MIB)));
+    let keeper = server.device_fd().unwrap();
+    let file = File::open(inside(&tree, "layer")).unwrap();
+    drop(tree);
+    file.read_exact_at(&mut [0u8; 4096], 0).unwrap();
+    assert!(server.is_alive());
+    drop(file);
+    server.join();
+    drop(keeper);
+}
+
+#[test]
+fn many_servers_fit_in_little_memory() {
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(child_args("child_memory"))
+        .env("LAZYRUN_TEST_DIR", "/")
+        .status();
+    assert!(status.unwrap().success(), "see child_memory");
 }
 
 #[test]
@@ -234,6 +257,64 @@ fn probing_tells_which_plans_work() {
     let probes = mounter().probe(Path::new("/proc/sys")).unwrap();
     let error = plan::choose(&probes, None).unwrap_err().to_string();
     assert!(error.contains("/proc/sys cannot be written to"), "{error}");
+}
+
+#[test]
+fn what_is_missing_is_said_by_the_probes() {
+    let _isolated = Isolated::enter();
+    let dir = tempfile::tempdir().unwrap();
+    let none: Option<&str> = None;
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("none"), "/dev", Some("tmpfs"), flags, none).unwrap();
+    // The standard library sends a child's output there.
+    fs::write("/dev/null", "").unwrap();
+    let probes = mounter().probe(dir.path());
+    mount::detach(Path::new("/dev")).unwrap();
+    let probes = probes.unwrap();
+    assert_eq!(probes.erofs, Ok(()));
+    assert!(probes.fuse.as_ref().is_err_and(|e| e.contains("cannot open /dev/fuse")), "{probes:?}");
+    let error = plan::choose(&probes, Some(Plan::Overlay)).unwrap_err().to_string();
+    assert!(error.starts_with("mount plan overlay cannot be used: cannot open /dev/fuse"), "{error}");
+
+    // A root directory on an overlay, as in nested containers: no upper can be there.
+    let dirs = ["lower", "upper", "work", "root"].map(|name| dir.path().join(name));
+    dirs.iter().for_each(|d| fs::create_dir(d).unwrap());
+    let lower = File::open(&dirs[0]).unwrap();
+    let overlay = mount::overlay(lower.as_fd(), &dirs[1], &dirs[2], &OverlayOptions::default()).unwrap();
+    mount::attach(overlay.as_fd(), &dirs[3]).unwrap();
+    let probes = mounter().probe(&dirs[3]);
+    mount::detach(&dirs[3]).unwrap();
+    let probes = probes.unwrap();
+    println!("on an overlay: {probes:?}");
+    assert!(probes.fuse.is_ok() && probes.overlay_on_fuse.is_err(), "{probes:?}");
+    assert!(plan::choose(&probes, None).is_err(), "{probes:?}");
+}
+
+/// Not a test: a process whose memory nobody else uses.
+#[test]
+#[ignore = "a helper process of the other tests"]
+fn child_memory() {
+    if std::env::var_os("LAZYRUN_TEST_DIR").is_none() {
+        return;
+    }
+    let _isolated = Isolated::enter();
+    let before = resident_kib();
+    let servers: Vec<_> = (0..8)
+        .map(|_| {
+            let served = serve(&MemoryFiles::with("layer", pattern(1000)));
+            assert_eq!(fs::read(inside(&served.0, "layer")).unwrap().len(), 1000);
+            served
+        })
+        .collect();
+    let grown = resident_kib() - before;
+    println!("{} servers: {grown} KiB", servers.len());
+    assert!(grown < 8 * 1024, "{} servers of two threads take {grown} KiB", servers.len());
+}
+
+fn resident_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 /// Not a test: the mount helper of the tests above.

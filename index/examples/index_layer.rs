@@ -35,9 +35,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("build     {seconds:.2} s, {:.0} MB/s of layer", megabytes / seconds);
     println!("memory    {}", peak_memory());
 
-    let start = Instant::now();
+    let mut best = f64::MAX;
+    for _ in 0..9 {
+        let start = Instant::now();
+        LayerIndex::open(path)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    println!("open      {:.2} ms, the best of 9", best * 1e3);
     let index = LayerIndex::open(path)?;
-    println!("open      {:.2} ms", start.elapsed().as_secs_f64() * 1e3);
     let start = Instant::now();
     let files =
         index.entries().filter(|e| e.kind() == EntryKind::File).map(|e| e.path().len()).sum::<usize>();

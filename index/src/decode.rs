@@ -5,6 +5,7 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 use crate::gzip;
 use crate::inflate::{Inflater, crc32};
 use crate::source::Source;
+use crate::window::Trimmer;
 use crate::{Compression, IndexError, StreamOptions};
 
 /// How decoding can start at the beginning of a span.
@@ -28,6 +29,8 @@ pub(crate) trait Output {
     fn space(&mut self) -> &mut [u8];
     /// The first `n` bytes of `space` are filled now; `blob` is the source's offset.
     fn filled(&mut self, n: usize, blob: u64) -> Result<(), IndexError>;
+    /// A better window for the deflate block at which the open span starts.
+    fn window(&mut self, window: Vec<u8>) -> Result<(), IndexError>;
     /// The span that was open ends at blob byte `end`; the next starts at `start` through `entrance`.
     fn cut(&mut self, end: u64, start: u64, entrance: Entrance) -> Result<(), IndexError>;
 }
@@ -60,6 +63,15 @@ impl Cutter {
     fn due(&self, blob: u64) -> bool {
         let len = self.at - self.start;
         len > 0 && (!self.restartable || self.full(blob, len))
+    }
+
+    /// How much of `input` to decode before asking again: not past the byte after which the span is full.
+    fn cap<'a>(&self, blob: u64, input: &'a [u8]) -> &'a [u8] {
+        let left = self.options.span_size.saturating_sub(blob.saturating_sub(self.blob));
+        if left == 0 {
+            return input;
+        }
+        &input[..usize::try_from(left).map_or(input.len(), |left| left.min(input.len()))]
     }
 
     fn full(&self, blob: u64, len: u64) -> bool {
@@ -102,17 +114,17 @@ pub(crate) fn decode(
 
 fn plain(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
     loop {
-        let input = source.fill()?;
-        if input.is_empty() {
-            return Ok(source.offset());
-        }
-        let space = output.space();
-        let n = input.len().min(space.len());
-        space[..n].copy_from_slice(&input[..n]);
         let at = source.offset();
         if cutter.due(at) {
             cutter.cut(output, at, at, Entrance::Plain)?;
         }
+        let input = cutter.cap(at, source.fill()?);
+        if input.is_empty() {
+            return Ok(at);
+        }
+        let space = output.space();
+        let n = input.len().min(space.len());
+        space[..n].copy_from_slice(&input[..n]);
         source.consume(n);
         cutter.advance(n);
         output.filled(n, source.offset())?;
@@ -145,15 +157,23 @@ fn gzip_member(
     cutter: &mut Cutter,
 ) -> Result<(), IndexError> {
     let (mut crc, mut size) = (0, 0u32);
+    let mut last_byte = 0;
+    let mut trimmer: Option<Trimmer> = None;
     loop {
         let offset = source.offset();
-        let input = source.fill()?;
+        let input = cutter.cap(offset, source.fill()?);
         let ended = input.is_empty();
         let space = output.space();
         let step =
             inflater.run(input, space, cutter.due(offset)).map_err(|reason| gzip::corrupt(offset, reason))?;
         crc = crc32(crc, &space[..step.produced]);
         size = size.wrapping_add(step.produced as u32);
+        let used = &input[..step.consumed];
+        last_byte = used.last().copied().unwrap_or(last_byte);
+        // Before the next cut, so that the window goes to the span it belongs to.
+        if let Some(full) = trimmer.take_if(|t| t.feed(used) || step.end || step.border.is_some()) {
+            output.window(full.finish())?;
+        }
         source.consume(step.consumed);
         let offset = source.offset();
         cutter.advance(step.produced);
@@ -163,11 +183,18 @@ fn gzip_member(
         }
         if let Some(bits) = step.border {
             let window = inflater.window().map_err(|reason| gzip::corrupt(offset, reason))?;
+            if bits < 8 {
+                let value = if bits > 0 { last_byte >> (8 - bits) } else { 0 };
+                trimmer = Some(Trimmer::new(bits, value, window.clone()));
+            }
             // Whole bytes that zlib took and did not need are given back; a part of a byte belongs to both spans.
             let end = offset - u64::from(bits / 8);
             let bits = (bits % 8) as u8;
             cutter.cut(output, end, end - u64::from(bits > 0), Entrance::Deflate { bits, window })?;
         } else if cutter.overdue(offset) {
+            if let Some(trimmer) = trimmer.take() {
+                output.window(trimmer.finish())?;
+            }
             cutter.cut(output, offset, offset, Entrance::None)?;
         } else if step.consumed == 0 && step.produced == 0 {
             return Err(if ended {
@@ -222,14 +249,14 @@ fn zstd(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) 
     let mut between = true;
     loop {
         let offset = source.offset();
-        let input = source.fill()?;
-        let ended = input.is_empty();
+        let ended = source.fill()?.is_empty();
         if between && ended {
             return Ok(offset);
         }
         if between && cutter.due(offset) {
             cutter.cut(output, offset, offset, Entrance::ZstdFrame)?;
         }
+        let input = cutter.cap(offset, source.fill()?);
         let (consumed, produced, frame_end) =
             zstd_step(&mut decoder, input, output.space()).map_err(|e| zstd_corrupt(offset, &e))?;
         source.consume(consumed);

@@ -32,6 +32,7 @@ mod stream;
 mod tar;
 mod types;
 mod validate;
+mod window;
 mod writer;
 
 pub use digest::{Digest, Hasher, ParseDigestError};

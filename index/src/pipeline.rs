@@ -20,6 +20,8 @@ pub(crate) enum Event {
     Data { bytes: Vec<u8>, len: usize, blob: u64 },
     /// The open span ends at blob byte `end`, the next starts at `start`.
     Cut { end: u64, start: u64, entrance: Entrance },
+    /// A better window for the start of the open span.
+    Window(Vec<u8>),
 }
 
 /// Takes the events on the caller's thread.
@@ -30,6 +32,8 @@ pub(crate) trait Consumer {
     fn data(&mut self, bytes: &[u8], blob: u64) -> Result<(), IndexError>;
     /// A span ends and another begins.
     fn cut(&mut self, end: u64, start: u64, entrance: Entrance) -> Result<(), IndexError>;
+    /// A better window for the start of the open span.
+    fn window(&mut self, window: Vec<u8>);
 }
 
 /// What is known of a blob once it has passed.
@@ -106,6 +110,7 @@ fn consume(
                 let _ = used.send(bytes);
             }
             Event::Cut { end, start, entrance } => consumer.cut(end, start, entrance)?,
+            Event::Window(window) => consumer.window(window),
         }
     }
     Ok(())
@@ -183,6 +188,10 @@ impl Output for ChannelOutput {
         self.len += n;
         self.blob = blob;
         if self.len == self.buffer.len() { self.flush() } else { Ok(()) }
+    }
+
+    fn window(&mut self, window: Vec<u8>) -> Result<(), IndexError> {
+        self.send(Event::Window(window))
     }
 
     fn cut(&mut self, end: u64, start: u64, entrance: Entrance) -> Result<(), IndexError> {

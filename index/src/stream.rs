@@ -126,6 +126,12 @@ impl<W: Write + Seek> Consumer for Builder<'_, W> {
         self.entrance = entrance;
         Ok(())
     }
+
+    fn window(&mut self, better: Vec<u8>) {
+        if let Entrance::Deflate { window, .. } = &mut self.entrance {
+            *window = better;
+        }
+    }
 }
 
 impl<W: Write + Seek> Builder<'_, W> {
@@ -188,6 +194,8 @@ impl Consumer for Hydrator<'_> {
     fn cut(&mut self, _: u64, _: u64, _: Entrance) -> Result<(), IndexError> {
         Ok(())
     }
+
+    fn window(&mut self, _: Vec<u8>) {}
 }
 
 impl Hydrator<'_> {

@@ -222,7 +222,7 @@ fn entry(entry: &EntryRecord, body: &[u8], layer_size: u64) -> Result<(), Fault>
 fn xattrs(mut rest: &[u8]) -> Result<(), Fault> {
     while !rest.is_empty() {
         let (head, tail) = XattrRecord::ref_from_prefix(rest).map_err(|_| "its attributes are cut off")?;
-        let len = head.name_len.get() as u64 + u64::from(head.value_len.get());
+        let len = u64::from(head.name_len.get()) + u64::from(head.value_len.get());
         rest =
             usize::try_from(len).ok().and_then(|len| tail.get(len..)).ok_or("its attributes are cut off")?;
     }

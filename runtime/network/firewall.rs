@@ -8,7 +8,7 @@ use std::io;
 use std::net::Ipv4Addr;
 
 use nftables::helper::{self, NftablesError};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::error::NetworkError;
 use super::ipam::Subnet;
@@ -132,6 +132,7 @@ impl Commands<'_> {
     }
 
     fn rule(&mut self, chain: &str, expr: Vec<Value>) {
+        let expr = Value::Array(expr);
         self.list.push(json!({"add": {"rule": {
             "family": "ip", "table": self.table, "chain": chain, "expr": expr,
         }}}));
@@ -139,7 +140,9 @@ impl Commands<'_> {
 }
 
 fn matches_op(op: &str, left: Value, right: Value) -> Value {
-    json!({"match": {"op": op, "left": left, "right": right}})
+    let parts = [("op".to_owned(), op.into()), ("left".to_owned(), left), ("right".to_owned(), right)];
+    let parts: Map<String, Value> = parts.into_iter().collect();
+    json!({"match": parts})
 }
 
 fn eq(left: Value, right: Value) -> Value {

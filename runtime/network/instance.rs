@@ -196,20 +196,18 @@ impl Instance {
         let remembered = store.subnet();
         let preferred: Vec<Subnet> = remembered.into_iter().chain(self.preferred).collect();
         let subnet = link::with_netlink(async |nl| {
-            self.remove_bridge(nl).await?;
+            self.remove_links(nl).await?;
             let occupied = nl.occupied().await?;
             let subnet = ipam::choose_subnet(&preferred, self.hash, &occupied);
             let subnet = subnet.ok_or_else(|| self.no_subnet())?;
-            let index = nl.add_bridge(&self.bridge, subnet.gateway()).await?;
-            self.settings()?;
-            nl.address_and_up(index, subnet.gateway(), subnet.prefix()).await?;
+            self.make_bridge(nl, subnet.gateway(), subnet.prefix()).await?;
             Ok(subnet)
         });
         let subnet = match subnet {
             Ok(subnet) => subnet,
             Err(e) => {
                 // Half a bridge helps nobody.
-                let _ = link::with_netlink(async |nl| self.remove_bridge(nl).await);
+                let _ = link::with_netlink(async |nl| self.remove_links(nl).await);
                 return Err(e);
             }
         };
@@ -250,7 +248,7 @@ impl Instance {
             prefix: subnet.prefix(),
             gateway: subnet.gateway(),
             mac: link::mac_of(ip).map(|byte| format!("{byte:02x}")).join(":"),
-            host_if: format!("lv{:08x}{:04x}", self.hash, ip.to_bits() & 0xffff),
+            host_if: format!("{}{:04x}", self.veth_prefix(), ip.to_bits() & 0xffff),
             ports,
         };
         let needs_table = containers.is_empty() || !attachment.ports.is_empty() || !self.has_table()?;
@@ -288,23 +286,34 @@ impl Instance {
     fn connect_links(&self, netns: BorrowedFd<'_>, attachment: &Attachment) -> Result<()> {
         let Attachment { ip, prefix, gateway, ref host_if, .. } = *attachment;
         link::with_netlink(async |nl| {
+            nl.delete(host_if).await?;
             let bridge = match nl.find(&self.bridge).await? {
                 Some(link) if link.is_bridge => link.index,
-                // Somebody removed it under the running containers; they need it back as much as we do.
-                None => {
-                    let index = nl.add_bridge(&self.bridge, gateway).await?;
-                    self.settings()?;
-                    nl.address_and_up(index, gateway, prefix).await?;
-                    index
-                }
                 Some(_) => return Err(NetworkError::NotABridge { name: self.bridge.clone() }),
+                None => self.restore_bridge(nl, gateway, prefix).await?,
             };
-            nl.delete(host_if).await?;
-            nl.add_veth(host_if, Some(bridge), netns, link::mac_of(ip)).await
+            nl.add_veth(host_if, Some(bridge), netns, link::mac_of(ip)).await?;
+            nl.join_bridge(host_if, bridge).await
         })?;
         netns::run_in(netns, || {
             link::with_netlink_here(async |nl| nl.configure_container(ip, prefix, gateway).await)
         })
+    }
+
+    async fn make_bridge(&self, nl: &Netlink, gateway: Ipv4Addr, prefix: u8) -> Result<u32> {
+        let index = nl.add_bridge(&self.bridge, gateway).await?;
+        self.settings()?;
+        nl.address_and_up(index, gateway, prefix).await?;
+        Ok(index)
+    }
+
+    /// Somebody removed the bridge under the running containers: they get it back.
+    async fn restore_bridge(&self, nl: &Netlink, gateway: Ipv4Addr, prefix: u8) -> Result<u32> {
+        let index = self.make_bridge(nl, gateway, prefix).await?;
+        for name in nl.names_with(&self.veth_prefix()).await? {
+            nl.join_bridge(&name, index).await?;
+        }
+        Ok(index)
     }
 
     fn load_table(&self, store: &Store, subnet: &Subnet) -> Result<()> {
@@ -360,28 +369,31 @@ impl Instance {
         NetworkError::collect(self.remove_bridge_and_table())
     }
 
+    /// Both at once: each mostly waits for the kernel's grace periods.
     fn remove_bridge_and_table(&self) -> Vec<NetworkError> {
-        let bridge = link::with_netlink(async |nl| self.remove_bridge(nl).await).err();
-        let table = nfnetlink::delete_table(&self.table)
-            .map_err(|e| NetworkError::kernel(format!("remove the nftables table {}", self.table), e))
-            .err();
-        bridge.into_iter().chain(table).collect()
+        let (links, table) = thread::scope(|scope| {
+            let table = scope.spawn(|| {
+                nfnetlink::delete_table(&self.table)
+                    .map_err(|e| NetworkError::kernel(format!("remove the nftables table {}", self.table), e))
+            });
+            let links = link::with_netlink(async |nl| self.remove_links(nl).await);
+            (links, table.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        links.err().into_iter().chain(table.err()).collect()
     }
 
-    /// Removes the bridge and whatever hangs on it. An interface of that name that is no bridge is not ours.
-    async fn remove_bridge(&self, nl: &Netlink) -> Result<()> {
-        let Some(bridge) = nl.find(&self.bridge).await? else { return Ok(()) };
-        if !bridge.is_bridge {
-            return Err(NetworkError::NotABridge { name: self.bridge.clone() });
-        }
+    /// Removes our veths, on the bridge or not, and the bridge. An interface of the bridge's name that is no
+    /// bridge is not ours; neither is anything else somebody may have put on the bridge.
+    async fn remove_links(&self, nl: &Netlink) -> Result<()> {
         let mut errors = Vec::new();
-        for port in nl.ports_of(bridge.index).await? {
-            // Only our own veths: somebody may have put an interface of theirs on the bridge.
-            if port.starts_with(&format!("lv{:08x}", self.hash)) {
-                errors.extend(nl.delete(&port).await.err());
-            }
+        for name in nl.names_with(&self.veth_prefix()).await? {
+            errors.extend(nl.delete(&name).await.err());
         }
-        errors.extend(nl.delete(&self.bridge).await.err());
+        match nl.find(&self.bridge).await? {
+            Some(link) if link.is_bridge => errors.extend(nl.delete(&self.bridge).await.err()),
+            Some(_) => errors.push(NetworkError::NotABridge { name: self.bridge.clone() }),
+            None => {}
+        }
         NetworkError::collect(errors)
     }
 
@@ -395,11 +407,17 @@ impl Instance {
         if !store.damaged {
             return Ok(());
         }
-        let in_use = link::with_netlink(async |nl| match nl.find(&self.bridge).await? {
-            Some(bridge) => Ok(!nl.ports_of(bridge.index).await?.is_empty()),
-            None => Ok(false),
-        })?;
-        if in_use { Err(NetworkError::StateDamaged { path: store.state_path() }) } else { Ok(()) }
+        let attached = link::with_netlink(async |nl| nl.names_with(&self.veth_prefix()).await)?;
+        if attached.is_empty() {
+            Ok(())
+        } else {
+            Err(NetworkError::StateDamaged { path: store.state_path() })
+        }
+    }
+
+    /// What the names of all our veths begin with; four more digits come from the address.
+    fn veth_prefix(&self) -> String {
+        format!("lv{:08x}", self.hash)
     }
 
     fn no_subnet(&self) -> NetworkError {

@@ -8,7 +8,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteType};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::error::NetworkError;
 use super::ipam::Subnet;
@@ -68,21 +68,31 @@ impl Netlink {
         }
     }
 
-    /// Names of the interfaces that are ports of the bridge with this index.
-    pub(super) async fn ports_of(&self, bridge: u32) -> Result<Vec<String>> {
+    /// Names of the interfaces that begin with `prefix`.
+    pub(super) async fn names_with(&self, prefix: &str) -> Result<Vec<String>> {
         let mut names = Vec::new();
         let mut links = self.0.link().get().execute();
         while let Some(link) = links.next().await {
             let link = link.map_err(|e| failed("list the interfaces", e))?;
-            if !link.attributes.iter().any(|a| matches!(a, LinkAttribute::Controller(i) if *i == bridge)) {
-                continue;
-            }
             names.extend(link.attributes.into_iter().find_map(|a| match a {
-                LinkAttribute::IfName(name) => Some(name),
+                LinkAttribute::IfName(name) if name.starts_with(prefix) => Some(name),
                 _ => None,
             }));
         }
         Ok(names)
+    }
+
+    /// Makes an interface a port of the bridge, if it is not one yet, and lets the bridge send a frame back
+    /// where it came from. Where the module br_netfilter is loaded, a container's connection to its own
+    /// published port never leaves the bridge level and needs that.
+    pub(super) async fn join_bridge(&self, name: &str, bridge: u32) -> Result<()> {
+        let action = || format!("put the interface {name} on the bridge");
+        let missing = || NetworkError::kernel(action(), io::ErrorKind::NotFound);
+        let index = self.find(name).await?.ok_or_else(missing)?.index;
+        let enslave = LinkUnspec::new_with_index(index).controller(bridge).build();
+        self.0.link().change(enslave).execute().await.map_err(|e| failed(action(), e))?;
+        let hairpin = LinkBridgePort::new(index).hairpin(true).build();
+        self.0.link().set_port(hairpin).execute().await.map_err(|e| failed(action(), e))
     }
 
     /// Creates a bridge, still down. Its MAC is fixed: left to the kernel it would follow the ports as they

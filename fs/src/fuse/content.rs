@@ -10,7 +10,7 @@ pub trait LayerFiles: Send + Sync + 'static {
     /// Size of a layer file in bytes; it never changes once known.
     fn size(&self, ino: u64) -> Option<u64>;
     /// Reads `len` bytes at `offset` and answers `reply`, now or later, from any thread. Must not block.
-    /// Fewer bytes than asked mean the end of the layer file.
+    /// The range lies within the file. Fewer bytes than asked become EIO: the kernel would read zeros.
     fn read(&self, ino: u64, offset: u64, len: u32, reply: Box<dyn ReadReply>);
 }
 

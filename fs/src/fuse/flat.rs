@@ -15,6 +15,7 @@ use fuser::{
 };
 
 use super::content::LayerFiles;
+use super::join::Exact;
 use super::session::{Server, configure};
 use super::stats::{Requests, count};
 use super::{FOREVER, MAX_READ};
@@ -22,7 +23,7 @@ use super::{FOREVER, MAX_READ};
 const ROOT: u64 = 1;
 
 /// What the server asks for: reads in parallel, no open or opendir upcalls, requests resent on takeover.
-const FLAGS: InitFlags = InitFlags::FUSE_ASYNC_READ
+pub(super) const FLAGS: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_NO_OPEN_SUPPORT)
     .union(InitFlags::FUSE_NO_OPENDIR_SUPPORT)
     .union(InitFlags::FUSE_PARALLEL_DIROPS)
@@ -128,7 +129,7 @@ impl<L: LayerFiles> Filesystem for Flat<L> {
         // The kernel reads whole pages; what lies past the end is not the layer's business.
         let len = u64::from(size).min(file_size.saturating_sub(offset));
         match u32::try_from(len) {
-            Ok(len) if len > 0 => self.files.read(ino.0, offset, len, Box::new(reply)),
+            Ok(len) if len > 0 => self.files.read(ino.0, offset, len, Box::new(Exact { len, reply })),
             _ => reply.data(&[]),
         }
     }

@@ -7,15 +7,18 @@
 
 mod content;
 pub mod flat;
+mod join;
 mod mount;
 mod session;
 mod stats;
+pub mod viewfs;
 
 pub use content::{LayerFiles, ReadReply};
 pub use flat::Flat;
 pub use mount::{FuseError, FuseKind, FuseMount, mount, set_readahead};
 pub use session::{ServeOptions, Server, ServerHandle, serve};
 pub use stats::{Requests, StatsSnapshot};
+pub use viewfs::ViewFs;
 
 use std::time::Duration;
 

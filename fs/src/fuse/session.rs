@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use fuser::{Config, Filesystem, InitFlags, KernelConfig, Session, SessionACL};
+use fuser::{Config, Filesystem, INodeNo, InitFlags, KernelConfig, Notifier, Session, SessionACL};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -47,14 +47,16 @@ impl Default for ServeOptions {
     }
 }
 
-/// A running server. Dropping it ends the connection (whoever still uses the mount gets errors, nobody
-/// hangs) and waits for its threads; [`ServerHandle::leave`] lets them run as long as the mount lives.
+/// A running server. Dropping the handle changes nothing: the server lives until the last user of the mount
+/// is gone or the process ends (and then the keeper's descriptor keeps the mount alive for a successor).
+/// Only [`ServerHandle::abort`] takes a mount away from those who use it.
 #[derive(Debug)]
 pub struct ServerHandle {
-    thread: Option<JoinHandle<io::Result<()>>>,
+    thread: JoinHandle<io::Result<()>>,
     dev: OwnedFd,
     device: (u32, u32),
     requests: Arc<Requests>,
+    notifier: Notifier,
 }
 
 /// Starts to serve the mount `tree` on its `/dev/fuse` descriptor. Returns when the kernel has its
@@ -76,16 +78,34 @@ pub fn serve<F: Server>(
     let mut config = Config::default();
     config.acl = SessionACL::All;
     config.n_threads = Some(options.threads.max(1));
+    keep_buffers_off_the_heap();
     let session = if options.adopt { adopt(fs, dev, config) } else { fresh(fs, dev, config) };
     let session = session.map_err(failed)?;
     if let Err(e) = set_readahead(tree, READAHEAD_KIB) {
         tracing::warn!("reads from the FUSE mount will be small: {e}");
     }
+    let notifier = session.notifier();
     let thread = std::thread::Builder::new()
         .name("fuse-session".into())
         .spawn(move || session.run())
         .map_err(failed)?;
-    Ok(ServerHandle { thread: Some(thread), dev: ours, device, requests })
+    Ok(ServerHandle { thread, dev: ours, device, requests, notifier })
+}
+
+/// fuser takes a zeroed 16 MiB buffer per thread and per handshake, of which a read-only filesystem's requests
+/// touch one page. The kernel gives zeroed memory page by page; but once such a buffer is freed, glibc moves
+/// its threshold up and takes the next one from the heap, where it writes the zeros itself: 16 MiB resident.
+/// A threshold that is set stays.
+fn keep_buffers_off_the_heap() {
+    #[cfg(target_env = "gnu")]
+    {
+        const THRESHOLD: libc::c_int = 4 << 20;
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        // SAFETY: changes a number of the allocator under its own lock.
+        ONCE.call_once(|| unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, THRESHOLD);
+        });
+    }
 }
 
 fn fresh<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F>> {
@@ -164,7 +184,19 @@ impl ServerHandle {
 
     /// Whether the mount is still there and being served.
     pub fn is_alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|t| !t.is_finished()) && connected(self.dev.as_fd())
+        !self.thread.is_finished() && connected(self.dev.as_fd())
+    }
+
+    /// Has the kernel forget the cached contents of a file. Waits for reads of it that are in flight, so it
+    /// must not be called from a thread that answers them.
+    ///
+    /// # Errors
+    /// The kernel's; that it does not know the file is none.
+    pub fn invalidate(&self, ino: u64) -> io::Result<()> {
+        match self.notifier.inval_inode(INodeNo(ino), 0, 0) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
     }
 
     /// A duplicate of the `/dev/fuse` descriptor, for the keeper.
@@ -172,23 +204,20 @@ impl ServerHandle {
         self.dev.try_clone()
     }
 
-    /// Leaves the server running until the last user of the mount is gone or the process ends.
-    pub fn leave(mut self) {
-        self.thread = None;
-    }
-}
-
-impl Drop for ServerHandle {
-    fn drop(&mut self) {
-        let Some(thread) = self.thread.take() else { return };
-        if !thread.is_finished() && connected(self.dev.as_fd()) {
-            if let Err(e) = abort(self.device) {
-                // Threads that cannot be woken are left to end with the mount.
-                tracing::warn!("the FUSE server is left running: {e}");
-                return;
-            }
+    /// Ends the connection for everybody (reads in flight and to come fail, nobody hangs) and waits for the
+    /// server's threads.
+    pub fn abort(self) -> Result<(), FuseError> {
+        // A connection that ended by itself may have left its device number to somebody else's.
+        if self.is_alive() {
+            abort(self.device)?;
         }
-        if let Ok(Err(e)) = thread.join() {
+        self.join();
+        Ok(())
+    }
+
+    /// Waits until the mount is gone and with it the server.
+    pub fn join(self) {
+        if let Ok(Err(e)) = self.thread.join() {
             tracing::debug!("a FUSE session ended with: {e}");
         }
     }

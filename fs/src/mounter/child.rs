@@ -23,9 +23,14 @@ pub fn main() -> ExitCode {
     let Ok(stdin) = io::stdin().as_fd().try_clone_to_owned() else { return ExitCode::FAILURE };
     let mut socket = UnixStream::from(stdin);
     let Ok((request, fds)) = wire::receive::<Request>(&mut socket) else { return ExitCode::FAILURE };
-    let (answer, mount) = match enter_namespace().and_then(|()| perform(request, fds)) {
-        Ok(done) => done,
-        Err(e) => (Answer::Failed(e.to_string()), None),
+    let (answer, mount) = match (enter_namespace(), request) {
+        // Also says that there is no right to mount.
+        (_, Request::Probe { root }) => (Answer::Probed(plan::probe(&root)), None),
+        (Ok(()), request) => match perform(request, fds) {
+            Ok(mount) => (Answer::Mounted, Some(mount)),
+            Err(e) => (Answer::Failed(e.to_string()), None),
+        },
+        (Err(e), _) => (Answer::Failed(e.to_string()), None),
     };
     let fds: Vec<BorrowedFd<'_>> = mount.iter().map(AsFd::as_fd).collect();
     match wire::send(&mut socket, &answer, &fds) {
@@ -42,24 +47,20 @@ fn enter_namespace() -> Result<(), MountError> {
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(fail)
 }
 
-fn perform(request: Request, fds: Vec<OwnedFd>) -> Result<(Answer, Option<OwnedFd>), MountError> {
-    let mut fds = fds.into_iter();
-    let mount = match request {
+fn perform(request: Request, fds: Vec<OwnedFd>) -> Result<OwnedFd, MountError> {
+    let first = fds.into_iter().next();
+    match request {
         Request::Erofs { image, devices, directio } => {
-            let flat = fds.next();
-            let devices = devices
-                .into_iter()
-                .map(|device| device_path(device, flat.as_ref()))
-                .collect::<Result<Vec<_>, _>>()?;
-            mounts::erofs(&image, &devices, directio)?
+            let path = |device| device_path(device, first.as_ref());
+            let devices = devices.into_iter().map(path).collect::<Result<Vec<_>, _>>()?;
+            mounts::erofs(&image, &devices, directio)
         }
         Request::Overlay { upper, work, options } => {
-            let lower = fds.next().ok_or_else(|| MountError::Helper("got no view to mount".into()))?;
-            overlay(&lower, &upper, &work, &options)?
+            let lower = first.ok_or_else(|| MountError::Helper("got no view to mount".into()))?;
+            overlay(&lower, &upper, &work, &options)
         }
-        Request::Probe { root } => return Ok((Answer::Probed(plan::probe(&root)), None)),
-    };
-    Ok((Answer::Mounted, Some(mount)))
+        Request::Probe { .. } => Err(MountError::Helper("was to mount a probe".into())),
+    }
 }
 
 fn device_path(device: Device, flat: Option<&OwnedFd>) -> Result<PathBuf, MountError> {

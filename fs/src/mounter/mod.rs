@@ -174,15 +174,16 @@ impl Reaper {
 
 impl Drop for Reaper {
     fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+        }
+        self.wait(Duration::from_millis(500));
         let Some(mut child) = self.child.take() else { return };
-        let _ = child.kill();
         // A helper stuck in a FUSE request that a server has read but not answered cannot die before
         // the answer comes: it must not hold up the caller.
         let reaping = std::thread::Builder::new().name("reap-mounter".into());
-        if let Ok(None) = child.try_wait() {
-            if let Err(e) = reaping.spawn(move || child.wait()) {
-                tracing::warn!("a mount helper cannot be reaped: {e}");
-            }
+        if let Err(e) = reaping.spawn(move || child.wait()) {
+            tracing::warn!("a mount helper cannot be reaped: {e}");
         }
     }
 }

@@ -11,6 +11,8 @@ use super::{Check, Probes, tiny};
 use crate::fuse::{self, Flat, FuseKind, FuseMount, LayerFiles, ReadReply, ServeOptions, ServerHandle};
 use crate::mount::{self, OverlayOptions, fd_path};
 
+/// Name of the probe's directory, before the process number.
+const PREFIX: &str = ".lazyrun-probe-";
 /// Bytes of the file that is read through every stack.
 const CONTENT_SIZE: u32 = 64 * 1024;
 
@@ -146,6 +148,18 @@ impl LayerFiles for Content {
     }
 }
 
+/// Removes what probes left that were killed.
+fn sweep(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse::<u32>().ok());
+        let gone = |pid| pid == std::process::id() || !Path::new(&format!("/proc/{pid}")).exists();
+        if pid.is_some_and(gone) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// A directory for the probe's files, removed in the end.
 struct Scratch {
     dir: PathBuf,
@@ -156,10 +170,9 @@ struct Scratch {
 impl Scratch {
     fn new(root: &Path) -> Result<Self, String> {
         let base = root.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
-        let dir = base.join(format!(".lazyrun-probe-{}", std::process::id()));
+        let dir = base.join(format!("{PREFIX}{}", std::process::id()));
         let fail = |e: io::Error| format!("{} cannot be written to: {e}", base.display());
-        // What a helper with our number left when it was killed.
-        let _ = fs::remove_dir_all(&dir);
+        sweep(base);
         DirBuilder::new().mode(0o700).create(&dir).map_err(fail)?;
         let scratch = Self { image: dir.join("image"), device: dir.join("device"), dir };
         fs::write(&scratch.image, tiny::image(CONTENT_SIZE)).map_err(fail)?;

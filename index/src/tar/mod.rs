@@ -10,6 +10,8 @@ mod parser;
 mod path;
 mod pax;
 mod sparse;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use parser::{Parser, TarSink};
 pub(crate) use path::check_clean;

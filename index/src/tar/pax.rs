@@ -74,7 +74,7 @@ impl Pax {
             b"GNU.sparse.map" => self.sparse.map = bytes().map(|map| numbers(key, &map)).transpose()?,
             b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
                 let map = self.sparse.map.get_or_insert_default();
-                if (map.len() % 2 == 0) != (key == b"GNU.sparse.offset") {
+                if map.len().is_multiple_of(2) != (key == b"GNU.sparse.offset") {
                     return Err("GNU.sparse.offset and GNU.sparse.numbytes do not come in turn".into());
                 }
                 map.push(integer(key, value)?.unwrap_or(0));
@@ -114,8 +114,11 @@ impl Pax {
     }
 }
 
-/// Splits the first record off: key, value, rest.
-fn record(body: &[u8]) -> Result<(&[u8], &[u8], &[u8]), String> {
+/// Key, value, and the records after it.
+type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
+
+/// Splits the first record off.
+fn record(body: &[u8]) -> Result<Record<'_>, String> {
     let bad = || format!("malformed extended header record {}", shown(body));
     let space = body.iter().take(20).position(|&c| c == b' ').ok_or_else(bad)?;
     let len = decimal(&body[..space]).and_then(|n| usize::try_from(n).ok()).ok_or_else(bad)?;

@@ -31,7 +31,7 @@ impl Map {
 
     /// From offsets and lengths in turn (PAX 0.0 and 0.1).
     pub(super) fn from_numbers(numbers: &[i64]) -> Result<Self, String> {
-        if numbers.len() % 2 != 0 {
+        if !numbers.len().is_multiple_of(2) {
             return Err("the sparse map ends inside a pair".into());
         }
         let mut map = Self::default();

@@ -1,6 +1,8 @@
 //! What the integration tests share: indexing into memory, and the proof that an index is right.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod make;
+
 use std::io::{self, Cursor};
 
 use lazyrun_index::{

@@ -1,0 +1,20 @@
+//! Answering a registry's 401: Bearer and Basic with what docker's configuration holds.
+//!
+//! Credentials go to the registry they are stored for and to the token endpoint that this registry names, to
+//! nobody else; tokens only to the registry. Neither ever appears in an error or a log line.
+
+mod challenge;
+mod config;
+mod token;
+
+pub(crate) use challenge::{Challenge, parse as parse_challenges};
+pub(crate) use config::{Credential, CredentialStore};
+pub(crate) use token::{Authorization, TokenCache, TokenRequest, parse_answer, request as token_request};
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
+/// The `Authorization` value for Basic.
+pub(crate) fn basic(user: &str, password: &str) -> String {
+    format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))
+}

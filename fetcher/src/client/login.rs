@@ -1,0 +1,102 @@
+//! Answering a 401: credentials are looked up, tokens fetched and kept.
+
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
+use reqwest::{Response, StatusCode};
+
+use super::retry::retry_after;
+use super::transport::{Call, MAX_SMALL_BODY, Transport, denied, host_of, sensitive};
+use crate::auth::{self, Authorization, Challenge};
+use crate::error::FetchError;
+
+impl Transport {
+    /// Finds what satisfies a 401's challenge.
+    pub(super) async fn answer_challenge(
+        &self,
+        call: &Call<'_>,
+        response: Response,
+        stale: Option<Authorization>,
+    ) -> Result<Authorization, FetchError> {
+        let key = call.repository.key();
+        let registry = response.url().clone();
+        let values = response.headers().get_all(WWW_AUTHENTICATE);
+        let challenges = auth::parse_challenges(values.iter().filter_map(|v| v.to_str().ok()));
+        // Reading the short body keeps the connection.
+        let _ = self.body(response, "an error", MAX_SMALL_BODY).await;
+        let _turn = self.token_turn.lock().await;
+        // Somebody else may have been faster.
+        if let Some(fresh) = self.tokens.get(&key)
+            && stale.as_ref().is_none_or(|s| s.value != fresh.value)
+        {
+            return Ok(fresh);
+        }
+        self.tokens.forget(&key);
+        let credential = self.credentials.get(&call.repository.registry).await?;
+        let bearer = challenges.iter().find_map(|c| match c {
+            Challenge::Bearer { realm, service, scope } => Some((realm, service, scope)),
+            Challenge::Basic => None,
+        });
+        let authorization = if let Some((realm, service, scope)) = bearer {
+            let default_scope = format!("repository:{}:pull", call.repository.path);
+            let scope = scope.as_deref().filter(|s| !s.is_empty()).unwrap_or(&default_scope);
+            let request =
+                auth::token_request(&registry, realm, service.as_deref(), scope, credential.as_ref())?;
+            self.policy().run(|| self.fetch_token(call, &request)).await?
+        } else if challenges.contains(&Challenge::Basic) {
+            match credential {
+                Some(auth::Credential::Password { user, password }) => {
+                    Authorization::new(auth::basic(&user, &password), None)
+                }
+                _ => return Err(denied(call, "it wants a user name and password and none are stored")),
+            }
+        } else {
+            return Err(denied(call, "it wants a kind of login that is not known here"));
+        };
+        self.tokens.put(key, authorization.clone());
+        Ok(authorization)
+    }
+
+    async fn fetch_token(
+        &self,
+        call: &Call<'_>,
+        wanted: &auth::TokenRequest,
+    ) -> Result<Authorization, FetchError> {
+        let host = host_of(&wanted.url);
+        self.gates.wait(&host).await;
+        let client = self.client_for(&wanted.url)?;
+        let mut request = match &wanted.form {
+            Some(form) => client
+                .post(wanted.url.clone())
+                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(form.clone()),
+            None => client.get(wanted.url.clone()),
+        };
+        if let Some((user, password)) = &wanted.basic {
+            request = request.header(AUTHORIZATION, sensitive(&auth::basic(user, password))?);
+        }
+        let response = self.timed(&host, "a token", request.send()).await?;
+        match response.status() {
+            StatusCode::OK => {
+                let body = self.body(response, "a token", MAX_SMALL_BODY).await?;
+                auth::parse_answer(&body).ok_or_else(|| FetchError::Protocol {
+                    host,
+                    what: "a token request".to_owned(),
+                    reason: "there is no usable token in it".to_owned(),
+                })
+            }
+            StatusCode::TOO_MANY_REQUESTS => {
+                Err(FetchError::RateLimited { host, retry_after: retry_after(response.headers()) })
+            }
+            status if status.is_server_error() => Err(FetchError::Server {
+                host,
+                status: status.as_u16(),
+                what: "a token".to_owned(),
+                retry_after: retry_after(response.headers()),
+            }),
+            // Redirects are not followed: the credentials are for this place.
+            _ => {
+                let detail = self.error_detail(response).await;
+                Err(denied(call, detail.as_deref().unwrap_or("its token service refused")))
+            }
+        }
+    }
+}

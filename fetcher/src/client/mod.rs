@@ -1,0 +1,197 @@
+//! The registry client: distribution-spec over HTTP, pull side only.
+
+mod blob;
+mod login;
+mod range;
+mod redirect;
+mod retry;
+mod transport;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lazyrun_index::Digest;
+
+pub use blob::{BlobReader, BlobSource};
+
+use crate::error::FetchError;
+use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
+use crate::platform::Platform;
+use crate::reference::Reference;
+use crate::stats::ClientStats;
+use transport::{Call, Repository, Transport, host_of};
+
+/// Lists inside lists are followed this deep.
+const MAX_LIST_DEPTH: usize = 2;
+
+/// How a [`RegistryClient`] connects.
+#[derive(Clone, Debug)]
+pub struct ClientOptions {
+    /// Registries (`host` or `host:port`) whose certificate is not checked and that may speak plain http.
+    /// Loopback registries always speak plain http.
+    pub insecure_registries: Vec<String>,
+    /// Docker's `config.json`, for credentials; a file that is missing holds none.
+    pub docker_config: Option<PathBuf>,
+    /// `User-Agent` header.
+    pub user_agent: String,
+    /// Bound for TCP and TLS handshakes.
+    pub connect_timeout: Duration,
+    /// Longest time without a byte before a request counts as failed.
+    pub stall_timeout: Duration,
+    /// How often a failed request is repeated.
+    pub retries: usize,
+    /// Wait before the first repetition; it doubles, with jitter.
+    pub retry_base: Duration,
+    /// Longest wait between repetitions. A server that asks for more gets no more requests.
+    pub max_retry_wait: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        ClientOptions {
+            insecure_registries: Vec::new(),
+            docker_config: None,
+            user_agent: concat!("lazyrun/", env!("CARGO_PKG_VERSION")).to_owned(),
+            connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(20),
+            retries: 4,
+            retry_base: Duration::from_millis(200),
+            max_retry_wait: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Talks to registries. Cheap to clone; clones share connections, tokens and counters.
+#[derive(Clone)]
+pub struct RegistryClient {
+    transport: Arc<Transport>,
+}
+
+impl RegistryClient {
+    /// A client; nothing is connected or read yet.
+    ///
+    /// # Errors
+    /// Never at present; connections and certificates are set up on first use.
+    pub fn new(options: ClientOptions) -> Result<Self, FetchError> {
+        Ok(RegistryClient { transport: Arc::new(Transport::new(options)) })
+    }
+
+    /// The blobs of a reference's repository.
+    pub fn blobs(&self, reference: &Reference) -> BlobSource {
+        BlobSource { transport: Arc::clone(&self.transport), repository: Arc::new(Repository::of(reference)) }
+    }
+
+    /// Counters since the client was made.
+    pub fn stats(&self) -> ClientStats {
+        self.transport.counters.snapshot()
+    }
+
+    /// Fetches and verifies manifest and config of an image for a platform.
+    ///
+    /// # Errors
+    /// When the image cannot be had, is malformed, or is of a kind that lazyrun does not run.
+    pub async fn resolve(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<ResolvedImage, FetchError> {
+        let repository = Repository::of(reference);
+        let mut bytes =
+            self.manifest(reference, &repository, &reference.manifest_name(), reference.digest).await?;
+        for _ in 0..=MAX_LIST_DEPTH {
+            match manifest::parse(reference, &bytes)? {
+                Document::Image(image) => {
+                    let config = self.config(&repository, image.config_digest).await?;
+                    return ResolvedImage::from_parts(reference.clone(), bytes, config);
+                }
+                Document::List(list) => {
+                    let digest = manifest::choose(reference, &list, platform)?;
+                    bytes = self.manifest(reference, &repository, &digest.to_string(), Some(digest)).await?;
+                }
+            }
+        }
+        Err(FetchError::Invalid {
+            image: reference.familiar(),
+            what: "manifest",
+            reason: "lists are nested too deep".to_owned(),
+        })
+    }
+
+    /// One manifest, verified against `want` or, by tag, against the digest the registry claims.
+    async fn manifest(
+        &self,
+        reference: &Reference,
+        repository: &Repository,
+        name: &str,
+        want: Option<Digest>,
+    ) -> Result<Bytes, FetchError> {
+        let call = Call {
+            repository,
+            resource: format!("manifests/{name}"),
+            accept: Some(manifest::ACCEPT),
+            range: None,
+            blob: None,
+        };
+        let policy = self.transport.policy();
+        let fetched = policy
+            .run(|| async {
+                let response = self.transport.send(&call).await?;
+                let host = host_of(response.url());
+                let header = response.headers().get("docker-content-digest");
+                let claimed = header.and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<Digest>().ok());
+                let body = self.transport.body(response, "the manifest", MAX_MANIFEST).await?;
+                Ok((body, claimed, host))
+            })
+            .await;
+        let (body, claimed, host) = match fetched {
+            Err(FetchError::Server { status: 404, .. }) => {
+                return Err(self.why_missing(reference, repository).await);
+            }
+            other => other?,
+        };
+        let got = Digest::of(&body);
+        match want.or(claimed) {
+            Some(want) if want != got => Err(FetchError::WrongDigest { host, what: "manifest", want, got }),
+            _ => Ok(body),
+        }
+    }
+
+    async fn config(&self, repository: &Repository, digest: Digest) -> Result<Bytes, FetchError> {
+        let call = Call {
+            repository,
+            resource: format!("blobs/{digest}"),
+            accept: None,
+            range: None,
+            blob: Some(digest),
+        };
+        let policy = self.transport.policy();
+        let (body, host) = policy
+            .run(|| async {
+                let response = self.transport.send(&call).await?;
+                let host = host_of(response.url());
+                Ok((self.transport.body(response, "the config", MAX_CONFIG).await?, host))
+            })
+            .await?;
+        let got = Digest::of(&body);
+        if got == digest {
+            Ok(body)
+        } else {
+            Err(FetchError::WrongDigest { host, what: "config", want: digest, got })
+        }
+    }
+
+    /// Tells a missing repository from a missing tag.
+    async fn why_missing(&self, reference: &Reference, repository: &Repository) -> FetchError {
+        let call =
+            Call { repository, resource: "tags/list?n=1".to_owned(), accept: None, range: None, blob: None };
+        match self.transport.send(&call).await {
+            Ok(_) => FetchError::TagNotFound {
+                image: Reference { tag: None, digest: None, ..reference.clone() }.familiar(),
+                tag: reference.manifest_name(),
+            },
+            Err(_) => FetchError::ImageNotFound { image: reference.familiar() },
+        }
+    }
+}

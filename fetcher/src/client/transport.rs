@@ -1,0 +1,470 @@
+//! One request to a registry: connection, authorization, redirects, statuses.
+
+use std::collections::HashMap;
+use std::error::Error as _;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use lazyrun_index::Digest;
+use reqwest::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE};
+use reqwest::{Client, Response, StatusCode, Url};
+use serde::Deserialize;
+
+use super::ClientOptions;
+use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
+use super::retry::{Gates, RetryPolicy, retry_after};
+use crate::auth::{Authorization, CredentialStore, TokenCache};
+use crate::error::FetchError;
+use crate::manifest::printable;
+use crate::reference::Reference;
+use crate::stats::ClientCounters;
+
+/// Largest token answer or error body that is read, in bytes.
+pub(super) const MAX_SMALL_BODY: u64 = 256 << 10;
+
+/// A repository and how to talk about it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Repository {
+    pub(crate) registry: String,
+    pub(crate) endpoint: String,
+    pub(crate) path: String,
+}
+
+impl Repository {
+    pub(crate) fn of(reference: &Reference) -> Self {
+        Repository {
+            registry: reference.registry.clone(),
+            endpoint: reference.endpoint().to_owned(),
+            path: reference.repository.clone(),
+        }
+    }
+
+    pub(crate) fn name(&self) -> String {
+        format!("{}/{}", self.registry, self.path)
+    }
+
+    pub(super) fn key(&self) -> (String, String) {
+        (self.registry.clone(), self.path.clone())
+    }
+}
+
+/// What is asked of a repository.
+#[derive(Clone, Debug)]
+pub(crate) struct Call<'a> {
+    pub(crate) repository: &'a Repository,
+    /// `manifests/latest`, `blobs/sha256:…`
+    pub(crate) resource: String,
+    pub(crate) accept: Option<&'static str>,
+    /// First byte and byte after the last.
+    pub(crate) range: Option<(u64, u64)>,
+    /// The blob, whose final URL is then remembered.
+    pub(crate) blob: Option<Digest>,
+}
+
+/// Connections, tokens and what was learnt about hosts.
+pub(crate) struct Transport {
+    pub(crate) options: ClientOptions,
+    pub(crate) counters: ClientCounters,
+    trusted: OnceLock<Result<Client, String>>,
+    insecure: OnceLock<Result<Client, String>>,
+    local: OnceLock<Result<Client, String>>,
+    /// Insecure registries that turned out to speak only plain http.
+    plain: Mutex<HashMap<String, bool>>,
+    pub(super) credentials: CredentialStore,
+    pub(super) tokens: TokenCache,
+    /// One token request at a time per registry: a hundred blobs must not ask for a hundred tokens.
+    pub(super) token_turn: tokio::sync::Mutex<()>,
+    redirects: RedirectCache,
+    pub(super) gates: Gates,
+}
+
+impl Transport {
+    pub(crate) fn new(options: ClientOptions) -> Self {
+        // reqwest is built without a crypto provider; whoever was first keeps theirs.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        Transport {
+            credentials: CredentialStore::new(options.docker_config.clone()),
+            options,
+            counters: ClientCounters::default(),
+            trusted: OnceLock::new(),
+            insecure: OnceLock::new(),
+            local: OnceLock::new(),
+            plain: Mutex::default(),
+            tokens: TokenCache::default(),
+            token_turn: tokio::sync::Mutex::default(),
+            redirects: RedirectCache::default(),
+            gates: Gates::default(),
+        }
+    }
+
+    pub(crate) fn policy(&self) -> RetryPolicy {
+        RetryPolicy {
+            retries: self.options.retries,
+            base: self.options.retry_base,
+            max_wait: self.options.max_retry_wait,
+        }
+    }
+
+    /// Sends a call, answers a 401 once, follows redirects; the answer's status is 200 or 206 (or 416).
+    pub(crate) async fn send(&self, call: &Call<'_>) -> Result<Response, FetchError> {
+        if let Some(response) = self.send_to_known_place(call).await? {
+            return Ok(response);
+        }
+        let key = call.repository.key();
+        let mut authorization = self.tokens.get(&key);
+        for answered in [false, true] {
+            let base = self.base_url(&call.repository.endpoint).await?;
+            let url = base
+                .join(&format!("/v2/{}/{}", call.repository.path, call.resource))
+                .map_err(|e| self.protocol(&call.repository.endpoint, call, &e.to_string()))?;
+            let response = self.follow(url.clone(), call, authorization.as_ref()).await?;
+            if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &url) {
+                return self.check(response, call).await;
+            }
+            if answered {
+                self.tokens.forget(&key);
+                let reason = if authorization.is_some() {
+                    "the credentials were not accepted"
+                } else {
+                    "a login is needed"
+                };
+                return Err(denied(call, self.error_detail(response).await.as_deref().unwrap_or(reason)));
+            }
+            authorization = Some(self.answer_challenge(call, response, authorization).await?);
+        }
+        Err(denied(call, "the credentials were not accepted"))
+    }
+
+    /// Tries the URL that a redirect led to before; `None` when it is not known or not good any more.
+    async fn send_to_known_place(&self, call: &Call<'_>) -> Result<Option<Response>, FetchError> {
+        let Some(digest) = call.blob else { return Ok(None) };
+        let name = call.repository.name();
+        let Some(url) = self.redirects.get(&name, digest) else { return Ok(None) };
+        let response = self.exchange(&url, call, None).await?;
+        match response.status() {
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
+                Ok(Some(response))
+            }
+            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
+                self.check(response, call).await.map(Some)
+            }
+            // Expired, mostly 403: the registry gives a new one.
+            _ => {
+                self.redirects.forget(&name, digest);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Sends to `url` and wherever it redirects; the authorization goes only to where it belongs.
+    async fn follow(
+        &self,
+        start: Url,
+        call: &Call<'_>,
+        authorization: Option<&Authorization>,
+    ) -> Result<Response, FetchError> {
+        let mut url = start.clone();
+        for _ in 0..=MAX_HOPS {
+            let shown = authorization.filter(|_| same_origin(&start, &url));
+            let response = self.exchange(&url, call, shown).await?;
+            if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
+                if let Some(digest) = call.blob
+                    && !same_origin(&start, &url)
+                    && response.status().is_success()
+                {
+                    self.redirects.put(&call.repository.name(), digest, url);
+                }
+                return Ok(response);
+            }
+            let location = response.headers().get(LOCATION).and_then(|v| v.to_str().ok());
+            url = next_hop(&url, location).map_err(|reason| self.protocol(&host_of(&start), call, reason))?;
+        }
+        Err(self.protocol(&host_of(&start), call, "too many redirects"))
+    }
+
+    /// One HTTP exchange up to the response's header.
+    async fn exchange(
+        &self,
+        url: &Url,
+        call: &Call<'_>,
+        authorization: Option<&Authorization>,
+    ) -> Result<Response, FetchError> {
+        let host = host_of(url);
+        self.gates.wait(&host).await;
+        let mut request = self.client_for(url)?.get(url.clone()).header(ACCEPT_ENCODING, "identity");
+        if let Some(accept) = call.accept {
+            request = request.header(ACCEPT, accept);
+        }
+        if let Some((start, end)) = call.range {
+            request = request.header(RANGE, format!("bytes={start}-{}", end.saturating_sub(1)));
+        }
+        if let Some(authorization) = authorization {
+            request = request.header(AUTHORIZATION, sensitive(&authorization.value)?);
+        }
+        let response = self.timed(&host, &call.resource, request.send()).await?;
+        if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+            && let Some(wait) = retry_after(response.headers())
+        {
+            self.gates.close(&host, wait.min(self.options.max_retry_wait));
+        }
+        Ok(response)
+    }
+
+    /// Waits for a response's header at most as long as a stall may last, and words the errors.
+    pub(super) async fn timed(
+        &self,
+        host: &str,
+        what: &str,
+        exchange: impl Future<Output = Result<Response, reqwest::Error>>,
+    ) -> Result<Response, FetchError> {
+        self.counters.requests.fetch_add(1, Relaxed);
+        let limit = self.options.stall_timeout;
+        match tokio::time::timeout(limit, exchange).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(classify(host, what, error)),
+            Err(_) => Err(FetchError::Stalled { host: host.to_owned(), what: what.to_owned(), after: limit }),
+        }
+    }
+
+    /// The next piece of a body; `None` at its end.
+    pub(crate) async fn next_chunk(
+        &self,
+        response: &mut Response,
+        what: &str,
+    ) -> Result<Option<Bytes>, FetchError> {
+        let limit = self.options.stall_timeout;
+        let host = host_of(response.url());
+        match tokio::time::timeout(limit, response.chunk()).await {
+            Ok(Ok(chunk)) => {
+                let len = chunk.as_ref().map_or(0, |c| c.len() as u64);
+                self.counters.bytes.fetch_add(len, Relaxed);
+                Ok(chunk)
+            }
+            Ok(Err(error)) => Err(classify(&host, what, error)),
+            Err(_) => Err(FetchError::Stalled { host, what: what.to_owned(), after: limit }),
+        }
+    }
+
+    /// A whole body of at most `limit` bytes.
+    pub(crate) async fn body(
+        &self,
+        mut response: Response,
+        what: &str,
+        limit: u64,
+    ) -> Result<Bytes, FetchError> {
+        let host = host_of(response.url());
+        let too_large = || FetchError::TooLarge { host: host.clone(), what: what.to_owned(), limit };
+        if response.content_length().is_some_and(|l| l > limit) {
+            return Err(too_large());
+        }
+        let mut out = BytesMut::new();
+        while let Some(chunk) = self.next_chunk(&mut response, what).await? {
+            if out.len() as u64 + chunk.len() as u64 > limit {
+                return Err(too_large());
+            }
+            out.extend_from_slice(&chunk);
+        }
+        Ok(out.freeze())
+    }
+
+    /// Turns an error status into an error.
+    async fn check(&self, response: Response, call: &Call<'_>) -> Result<Response, FetchError> {
+        let status = response.status();
+        let host = host_of(response.url());
+        match status {
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
+                let html = response
+                    .headers()
+                    .get(CONTENT_TYPE)
+                    .is_some_and(|v| v.as_bytes().starts_with(b"text/html"));
+                if html && status == StatusCode::OK {
+                    return Err(self.protocol(
+                        &host,
+                        call,
+                        "it sent a web page; is there a captive portal or a proxy?",
+                    ));
+                }
+                Ok(response)
+            }
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                let detail = self.error_detail(response).await;
+                Err(denied(call, detail.as_deref().unwrap_or("no permission")))
+            }
+            StatusCode::NOT_FOUND | StatusCode::GONE => match call.blob {
+                Some(digest) => Err(FetchError::BlobNotFound { host, digest }),
+                None => Err(FetchError::Server {
+                    host,
+                    status: 404,
+                    what: call.resource.clone(),
+                    retry_after: None,
+                }),
+            },
+            StatusCode::TOO_MANY_REQUESTS => {
+                Err(FetchError::RateLimited { host, retry_after: retry_after(response.headers()) })
+            }
+            _ => Err(FetchError::Server {
+                host,
+                status: status.as_u16(),
+                what: call.resource.clone(),
+                retry_after: retry_after(response.headers()),
+            }),
+        }
+    }
+
+    /// The first message of a registry's JSON error.
+    pub(super) async fn error_detail(&self, response: Response) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Errors {
+            #[serde(default)]
+            errors: Vec<OneError>,
+            details: Option<String>,
+        }
+        #[derive(Deserialize)]
+        struct OneError {
+            #[serde(default)]
+            message: String,
+        }
+        let body = self.body(response, "an error", MAX_SMALL_BODY).await.ok()?;
+        let errors: Errors = serde_json::from_slice(&body).ok()?;
+        let first = errors.errors.into_iter().map(|e| e.message).find(|m| !m.is_empty()).or(errors.details)?;
+        Some(printable(&first))
+    }
+
+    /// `http://host/` or `https://host/` for a registry; learns which for insecure ones.
+    async fn base_url(&self, endpoint: &str) -> Result<Url, FetchError> {
+        let parse = |scheme: &str| {
+            Url::parse(&format!("{scheme}://{endpoint}/")).map_err(|e| FetchError::Unreachable {
+                host: endpoint.to_owned(),
+                reason: format!("not a host name: {e}"),
+            })
+        };
+        let url = parse("https")?;
+        if is_loopback(&url) {
+            return parse("http");
+        }
+        if !self.is_insecure(endpoint) {
+            return Ok(url);
+        }
+        let known = self.plain.lock().unwrap_or_else(PoisonError::into_inner).get(endpoint).copied();
+        let plain = match known {
+            Some(plain) => plain,
+            None => {
+                let probe = self.client_for(&url)?.get(url.clone());
+                let plain = self.timed(endpoint, "the registry", probe.send()).await.is_err();
+                self.plain.lock().unwrap_or_else(PoisonError::into_inner).insert(endpoint.to_owned(), plain);
+                plain
+            }
+        };
+        if plain { parse("http") } else { Ok(url) }
+    }
+
+    fn is_insecure(&self, endpoint: &str) -> bool {
+        self.options.insecure_registries.iter().any(|name| name == endpoint)
+    }
+
+    pub(super) fn client_for(&self, url: &Url) -> Result<&Client, FetchError> {
+        let host = host_of(url);
+        let (slot, insecure, proxied) = if is_loopback(url) {
+            (&self.local, self.is_insecure(&host), false)
+        } else if self.is_insecure(&host) {
+            (&self.insecure, true, true)
+        } else {
+            (&self.trusted, false, true)
+        };
+        let client = slot.get_or_init(|| self.build_client(insecure, proxied));
+        client.as_ref().map_err(|reason| FetchError::Tls { host, reason: reason.clone() })
+    }
+
+    fn build_client(&self, insecure: bool, proxied: bool) -> Result<Client, String> {
+        let build = |roots: bool| {
+            let mut builder = Client::builder()
+                .user_agent(self.options.user_agent.clone())
+                .redirect(reqwest::redirect::Policy::none())
+                .connect_timeout(self.options.connect_timeout)
+                .pool_idle_timeout(Duration::from_secs(60))
+                .tcp_nodelay(true)
+                .tcp_keepalive(Duration::from_secs(30))
+                .http2_adaptive_window(true)
+                .retry(reqwest::retry::never())
+                .tls_danger_accept_invalid_certs(insecure);
+            if !proxied {
+                builder = builder.no_proxy();
+            }
+            if !roots {
+                builder = builder.tls_certs_only([]);
+            }
+            builder.build()
+        };
+        // A machine without CA certificates can still use loopback registries.
+        let result = if proxied { build(true) } else { build(true).or_else(|_| build(false)) };
+        result.map_err(|e| deepest(&e))
+    }
+
+    fn protocol(&self, host: &str, call: &Call<'_>, reason: &str) -> FetchError {
+        FetchError::Protocol { host: host.to_owned(), what: call.resource.clone(), reason: reason.to_owned() }
+    }
+}
+
+pub(super) fn denied(call: &Call<'_>, reason: &str) -> FetchError {
+    FetchError::Denied {
+        image: call.repository.name(),
+        host: call.repository.registry.clone(),
+        reason: reason.to_owned(),
+    }
+}
+
+/// A header value that the HTTP stack neither logs nor indexes.
+pub(super) fn sensitive(value: &str) -> Result<reqwest::header::HeaderValue, FetchError> {
+    let mut value = reqwest::header::HeaderValue::from_str(value).map_err(|_| FetchError::Credentials {
+        host: "the registry".into(),
+        reason: "they hold control characters".into(),
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// `host` or `host:port` as in a reference.
+pub(crate) fn host_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    host == "localhost" || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Words an HTTP client's error without the URL (signed URLs are secrets).
+fn classify(host: &str, what: &str, error: reqwest::Error) -> FetchError {
+    let error = error.without_url();
+    if let Some(tls) = error.source().and_then(find_tls) {
+        return FetchError::Tls { host: host.to_owned(), reason: tls.to_string() };
+    }
+    let (host, reason) = (host.to_owned(), deepest(&error));
+    if error.is_connect() {
+        FetchError::Unreachable { host, reason }
+    } else {
+        FetchError::Broken { host, what: what.to_owned(), reason }
+    }
+}
+
+/// The TLS error behind an error. An `io::Error` hides what it wraps from the chain of sources.
+fn find_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return Some(tls);
+    }
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    wrapped.and_then(|inner| find_tls(inner)).or_else(|| error.source().and_then(find_tls))
+}
+
+/// The innermost cause, which is the one that says something.
+fn deepest(error: &dyn std::error::Error) -> String {
+    let mut current = error;
+    while let Some(source) = current.source() {
+        current = source;
+    }
+    current.to_string()
+}

@@ -1,0 +1,137 @@
+//! Single flight: many ask, one task works, all get its answer.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use lazyrun_index::Digest;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+
+use crate::error::FetchError;
+
+type Answer<T> = Option<Result<T, FetchError>>;
+
+/// Work in progress, by layer.
+pub(super) struct Flights<T> {
+    active: Mutex<HashMap<Digest, Weak<Flight<T>>>>,
+}
+
+impl<T> Default for Flights<T> {
+    fn default() -> Self {
+        Flights { active: Mutex::default() }
+    }
+}
+
+/// One piece of work. It is aborted when the last handle is dropped.
+pub(super) struct Flight<T> {
+    answer: watch::Receiver<Answer<T>>,
+    task: AbortHandle,
+}
+
+impl<T> Drop for Flight<T> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl<T: Clone + Send + Sync + 'static> Flights<T> {
+    /// Joins the work under `key`, or starts it.
+    pub(super) fn join<F>(&self, key: Digest, work: impl FnOnce() -> F) -> Arc<Flight<T>>
+    where
+        F: Future<Output = Result<T, FetchError>> + Send + 'static,
+    {
+        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = active.get(&key).and_then(Weak::upgrade)
+            && flight.answer.borrow().is_none()
+            && flight.answer.has_changed().is_ok()
+        {
+            return flight;
+        }
+        let (sender, answer) = watch::channel(None);
+        let work = work();
+        let task = tokio::spawn(async move {
+            let result = work.await;
+            sender.send_replace(Some(result));
+        });
+        let flight = Arc::new(Flight { answer, task: task.abort_handle() });
+        active.retain(|_, weak| weak.strong_count() > 0);
+        active.insert(key, Arc::downgrade(&flight));
+        flight
+    }
+
+    /// Joins or starts work that goes on when nobody waits any more.
+    pub(super) fn join_detached<F>(&self, key: Digest, work: impl FnOnce() -> F)
+    where
+        F: Future<Output = Result<T, FetchError>> + Send + 'static,
+    {
+        let flight = self.join(key, work);
+        tokio::spawn(async move {
+            let _ = flight.wait("a stream").await;
+        });
+    }
+}
+
+impl<T: Clone> Flight<T> {
+    pub(super) async fn wait(&self, what: &'static str) -> Result<T, FetchError> {
+        let mut answer = self.answer.clone();
+        match answer.wait_for(Option::is_some).await {
+            Ok(done) => done.clone().unwrap_or(Err(FetchError::Interrupted { what })),
+            // The task died without an answer.
+            Err(_) => Err(FetchError::Interrupted { what }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn many_ask_one_works() {
+        let flights = Flights::<u32>::default();
+        let runs = Arc::new(AtomicUsize::new(0));
+        let (go, gate) = oneshot::channel::<()>();
+        let counted = Arc::clone(&runs);
+        let first = flights.join(Digest::of(b"a"), || async move {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let _ = gate.await;
+            Ok(7)
+        });
+        let second = flights.join(Digest::of(b"a"), || async { Ok(8) });
+        go.send(()).unwrap();
+        assert_eq!(first.wait("x").await.unwrap(), 7);
+        assert_eq!(second.wait("x").await.unwrap(), 7);
+        assert_eq!(runs.load(Ordering::SeqCst), 1);
+        // Finished work is not joined again.
+        assert_eq!(flights.join(Digest::of(b"a"), || async { Ok(9) }).wait("x").await.unwrap(), 9);
+    }
+
+    #[tokio::test]
+    async fn the_last_to_leave_stops_the_work() {
+        struct OnDrop(Option<oneshot::Sender<()>>);
+        impl Drop for OnDrop {
+            fn drop(&mut self) {
+                let _ = self.0.take().map(|s| s.send(()));
+            }
+        }
+        let flights = Flights::<u32>::default();
+        let (dropped, was_dropped) = oneshot::channel();
+        let guard = OnDrop(Some(dropped));
+        let flight = flights.join(Digest::of(b"a"), || async move {
+            let _guard = guard;
+            std::future::pending::<()>().await;
+            Ok(1)
+        });
+        drop(flight);
+        was_dropped.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_error() {
+        let flights = Flights::<u32>::default();
+        let flight = flights.join(Digest::of(b"a"), || async { panic!("on purpose") });
+        assert!(matches!(flight.wait("x").await, Err(FetchError::Interrupted { what: "x" })));
+    }
+}

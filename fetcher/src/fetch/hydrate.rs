@@ -1,0 +1,216 @@
+//! Hydration: everything that is missing, in the background.
+//!
+//! Missing runs come by ranged requests, each short enough that a fault which comes meanwhile is not held up, and
+//! none is started while faults are being served. A layer whose spans cannot be entered, or whose server does
+//! not do ranges, is streamed from its start instead.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use lazyrun_index::{LayerSink, SpanInfo, hydrate_layer};
+use tokio::task::JoinSet;
+
+use super::claims::LayerState;
+use super::pump::{Failure, pump};
+use super::{Inner, NoProgress, Progress, blocking, ingest, spans};
+use crate::error::FetchError;
+use crate::store::Layer;
+
+/// Requests of one hydration at a time: the second hides the first one's round trip.
+const PIPELINE: usize = 2;
+/// How long to wait for what others fetch before looking again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Streamed spans between two writes of the map.
+const SAVE_EVERY: u32 = 16;
+
+pub(super) async fn run(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    progress: &Arc<dyn Progress>,
+) -> Result<(), FetchError> {
+    if layer.has_suspects() {
+        let layer = Arc::clone(layer);
+        blocking("verifying a layer", move || {
+            layer.verify_suspects().map_err(|e| FetchError::store("reading", &layer.data_path(), e))
+        })
+        .await?;
+    }
+    let state = inner.state(layer.diff_id());
+    // Dropping the set aborts what is in it, and the runs give their claims back.
+    let mut requests: JoinSet<Result<(), FetchError>> = JoinSet::new();
+    while !layer.is_hydrated() {
+        let changed = state.changed.notified();
+        let mut exhausted = false;
+        while requests.len() < PIPELINE && !exhausted {
+            let slot = inner.scheduler.background_request().await?;
+            match state.plan_background(layer, inner.scheduler.background_bytes()) {
+                Some(run) => {
+                    let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
+                    requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run), slot).await });
+                }
+                None => exhausted = true,
+            }
+        }
+        match requests.join_next().await {
+            Some(Ok(Ok(()))) => report(layer, progress),
+            Some(Ok(Err(error))) if !state.no_ranges() => return Err(error),
+            Some(Ok(Err(_))) => {}
+            Some(Err(_)) => return Err(FetchError::Interrupted { what: "hydrating a layer" }),
+            None if needs_stream(layer, &state) => stream(inner, layer, progress).await?,
+            // The rest is being fetched for faults.
+            None => {
+                let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
+            }
+        }
+    }
+    report(layer, progress);
+    inner.sync_later(layer);
+    Ok(())
+}
+
+/// Whether something is missing that ranges will not bring.
+fn needs_stream(layer: &Layer, state: &LayerState) -> bool {
+    let all = state.no_ranges();
+    (0..layer.index().span_count())
+        .any(|i| layer.lacks_span(i) && (all || !layer.index().span(i).restartable))
+}
+
+fn report(layer: &Layer, progress: &Arc<dyn Progress>) {
+    let index = layer.index();
+    let done: u64 = if layer.is_hydrated() {
+        index.blob_size()
+    } else {
+        let local = (0..index.span_count()).filter(|&i| layer.has_span(i));
+        local.map(|i| index.span(i).blob_len).sum::<u64>().min(index.blob_size())
+    };
+    progress.advance(layer.diff_id(), done, index.blob_size());
+}
+
+/// Streams the layer for faults that need it. It goes on when they have timed out, so that a later read finds
+/// more of it.
+pub(super) fn start_stream(inner: &Arc<Inner>, layer: &Arc<Layer>) {
+    let (owned_inner, owned_layer) = (Arc::clone(inner), Arc::clone(layer));
+    inner.streams.join_detached(layer.diff_id(), || async move {
+        let progress: Arc<dyn Progress> = Arc::new(NoProgress);
+        stream_once(&owned_inner, &owned_layer, &progress).await
+    });
+}
+
+/// Streams the layer, or joins the stream under way.
+async fn stream(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    progress: &Arc<dyn Progress>,
+) -> Result<(), FetchError> {
+    let (owned_inner, owned_layer, progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
+    let flight = inner
+        .streams
+        .join(layer.diff_id(), || async move { stream_once(&owned_inner, &owned_layer, &progress).await });
+    flight.wait("streaming a layer").await
+}
+
+async fn stream_once(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    progress: &Arc<dyn Progress>,
+) -> Result<(), FetchError> {
+    let result = stream_from_any(inner, layer, progress).await;
+    match &result {
+        Ok(()) => inner.sync_later(layer),
+        Err(error) => inner.state(layer.diff_id()).fail_stream(error.clone()),
+    }
+    result
+}
+
+async fn stream_from_any(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    progress: &Arc<dyn Progress>,
+) -> Result<(), FetchError> {
+    let _slot = inner.scheduler.stream().await?;
+    let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
+    for source in inner.sources(layer)? {
+        let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
+        let problem = Failure::default();
+        let (feeder, reader) = pump(problem.clone());
+        let mut sink = StreamSink {
+            layer: Arc::clone(layer),
+            state: inner.state(layer.diff_id()),
+            span: Vec::new(),
+            offset: 0,
+            unsaved: 0,
+            progress: Arc::clone(progress),
+        };
+        let worker = blocking("streaming a layer", move || {
+            let layer = Arc::clone(&sink.layer);
+            let result = hydrate_layer(layer.index(), reader, &mut sink);
+            let _ = layer.save_map();
+            match result {
+                Ok(_) => Ok(()),
+                Err(_) if layer.is_hydrated() => Ok(()),
+                Err(error) => Err(ingest::layer_error(digest, error, &problem, &layer.data_path())),
+            }
+        });
+        inner.counters.background_requests.fetch_add(1, Relaxed);
+        let feed = feeder.run(source.reader(digest, 0..size, Some(size)), |n| {
+            inner.counters.background_bytes.fetch_add(n, Relaxed);
+        });
+        let ((), result) = tokio::join!(feed, worker);
+        match result {
+            Ok(()) => return Ok(()),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
+}
+
+/// Stores streamed spans once they are verified. Until then they are held in memory: the layer file may already
+/// have the same span, proven and in use.
+struct StreamSink {
+    layer: Arc<Layer>,
+    state: Arc<LayerState>,
+    span: Vec<u8>,
+    /// Byte of the layer file at which `span` starts.
+    offset: u64,
+    unsaved: u32,
+    progress: Arc<dyn Progress>,
+}
+
+impl LayerSink for StreamSink {
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if offset != self.offset + self.span.len() as u64 {
+            return Err(io::Error::other("streamed bytes are not in order"));
+        }
+        self.span.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn span(&mut self, span: &SpanInfo) -> io::Result<()> {
+        let len = usize::try_from(span.len).unwrap_or(usize::MAX);
+        if span.offset != self.offset || len > self.span.len() {
+            return Err(io::Error::other("a streamed span is not where its index says"));
+        }
+        if !self.layer.has_span(span.index as usize) {
+            self.layer.write_span(span, &self.span[..len])?;
+            self.state.changed.notify_waiters();
+            self.unsaved += 1;
+        }
+        self.span.drain(..len);
+        self.offset += span.len;
+        if self.unsaved >= SAVE_EVERY {
+            self.layer.save_map()?;
+            self.unsaved = 0;
+        }
+        if self.layer.is_hydrated() {
+            // Nothing is missing any more: the rest of the stream would bring nothing new.
+            return Err(io::Error::other("done"));
+        }
+        Ok(())
+    }
+
+    fn progress(&mut self, blob_bytes: u64) {
+        self.progress.advance(self.layer.diff_id(), blob_bytes, self.layer.index().blob_size());
+    }
+}

@@ -1,0 +1,206 @@
+//! The first stream of a layer: one pass that fills the layer file, builds the index and proves both digests.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use lazyrun_index::{Digest, IndexError, LayerSink, SpanInfo, StreamSummary, index_layer};
+
+use super::pump::{Failure, PumpReader, pump};
+use super::{Inner, Progress, blocking};
+use crate::client::BlobSource;
+use crate::error::FetchError;
+use crate::manifest::LayerDescriptor;
+use crate::store::{Layer, Staging};
+
+/// Tries when what comes is not what its digests say: bytes may break on the way.
+const TRIES: usize = 2;
+/// Decoded bytes gathered for one write.
+const WRITE_SIZE: usize = 1 << 20;
+
+pub(super) async fn run(
+    inner: &Arc<Inner>,
+    layer: &LayerDescriptor,
+    blobs: &BlobSource,
+    progress: &Arc<dyn Progress>,
+) -> Result<Arc<Layer>, FetchError> {
+    let (store, diff_id) = (inner.store.clone(), layer.diff_id);
+    if let Some(found) = blocking("opening a layer", move || store.get(diff_id)).await? {
+        if found.is_hydrated() || found.has_suspects() || inner.sources(&found).is_ok() {
+            return Ok(found);
+        }
+        // The same tar was streamed from another blob, which nobody offers any more: its index leads nowhere.
+        let store = inner.store.clone();
+        blocking("removing a layer", move || store.remove(diff_id)).await?;
+    }
+    let _slot = inner.scheduler.stream().await?;
+    let mut tries = 1;
+    loop {
+        match stream(inner, layer, blobs, progress).await {
+            Err(error) if tries < TRIES && is_damage(&error) => {
+                tracing::warn!(%error, source = blobs.name(), "layer is streamed again");
+                tries += 1;
+            }
+            Err(error) => return Err(error),
+            Ok(layer) => {
+                inner.counters.streams.fetch_add(1, Relaxed);
+                inner.sync_later(&layer);
+                return Ok(layer);
+            }
+        }
+    }
+}
+
+/// Whether another try may bring other bytes.
+fn is_damage(error: &FetchError) -> bool {
+    match error {
+        FetchError::WrongDigest { .. } | FetchError::WrongSize { .. } | FetchError::WrongDiffId { .. } => {
+            true
+        }
+        FetchError::Layer { source, .. } => !matches!(**source, IndexError::Entry { .. }),
+        _ => false,
+    }
+}
+
+async fn stream(
+    inner: &Arc<Inner>,
+    layer: &LayerDescriptor,
+    blobs: &BlobSource,
+    progress: &Arc<dyn Progress>,
+) -> Result<Arc<Layer>, FetchError> {
+    let failure = Failure::default();
+    let (feeder, reader) = pump(failure.clone());
+    let job = Job {
+        inner: Arc::clone(inner),
+        layer: layer.clone(),
+        host: blobs.name(),
+        failure,
+        progress: Arc::clone(progress),
+    };
+    let worker = blocking("streaming a layer", move || job.work(reader));
+    let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), |n| {
+        inner.counters.stream_bytes.fetch_add(n, Relaxed);
+    });
+    let ((), result) = tokio::join!(feed, worker);
+    result
+}
+
+/// The blocking side.
+struct Job {
+    inner: Arc<Inner>,
+    layer: LayerDescriptor,
+    host: String,
+    failure: Failure,
+    progress: Arc<dyn Progress>,
+}
+
+impl Job {
+    /// On any error, and when the feeding task is dropped, the staging directory goes with this call.
+    fn work(self, reader: PumpReader) -> Result<Arc<Layer>, FetchError> {
+        let store = &self.inner.store;
+        let staging = store.stage(self.layer.diff_id)?;
+        let summary = self.index(&staging, reader)?;
+        self.check(&summary)?;
+        let layer = store.publish(staging, summary.spans as usize)?;
+        self.progress.advance(self.layer.diff_id, self.layer.size, self.layer.size);
+        Ok(layer)
+    }
+
+    fn index(&self, staging: &Staging, reader: PumpReader) -> Result<StreamSummary, FetchError> {
+        let data_path = staging.data_path();
+        let failed = |e| FetchError::store("writing", &data_path, e);
+        let data = staging.create(&data_path)?;
+        let out = staging.create(&staging.index_path())?;
+        let mut sink = FileSink { data: &data, at: 0, gathered: Vec::with_capacity(WRITE_SIZE), job: self };
+        let summary = index_layer(reader, &mut sink, out, &self.inner.options.stream)
+            .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
+        sink.flush().map_err(failed)?;
+        data.set_len(summary.layer_size).map_err(failed)?;
+        Ok(summary)
+    }
+
+    fn check(&self, summary: &StreamSummary) -> Result<(), FetchError> {
+        let layer = &self.layer;
+        if summary.blob_size != layer.size {
+            return Err(FetchError::WrongSize {
+                digest: layer.digest,
+                want: layer.size,
+                got: summary.blob_size,
+            });
+        }
+        if summary.blob_digest != layer.digest {
+            return Err(FetchError::WrongDigest {
+                host: self.host.clone(),
+                what: "layer blob",
+                want: layer.digest,
+                got: summary.blob_digest,
+            });
+        }
+        if summary.diff_id != layer.diff_id {
+            return Err(FetchError::WrongDiffId {
+                blob: layer.digest,
+                want: layer.diff_id,
+                got: summary.diff_id,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Writes the layer file. Nobody reads it before it is proven and published.
+struct FileSink<'a> {
+    data: &'a File,
+    /// Byte at which `gathered` starts.
+    at: u64,
+    gathered: Vec<u8>,
+    job: &'a Job,
+}
+
+impl FileSink<'_> {
+    fn flush(&mut self) -> io::Result<()> {
+        self.data.write_all_at(&self.gathered, self.at)?;
+        self.at += self.gathered.len() as u64;
+        self.gathered.clear();
+        Ok(())
+    }
+}
+
+impl LayerSink for FileSink<'_> {
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if offset != self.at + self.gathered.len() as u64 {
+            return Err(io::Error::other("streamed bytes are not in order"));
+        }
+        if self.gathered.len() + bytes.len() > WRITE_SIZE {
+            self.flush()?;
+        }
+        if bytes.len() >= WRITE_SIZE {
+            self.data.write_all_at(bytes, offset)?;
+            self.at += bytes.len() as u64;
+        } else {
+            self.gathered.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    fn span(&mut self, _: &SpanInfo) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn progress(&mut self, blob_bytes: u64) {
+        self.job.progress.advance(self.job.layer.diff_id, blob_bytes, self.job.layer.size);
+    }
+}
+
+/// Finds the cause behind what the decoder says: the network, the disk or the layer itself.
+pub(super) fn layer_error(digest: Digest, error: IndexError, network: &Failure, data: &Path) -> FetchError {
+    match (network.take(), error) {
+        (Some(cause), _) => cause,
+        (None, IndexError::Sink { source, .. } | IndexError::IndexIo { source, .. }) => {
+            FetchError::store("writing", data, source)
+        }
+        (None, error) => FetchError::Layer { digest, source: Arc::new(error) },
+    }
+}

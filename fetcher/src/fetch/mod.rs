@@ -1,0 +1,241 @@
+//! Getting bytes of layers: streams, faults and hydration over one store.
+
+mod claims;
+mod fault;
+mod flight;
+mod hydrate;
+mod ingest;
+mod pump;
+mod scheduler;
+mod spans;
+mod window;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use lazyrun_index::{Digest, StreamOptions};
+
+use crate::client::BlobSource;
+use crate::error::FetchError;
+use crate::manifest::LayerDescriptor;
+use crate::stats::{FetchCounters, FetchStats};
+use crate::store::{Layer, LayerStore};
+use claims::LayerState;
+use flight::Flights;
+use scheduler::Scheduler;
+
+/// Hears how far a layer is. Called often and from any thread: must not block.
+pub trait Progress: Send + Sync {
+    /// `done` of `total` compressed bytes of the layer with this diffID have come (or were there).
+    fn advance(&self, layer: Digest, done: u64, total: u64);
+}
+
+/// Progress that nobody wants to hear of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoProgress;
+
+impl Progress for NoProgress {
+    fn advance(&self, _: Digest, _: u64, _: u64) {}
+}
+
+/// Bounds and tuning of a [`Fetcher`].
+#[derive(Clone, Debug)]
+pub struct FetchOptions {
+    /// A read that takes longer is an error.
+    pub fault_timeout: Duration,
+    /// Requests for faults at a time.
+    pub fault_requests: usize,
+    /// Requests for hydration at a time, over all layers.
+    pub background_requests: usize,
+    /// Layers streamed at a time.
+    pub streams: usize,
+    /// Most compressed bytes read ahead of a fault.
+    pub max_readahead: u64,
+    /// How new layers are cut into spans.
+    pub stream: StreamOptions,
+}
+
+impl Default for FetchOptions {
+    fn default() -> Self {
+        FetchOptions {
+            fault_timeout: Duration::from_secs(30),
+            fault_requests: 8,
+            background_requests: 2,
+            streams: 6,
+            max_readahead: 8 << 20,
+            stream: StreamOptions::default(),
+        }
+    }
+}
+
+/// Fetches layers into a [`LayerStore`]. Cheap to clone; needs a tokio runtime.
+#[derive(Clone)]
+pub struct Fetcher {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: LayerStore,
+    options: FetchOptions,
+    counters: FetchCounters,
+    scheduler: Scheduler,
+    sources: Mutex<HashMap<Digest, Vec<Source>>>,
+    states: Mutex<HashMap<Digest, Arc<LayerState>>>,
+    ingests: Flights<Arc<Layer>>,
+    hydrations: Flights<()>,
+    streams: Flights<()>,
+    /// Writing out one layer at a time is enough.
+    sync_turn: tokio::sync::Mutex<()>,
+}
+
+struct Source {
+    descriptor: LayerDescriptor,
+    blobs: BlobSource,
+}
+
+impl Fetcher {
+    /// A fetcher over `store`.
+    pub fn new(store: LayerStore, options: FetchOptions) -> Fetcher {
+        Fetcher {
+            inner: Arc::new(Inner {
+                scheduler: Scheduler::new(&options),
+                store,
+                options,
+                counters: FetchCounters::default(),
+                sources: Mutex::default(),
+                states: Mutex::default(),
+                ingests: Flights::default(),
+                hydrations: Flights::default(),
+                streams: Flights::default(),
+                sync_turn: tokio::sync::Mutex::default(),
+            }),
+        }
+    }
+
+    /// The store that is filled.
+    pub fn store(&self) -> &LayerStore {
+        &self.inner.store
+    }
+
+    /// Counters since the fetcher was made.
+    pub fn stats(&self) -> FetchStats {
+        self.inner.counters.snapshot()
+    }
+
+    /// Says where a layer's blob can be got from. The newest source is asked first; one for the same blob in the
+    /// same repository replaces the older.
+    pub fn add_source(&self, diff_id: Digest, descriptor: LayerDescriptor, blobs: BlobSource) {
+        let mut sources = self.inner.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = sources.entry(diff_id).or_default();
+        list.retain(|s| s.descriptor.digest != descriptor.digest || s.blobs.name() != blobs.name());
+        list.insert(0, Source { descriptor, blobs });
+    }
+
+    /// Streams a layer of which no index is here yet, or joins the stream that is under way: verifies digest and
+    /// diffID, publishes layer and index. A layer that is in the store already is returned as it is (perhaps not
+    /// hydrated). When every caller has gone the stream stops and leaves nothing behind.
+    ///
+    /// # Errors
+    /// When the blob cannot be had, is not what its digests say, or cannot be stored.
+    pub async fn ingest(
+        &self,
+        descriptor: &LayerDescriptor,
+        blobs: BlobSource,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Arc<Layer>, FetchError> {
+        self.add_source(descriptor.diff_id, descriptor.clone(), blobs.clone());
+        let (inner, descriptor) = (Arc::clone(&self.inner), descriptor.clone());
+        let flight = self.inner.ingests.join(descriptor.diff_id, || async move {
+            ingest::run(&inner, &descriptor, &blobs, &progress).await
+        });
+        flight.wait("streaming a layer").await
+    }
+
+    /// Reads bytes of a layer file: what is local at once, otherwise the missing spans are fetched, verified and
+    /// stored first. Shorter than `len` only at the end of the layer file.
+    ///
+    /// # Errors
+    /// When the bytes cannot be had within the fault timeout.
+    pub async fn read(&self, layer: &Arc<Layer>, offset: u64, len: usize) -> Result<Bytes, FetchError> {
+        let left = layer.index().layer_size().saturating_sub(offset);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(len);
+        if let Some(bytes) = fault::read_local(layer, offset, len).await? {
+            return Ok(bytes);
+        }
+        let began = Instant::now();
+        let _first = self.inner.scheduler.fault();
+        let limit = self.inner.options.fault_timeout;
+        let work = fault::read(&self.inner, layer, offset, len);
+        let result = tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+            Err(FetchError::FaultTimeout {
+                diff_id: layer.diff_id(),
+                offset,
+                end: offset.saturating_add(len as u64),
+                after: limit,
+            })
+        });
+        self.inner.counters.fault_done(began.elapsed(), result.is_ok());
+        result
+    }
+
+    /// Fetches everything of a layer that is not local, at lower priority than faults, or joins the hydration
+    /// under way. Can be dropped at any time; what came stays. Once it returns, the layer is hydrated, and soon
+    /// after so durably that a power cut costs nothing.
+    ///
+    /// # Errors
+    /// When something cannot be had after retries; what came stays.
+    pub async fn hydrate(&self, layer: &Arc<Layer>, progress: Arc<dyn Progress>) -> Result<(), FetchError> {
+        let (inner, layer) = (Arc::clone(&self.inner), Arc::clone(layer));
+        let flight = self
+            .inner
+            .hydrations
+            .join(layer.diff_id(), || async move { hydrate::run(&inner, &layer, &progress).await });
+        flight.wait("hydrating a layer").await
+    }
+}
+
+impl Inner {
+    /// Where the blob that the layer's index describes can be had; the same tar compressed differently does not
+    /// help, spans are places in one blob.
+    fn sources(&self, layer: &Layer) -> Result<Vec<BlobSource>, FetchError> {
+        let blob = layer.index().blob_digest();
+        let sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        let found: Vec<BlobSource> = sources
+            .get(&layer.diff_id())
+            .into_iter()
+            .flatten()
+            .filter(|s| s.descriptor.digest == blob)
+            .map(|s| s.blobs.clone())
+            .collect();
+        if found.is_empty() { Err(FetchError::NoSource { diff_id: layer.diff_id() }) } else { Ok(found) }
+    }
+
+    fn state(&self, diff_id: Digest) -> Arc<LayerState> {
+        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(states.entry(diff_id).or_default())
+    }
+
+    /// Writes a complete layer out and marks it so durably, without anybody waiting for it.
+    fn sync_later(self: &Arc<Self>, layer: &Arc<Layer>) {
+        let (inner, layer) = (Arc::clone(self), Arc::clone(layer));
+        tokio::spawn(async move {
+            let _turn = inner.sync_turn.lock().await;
+            let diff_id = layer.diff_id();
+            match tokio::task::spawn_blocking(move || layer.sync()).await {
+                Ok(Ok(())) => tracing::debug!(layer = %diff_id, "layer is hydrated and durable"),
+                Ok(Err(error)) => tracing::warn!(layer = %diff_id, %error, "layer could not be written out"),
+                Err(error) => tracing::warn!(layer = %diff_id, %error, "writing a layer out was interrupted"),
+            }
+        });
+    }
+}
+
+/// Runs blocking work off the async threads.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, FetchError> + Send + 'static,
+) -> Result<T, FetchError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(FetchError::Interrupted { what }))
+}

@@ -1,0 +1,219 @@
+//! Who may use the link: faults at once, first streams next, hydration when it is quiet.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::FetchOptions;
+use crate::error::FetchError;
+
+/// Hydration starts nothing until this long after the last fault: faults come in bursts.
+const QUIET: Duration = Duration::from_millis(40);
+/// Hydration that has waited this long does one request, so that a busy reader cannot keep it out for ever.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A background request shall occupy the link about this long, because a fault that comes meanwhile shares it.
+const BUSY_TURN: Duration = Duration::from_millis(60);
+/// The same after `CALM` without a fault.
+const CALM_TURN: Duration = Duration::from_millis(500);
+/// After so long without faults background requests may be long, and several at a time.
+const CALM: Duration = Duration::from_secs(2);
+const MIN_BACKGROUND: u64 = 1 << 20;
+const MAX_BACKGROUND: u64 = 32 << 20;
+
+/// What a piece of work is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    Fault,
+    Background,
+}
+
+pub(super) struct Scheduler {
+    began: Instant,
+    faults: AtomicUsize,
+    /// Milliseconds from `began` to the end of the last fault, plus one; 0 is never.
+    last_fault: AtomicU64,
+    fault_ended: Notify,
+    fault_slots: Arc<Semaphore>,
+    background_slots: Arc<Semaphore>,
+    background_requests: u32,
+    stream_slots: Arc<Semaphore>,
+    decode_slots: Arc<Semaphore>,
+    link: Mutex<Link>,
+}
+
+/// What the requests so far tell about the link.
+#[derive(Clone, Copy, Default)]
+struct Link {
+    /// Bytes per second, smoothed; 0 is unknown.
+    rate: f64,
+    /// Seconds to the first byte: near the least seen, since queues add to it and are no property of the link.
+    latency: f64,
+}
+
+/// Lives as long as a fault does.
+pub(super) struct FaultGuard<'a>(&'a Scheduler);
+
+impl Scheduler {
+    pub(super) fn new(options: &FetchOptions) -> Scheduler {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        let slots = |n: usize| Arc::new(Semaphore::new(n.max(1)));
+        Scheduler {
+            began: Instant::now(),
+            faults: AtomicUsize::new(0),
+            last_fault: AtomicU64::new(0),
+            fault_ended: Notify::new(),
+            fault_slots: slots(options.fault_requests),
+            background_slots: slots(options.background_requests),
+            background_requests: u32::try_from(options.background_requests.max(1)).unwrap_or(u32::MAX),
+            stream_slots: slots(options.streams),
+            decode_slots: slots(cores.clamp(2, 4)),
+            link: Mutex::default(),
+        }
+    }
+
+    /// Announces a fault; background work holds back until the guard is dropped.
+    pub(super) fn fault(&self) -> FaultGuard<'_> {
+        self.faults.fetch_add(1, Relaxed);
+        FaultGuard(self)
+    }
+
+    /// The right to one request for a fault.
+    pub(super) async fn fault_request(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.fault_slots, 1).await
+    }
+
+    /// The right to one background request, once no fault is being served. While faults come now and then only
+    /// one such request runs at a time, over all layers.
+    pub(super) async fn background_request(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        let count = if self.is_calm() { 1 } else { self.background_requests };
+        let permit = permit(&self.background_slots, count).await?;
+        self.quiet().await;
+        Ok(permit)
+    }
+
+    /// The right to one stream.
+    pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.stream_slots, 1).await
+    }
+
+    /// The right to hold one decoded span in memory.
+    pub(super) async fn decode(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.decode_slots, 1).await
+    }
+
+    /// Waits until background work may start a request.
+    async fn quiet(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let ended = self.fault_ended.notified();
+            let wait = if self.faults.load(Relaxed) > 0 {
+                deadline
+            } else {
+                match self.since_fault() {
+                    Some(since) if since < QUIET => Instant::now() + (QUIET - since),
+                    _ => return,
+                }
+            };
+            let until = wait.min(deadline);
+            if Instant::now() >= deadline {
+                return;
+            }
+            tokio::select! {
+                () = ended => {}
+                () = tokio::time::sleep_until(until.into()) => {}
+            }
+        }
+    }
+
+    /// Bytes for the next background request.
+    pub(super) fn background_bytes(&self) -> u64 {
+        let turn = if self.is_calm() { CALM_TURN } else { BUSY_TURN };
+        let rate = Some(self.link().rate).filter(|r| *r > 0.0);
+        let turn = rate.map_or(4 << 20, |rate| (rate * turn.as_secs_f64()) as u64);
+        turn.clamp(MIN_BACKGROUND, MAX_BACKGROUND)
+    }
+
+    /// Bytes that cost no more time than one more round trip would: reading so much ahead at most doubles a
+    /// fault's time and saves the next fault.
+    pub(super) fn free_readahead(&self) -> u64 {
+        let link = self.link();
+        (link.rate * link.latency.min(1.0)) as u64
+    }
+
+    /// Learns from a request: time to the first byte, then `bytes` in `took`.
+    pub(super) fn observe(&self, first_byte: Option<Duration>, bytes: u64, took: Duration) {
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        let smooth = |old: f64, new: f64| if old == 0.0 { new } else { old * 0.75 + new * 0.25 };
+        if let Some(first_byte) = first_byte {
+            let new = first_byte.as_secs_f64();
+            let known = link.latency > 0.0 && new > link.latency;
+            link.latency = if known { link.latency * 0.97 + new * 0.03 } else { new };
+        }
+        // Shorter transfers say more about buffers than about the link, and so does the time without the wait for
+        // the first byte: much of a body may have arrived with it.
+        if bytes >= 1 << 20 {
+            let took = took + first_byte.unwrap_or_default();
+            link.rate = smooth(link.rate, bytes as f64 / took.as_secs_f64().max(1e-4));
+        }
+    }
+
+    fn link(&self) -> Link {
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_calm(&self) -> bool {
+        self.faults.load(Relaxed) == 0 && self.since_fault().is_none_or(|since| since > CALM)
+    }
+
+    fn since_fault(&self) -> Option<Duration> {
+        let last = self.last_fault.load(Relaxed).checked_sub(1)?;
+        Some(self.began.elapsed().saturating_sub(Duration::from_millis(last)))
+    }
+}
+
+impl Drop for FaultGuard<'_> {
+    fn drop(&mut self) {
+        let now = u64::try_from(self.0.began.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.0.last_fault.store(now + 1, Relaxed);
+        self.0.faults.fetch_sub(1, Relaxed);
+        self.0.fault_ended.notify_waiters();
+    }
+}
+
+async fn permit(slots: &Arc<Semaphore>, count: u32) -> Result<OwnedSemaphorePermit, FetchError> {
+    Arc::clone(slots).acquire_many_owned(count).await.map_err(|_| FetchError::Interrupted { what: "a fetch" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn background_waits_for_faults() {
+        let scheduler = Arc::new(Scheduler::new(&FetchOptions::default()));
+        drop(scheduler.background_request().await.unwrap());
+        let fault = scheduler.fault();
+        let other = Arc::clone(&scheduler);
+        let waiter = tokio::spawn(async move { other.background_request().await });
+        tokio::time::sleep(Duration::from_millis(80)).await;
+        assert!(!waiter.is_finished());
+        let ended = Instant::now();
+        drop(fault);
+        drop(waiter.await.unwrap().unwrap());
+        assert!(ended.elapsed() + Duration::from_millis(2) >= QUIET);
+    }
+
+    #[test]
+    fn readahead_follows_the_link() {
+        let scheduler = Scheduler::new(&FetchOptions::default());
+        assert_eq!(scheduler.free_readahead(), 0);
+        // 25 MB/s at 20 ms: half a megabyte.
+        scheduler.observe(Some(Duration::from_millis(20)), 25_000_000, Duration::from_millis(980));
+        assert_eq!(scheduler.free_readahead(), 500_000);
+        assert_eq!(scheduler.background_bytes(), 12_500_000);
+        drop(scheduler.fault());
+        assert_eq!(scheduler.background_bytes(), 1_500_000);
+    }
+}

@@ -1,0 +1,77 @@
+//! Makes blobs the ways real tools do.
+
+use std::ffi::c_int;
+
+use libz_rs_sys as z;
+
+/// Deflate's strategies, as zlib numbers them.
+pub(crate) const DEFAULT: c_int = z::Z_DEFAULT_STRATEGY;
+pub(crate) const FIXED: c_int = z::Z_FIXED;
+pub(crate) const HUFFMAN_ONLY: c_int = z::Z_HUFFMAN_ONLY;
+
+/// One gzip member.
+pub(crate) fn gzip(data: &[u8], level: c_int, strategy: c_int) -> Vec<u8> {
+    let mut stream = z::z_stream::default();
+    let size = size_of::<z::z_stream>() as c_int;
+    // SAFETY: a default-initialised stream with its own size; 31 asks for gzip framing.
+    let code =
+        unsafe { z::deflateInit2_(&raw mut stream, level, 8, 31, 8, strategy, z::zlibVersion(), size) };
+    assert_eq!(code, z::Z_OK);
+    let mut out = vec![0; data.len() + data.len() / 100 + 100_000];
+    stream.next_in = data.as_ptr();
+    stream.avail_in = data.len() as u32;
+    stream.next_out = out.as_mut_ptr();
+    stream.avail_out = out.len() as u32;
+    // SAFETY: the pointers and lengths are those of live slices.
+    let code = unsafe { z::deflate(&raw mut stream, z::Z_FINISH) };
+    assert_eq!(code, z::Z_STREAM_END);
+    out.truncate(out.len() - stream.avail_out as usize);
+    // SAFETY: the stream was initialised above.
+    unsafe { z::deflateEnd(&raw mut stream) };
+    out
+}
+
+/// One zstd frame.
+pub(crate) fn zstd(data: &[u8], level: i32) -> Vec<u8> {
+    zstd::bulk::compress(data, level).unwrap()
+}
+
+/// Bytes that are neither random nor all the same, from a fixed seed.
+pub(crate) fn text(len: usize, mut seed: u64) -> Vec<u8> {
+    let mut next = move || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize
+    };
+    let words: Vec<Vec<u8>> =
+        (0..500).map(|_| (0..next() % 9 + 2).map(|_| b'a' + (next() % 26) as u8).collect()).collect();
+    let mut out = Vec::with_capacity(len + 16);
+    while out.len() < len {
+        if next() % 50 == 0 {
+            out.extend((0..next() % 200).map(|_| next() as u8));
+        }
+        out.extend_from_slice(&words[next() % words.len()]);
+        out.push(b' ');
+    }
+    out.truncate(len);
+    out
+}
+
+/// A tar with `files` files of up to `max` bytes, directories and links.
+pub(crate) fn archive(files: usize, max: usize, seed: u64) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for i in 0..files {
+        let data = text((i * 7919 + 13) % max, seed + i as u64);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        header.set_mtime(1_600_000_000 + i as u64);
+        header.set_entry_type(tar::EntryType::Regular);
+        let name = format!("dir{}/{}file{i}", i % 10, "long-name-".repeat(i % 20));
+        tar.append_data(&mut header, &name, &data[..]).unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(0);
+        header.set_entry_type(tar::EntryType::Symlink);
+        tar.append_link(&mut header, format!("link{i}"), &name).unwrap();
+    }
+    tar.into_inner().unwrap()
+}

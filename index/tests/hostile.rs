@@ -1,0 +1,156 @@
+//! Foreign bytes never cause a panic: mutated archives, mutated indexes.
+
+mod common;
+
+use common::make::archive;
+use common::{index_blob, small_spans};
+use lazyrun_index::{IndexError, LayerIndex};
+use proptest::prelude::*;
+
+fn index_bytes(blob: &[u8]) -> Vec<u8> {
+    let mut out = std::io::Cursor::new(Vec::new());
+    lazyrun_index::index_layer(blob, &mut (), &mut out, &small_spans()).unwrap();
+    out.into_inner()
+}
+
+/// Calls every accessor.
+fn visit(index: &LayerIndex) {
+    for entry in index.entries() {
+        let sum = entry.path().len()
+            + entry.link().len()
+            + entry.xattrs().map(|(n, v)| n.len() + v.len()).sum::<usize>();
+        let end = entry.extents().map(|e| e.layer_offset + e.len).max().unwrap_or(0);
+        assert!(end <= index.layer_size());
+        std::hint::black_box((sum, entry.kind(), entry.mode(), entry.mtime(), entry.rdev(), entry.content()));
+    }
+    for span in index.spans() {
+        std::hint::black_box(index.spans_covering(span.offset, span.len));
+        // The right length, so that decoders get to see the wrong bytes.
+        if span.blob_len < 1 << 20 && span.len < 1 << 22 {
+            let zeros = vec![0x5a; span.blob_len as usize];
+            let _ = index.decode_span(span.index as usize, &zeros, &mut Vec::new());
+        }
+    }
+}
+
+/// Makes all checksums right again, so that the checks behind them are reached.
+fn seal(index: &mut [u8]) {
+    const HEADER: usize = 152;
+    let body_len = u64::from_le_bytes(index[112..120].try_into().unwrap()) as usize;
+    if let Some(body) = body_len.checked_add(HEADER).and_then(|end| index.get(HEADER..end)) {
+        let (body, directory) = (crc32c::crc32c(body), crc32c::crc32c(&index[HEADER + body_len..]));
+        index[120..124].copy_from_slice(&body.to_le_bytes());
+        index[124..128].copy_from_slice(&directory.to_le_bytes());
+    }
+    let header = crc32c::crc32c(&index[..148]);
+    index[148..152].copy_from_slice(&header.to_le_bytes());
+}
+
+/// Real archives as starting points: PAX, GNU, sparse, xattrs and more.
+fn seeds() -> Vec<Vec<u8>> {
+    let root =
+        std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/oddlayers/layout/blobs/sha256");
+    let mut seeds = vec![archive(3, 700, 1)];
+    let mut paths: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.sort();
+    for path in paths {
+        if path.metadata().unwrap().len() > 20_000 {
+            continue;
+        }
+        let blob = std::fs::read(path).unwrap();
+        match index_blob(&blob, &small_spans()) {
+            Ok(indexed) if indexed.layer.len() < 40_000 && indexed.summary.entries > 0 => {
+                seeds.push(indexed.layer);
+            }
+            _ => {}
+        }
+    }
+    assert!(seeds.len() > 50);
+    seeds
+}
+
+#[test]
+fn damage_to_an_index_is_noticed() {
+    let index = index_bytes(&common::make::gzip(&archive(5, 5000, 1), 6, 0));
+    for at in 0..index.len() {
+        let mut damaged = index.clone();
+        damaged[at] ^= 0x40;
+        assert!(LayerIndex::from_bytes(damaged).is_err(), "byte {at}");
+    }
+    for len in 0..index.len() {
+        assert!(LayerIndex::from_bytes(index[..len].to_vec()).is_err(), "cut to {len}");
+    }
+    let mut newer = index.clone();
+    newer[8] = 2;
+    let refused = LayerIndex::from_bytes(newer);
+    assert!(matches!(refused, Err(IndexError::UnknownVersion { found: 2, known: 1 })));
+    let mut longer = index;
+    longer.push(0);
+    assert!(LayerIndex::from_bytes(longer).is_err());
+}
+
+#[test]
+fn a_mapped_index_is_the_same() {
+    let bytes = index_bytes(&archive(5, 5000, 2));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("index");
+    std::fs::write(&path, &bytes).unwrap();
+    let (mapped, owned) = (LayerIndex::open(&path).unwrap(), LayerIndex::from_bytes(bytes).unwrap());
+    assert!(mapped.entries().map(|e| e.path().to_vec()).eq(owned.entries().map(|e| e.path().to_vec())));
+    assert!(mapped.spans().eq(owned.spans()));
+    std::fs::write(&path, b"").unwrap();
+    assert!(matches!(LayerIndex::open(&path), Err(IndexError::BadIndex { .. })));
+    assert!(matches!(LayerIndex::open(&dir.path().join("none")), Err(IndexError::IndexIo { .. })));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn mutated_archives_do_not_panic(
+        which in any::<prop::sample::Index>(),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
+        fix in any::<bool>(),
+    ) {
+        thread_local!(static SEEDS: Vec<Vec<u8>> = seeds());
+        let mut tar = SEEDS.with(|seeds| seeds[which.index(seeds.len())].clone());
+        for (at, byte) in edits {
+            let at = at.index(tar.len());
+            tar[at] = byte;
+            if fix {
+                // A right checksum lets the damage through to the fields.
+                let start = at / 512 * 512;
+                if let Some(block) = tar.get_mut(start..start + 512) {
+                    block[148..156].fill(b' ');
+                    let sum: u32 = block.iter().map(|&b| u32::from(b)).sum();
+                    block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+                }
+            }
+        }
+        if let Ok(indexed) = index_blob(&tar, &small_spans()) {
+            visit(&indexed.index);
+        }
+    }
+
+    #[test]
+    fn mutated_indexes_do_not_panic(
+        which in any::<prop::sample::Index>(),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        compressed in any::<bool>(),
+    ) {
+        thread_local!(static INDEXES: Vec<[Vec<u8>; 2]> = seeds()
+            .iter()
+            .map(|tar| [index_bytes(tar), index_bytes(&common::make::gzip(tar, 1, 0))])
+            .collect());
+        let mut index = INDEXES.with(|all| all[which.index(all.len())][usize::from(compressed)].clone());
+        for (at, byte) in edits {
+            let at = at.index(index.len());
+            index[at] = byte;
+        }
+        index[..12].copy_from_slice(b"LZRINDEX\x01\0\0\0");
+        seal(&mut index);
+        if let Ok(index) = LayerIndex::from_bytes(index) {
+            visit(&index);
+        }
+    }
+}

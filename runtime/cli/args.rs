@@ -1,0 +1,382 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use lazyrun_fs::plan::Plan;
+
+use super::progress::Style;
+use crate::ipc::protocol::PullPolicy;
+
+/// Starts containers before their image is local.
+#[derive(Debug, Parser)]
+#[command(name = "lazyrun", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// Directory of the instance; each root is an instance of its own [default: /var/lib/lazyrun]
+    #[arg(long, global = true, env = "LAZYRUN_ROOT", value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// How progress is shown on stderr
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "STYLE")]
+    pub progress: Style,
+    /// Registry that may use plain HTTP or an unknown certificate; can be given several times
+    #[arg(long, global = true, value_name = "HOST[:PORT]")]
+    pub insecure_registry: Vec<String>,
+    #[command(subcommand)]
+    /// The command.
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a container and start it
+    Run(Box<RunArgs>),
+    /// Run a command in a running container
+    Exec(ExecArgs),
+    /// List containers
+    Ps {
+        /// Also those that have ended
+        #[arg(short, long)]
+        all: bool,
+        /// Only ids
+        #[arg(short, long)]
+        quiet: bool,
+        /// `json`, or a template such as '{{.ID}} {{.Names}}'
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// Stop containers
+    Stop {
+        /// Seconds to wait before SIGKILL
+        #[arg(short, long, default_value_t = 10)]
+        time: u64,
+        /// Name, id, or beginning of an id
+        #[arg(required = true, value_name = "CONTAINER")]
+        containers: Vec<String>,
+    },
+    /// Send a signal to containers
+    Kill {
+        /// Name or number
+        #[arg(short, long, default_value = "KILL")]
+        signal: String,
+        /// Name, id, or beginning of an id
+        #[arg(required = true, value_name = "CONTAINER")]
+        containers: Vec<String>,
+    },
+    /// Remove containers
+    Rm {
+        /// Kill those that run
+        #[arg(short, long)]
+        force: bool,
+        /// Name, id, or beginning of an id
+        #[arg(required = true, value_name = "CONTAINER")]
+        containers: Vec<String>,
+    },
+    /// Show what a container has written
+    Logs(LogsArgs),
+    /// Show everything known of containers or images, as JSON
+    Inspect {
+        /// A template such as '{{.State.Pid}}'
+        #[arg(short, long)]
+        format: Option<String>,
+        /// Containers or images
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// List images
+    Images {
+        /// Only ids
+        #[arg(short, long)]
+        quiet: bool,
+        /// `json`, or a template such as '{{.Repository}}:{{.Tag}}'
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// Make an image wholly local
+    Pull {
+        /// No progress
+        #[arg(short, long)]
+        quiet: bool,
+        /// Reference of the image
+        image: String,
+    },
+    /// Remove images
+    Rmi {
+        /// Also when containers use them
+        #[arg(short, long)]
+        force: bool,
+        /// Reference, id, or beginning of an id
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Indexes of images
+    Index {
+        /// What to do.
+        #[command(subcommand)]
+        command: IndexCommand,
+    },
+    /// The local copies of layers
+    Cache {
+        /// What to do.
+        #[command(subcommand)]
+        command: CacheCommand,
+    },
+    /// Mount an image at a directory
+    Mount(MountArgs),
+    /// Unmount what `mount` mounted
+    Umount {
+        /// The directory
+        directory: PathBuf,
+    },
+    /// Show the state of the instance; starts no daemon
+    Info {
+        /// `json`, or a template such as '{{.mount_plan}}'
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// Show the version
+    Version {
+        /// `json`
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// Show what this machine can do: kernel features, mount plans and why, networking
+    Doctor {
+        /// `json`
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// The instance as a whole
+    System {
+        /// What to do.
+        #[command(subcommand)]
+        command: SystemCommand,
+    },
+    /// Make a real image of this machine's files and start it in four ways
+    Demo(DemoArgs),
+    /// Measure pull versus lazy start of an image
+    Bench(BenchArgs),
+    /// Run the daemon in the foreground
+    Daemon {
+        /// Started by a keeper.
+        #[arg(long, hide = true)]
+        kept: bool,
+    },
+    /// The daemon's parent.
+    #[command(hide = true)]
+    Keeper,
+}
+
+/// `lazyrun index`
+#[derive(Debug, Subcommand)]
+pub enum IndexCommand {
+    /// Make the indexes of all layers, streaming each layer once
+    Build {
+        /// Reference of the image
+        image: String,
+    },
+}
+
+/// `lazyrun cache`
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Stop hydrating and forget local bytes that no mount uses; indexes stay
+    Drop {
+        /// Reference of the image; all images without it
+        image: Option<String>,
+    },
+}
+
+/// `lazyrun system`
+#[derive(Debug, Subcommand)]
+pub enum SystemCommand {
+    /// Stop everything, unmount, delete the root directory
+    Reset {
+        /// Also with containers running
+        #[arg(long, short)]
+        force: bool,
+    },
+}
+
+/// `lazyrun run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Run in the background and print the id
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give it a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Name of the container
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Environment: NAME=VALUE, or NAME to pass the caller's
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Bind mount: SOURCE:TARGET[:ro]
+    #[arg(short, long, value_name = "SRC:DST[:OPTS]")]
+    pub volume: Vec<String>,
+    /// Working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User and group: name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Replaces the image's entrypoint
+    #[arg(long, value_name = "COMMAND")]
+    pub entrypoint: Option<String>,
+    /// Host name
+    #[arg(long)]
+    pub hostname: Option<String>,
+    /// bridge, host or none
+    #[arg(long, visible_alias = "net", default_value = "bridge", value_name = "MODE")]
+    pub network: String,
+    /// Publish a port: [IP:]HOST:CONTAINER[/udp]
+    #[arg(short, long, value_name = "PORTS")]
+    pub publish: Vec<String>,
+    /// When to ask the registry for the image
+    #[arg(long, value_enum, default_value_t)]
+    pub pull: PullPolicy,
+    /// Force a mount plan
+    #[arg(long, value_name = "PLAN")]
+    pub union: Option<Plan>,
+    /// Memory limit, such as 512m
+    #[arg(short, long, value_name = "BYTES")]
+    pub memory: Option<String>,
+    /// Limit of processors, such as 1.5
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<f64>,
+    /// Limit of processes
+    #[arg(long, value_name = "N")]
+    pub pids_limit: Option<i64>,
+    /// Mount the root read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// All capabilities and devices, no seccomp
+    #[arg(long)]
+    pub privileged: bool,
+    /// Add a capability
+    #[arg(long, value_name = "CAP")]
+    pub cap_add: Vec<String>,
+    /// Drop a capability
+    #[arg(long, value_name = "CAP")]
+    pub cap_drop: Vec<String>,
+    /// An OCI runtime to use in place of the built-in runner
+    #[arg(long, value_name = "PATH")]
+    pub runtime: Option<PathBuf>,
+    /// Reference of the image
+    pub image: String,
+    /// Command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// `lazyrun exec`
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Forward standard input
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give it a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Environment
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User and group
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Name, id, or beginning of an id
+    pub container: String,
+    /// Command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// `lazyrun logs`
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on until the container ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only the last lines
+    #[arg(short = 'n', long, value_name = "N")]
+    pub tail: Option<usize>,
+    /// Only what came since a time (RFC 3339) or an age such as 10m
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Only what came until a time or an age
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    /// With times
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// Name, id, or beginning of an id
+    pub container: String,
+}
+
+/// `lazyrun mount`
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// Force a mount plan
+    #[arg(long, value_name = "PLAN")]
+    pub union: Option<Plan>,
+    /// With a writable layer on top
+    #[arg(long)]
+    pub rw: bool,
+    /// When to ask the registry for the image
+    #[arg(long, value_enum, default_value_t)]
+    pub pull: PullPolicy,
+    /// Reference of the image
+    pub image: String,
+    /// Where to mount it
+    pub directory: PathBuf,
+}
+
+/// `lazyrun demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Bandwidth of the registry in Mbit/s; 0 for all there is
+    #[arg(long, default_value_t = 200.0)]
+    pub mbit: f64,
+    /// Round-trip time to the registry in milliseconds
+    #[arg(long, default_value_t = 20.0)]
+    pub rtt_ms: f64,
+    /// Rounds; the table shows medians
+    #[arg(long, default_value_t = 1)]
+    pub rounds: usize,
+    /// Network of the containers: bridge, host or none
+    #[arg(long, visible_alias = "net", value_name = "MODE")]
+    pub network: Option<String>,
+    /// `json`
+    #[arg(long)]
+    pub format: Option<String>,
+}
+
+/// `lazyrun bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Rounds; the table shows medians
+    #[arg(long, default_value_t = 5)]
+    pub rounds: usize,
+    /// Network of the containers: bridge, host or none
+    #[arg(long, visible_alias = "net", value_name = "MODE")]
+    pub network: Option<String>,
+    /// `json`
+    #[arg(long)]
+    pub format: Option<String>,
+    /// Reference of the image
+    pub image: String,
+    /// Command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}

@@ -1,0 +1,71 @@
+//! Commands about images.
+
+use std::process::ExitCode;
+
+use super::{Context, output, progress};
+use crate::failure::Failure;
+use crate::ipc::client::Quiet;
+use crate::ipc::protocol::{ImageSummary, PullPolicy, Request};
+
+pub(super) fn list(context: &Context, quiet: bool, format: Option<&str>) -> Result<(), Failure> {
+    let images: Vec<ImageSummary> = match context.running_daemon() {
+        Some(mut daemon) => daemon.call(&Request::Images, &mut Quiet)?,
+        None if context.paths.meta().exists() => context.daemon()?.call(&Request::Images, &mut Quiet)?,
+        None => Vec::new(),
+    };
+    let format = if quiet { Some("{{.ID}}") } else { format };
+    output::rows(
+        &images,
+        format,
+        &[
+            ("REPOSITORY", |i| i.repository.clone()),
+            ("TAG", |i| i.tag.clone()),
+            ("IMAGE ID", |i| i.id.hex()[..12].to_owned()),
+            ("LAYERS", |i| i.layers.to_string()),
+            ("SIZE", |i| output::bytes(i.size)),
+            ("LOCAL", |i| if i.total == 0 { "0%".into() } else { format!("{}%", i.local * 100 / i.total) }),
+        ],
+    )
+}
+
+pub(super) fn pull(context: &Context, quiet: bool, image: &str) -> Result<(), Failure> {
+    let request = Request::Pull(context.image(image, PullPolicy::Always));
+    let summary = fetch(context, quiet, &request)?;
+    output::print(&format!("{}\n", summary.digest))
+}
+
+pub(super) fn index_build(context: &Context, image: &str) -> Result<(), Failure> {
+    let request = Request::IndexBuild(context.image(image, PullPolicy::Missing));
+    let summary = fetch(context, false, &request)?;
+    output::print(&format!("{}\n", summary.digest))
+}
+
+fn fetch(context: &Context, quiet: bool, request: &Request) -> Result<ImageSummary, Failure> {
+    let style = if quiet { progress::Style::None } else { context.progress };
+    context.daemon()?.call(request, &mut progress::Shown::new(style))
+}
+
+pub(super) fn remove(context: &Context, force: bool, images: &[String]) -> Result<ExitCode, Failure> {
+    let mut code = 0;
+    for image in images {
+        let request = Request::RemoveImage { image: image.clone(), force };
+        match context.daemon()?.call::<Vec<String>>(&request, &mut Quiet) {
+            Ok(removed) => {
+                for reference in removed {
+                    output::print(&format!("Untagged: {reference}\n"))?;
+                }
+            }
+            Err(failure) => {
+                eprintln!("lazyrun: {failure}");
+                code = failure.code;
+            }
+        }
+    }
+    Ok(ExitCode::from(code))
+}
+
+pub(super) fn cache_drop(context: &Context, image: Option<String>) -> Result<(), Failure> {
+    let freed: u64 = context.daemon()?.call(&Request::CacheDrop { image }, &mut Quiet)?;
+    eprintln!("lazyrun: {} of local layer data dropped", output::bytes(freed));
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! Images: from a reference to layers that have an index, with as little network as the policy allows.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use lazyrun_fetcher::{
+    ClientOptions, Fetcher, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient,
+    ResolvedImage,
+};
+use lazyrun_index::Digest;
+use tokio::task::AbortHandle;
+
+use super::meta::{ImageRecord, Meta};
+use crate::clock;
+use crate::failure::Failure;
+use crate::ipc::protocol::{ImageRequest, ImageSummary, PullPolicy, RegistryOptions};
+
+/// The images of an instance.
+pub struct Images {
+    meta: Meta,
+    blobs: PathBuf,
+    fetcher: Fetcher,
+    clients: Mutex<HashMap<RegistryOptions, RegistryClient>>,
+    hydrating: Mutex<HashMap<Digest, AbortHandle>>,
+}
+
+impl Images {
+    /// Images recorded in `meta`, their manifests and configs in `blobs`.
+    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher) -> Self {
+        Self { meta, blobs, fetcher, clients: Mutex::default(), hydrating: Mutex::default() }
+    }
+
+    /// What moves the bytes.
+    pub fn fetcher(&self) -> &Fetcher {
+        &self.fetcher
+    }
+
+    /// Requests sent to registries and bytes received from them since the start.
+    pub fn traffic(&self) -> (u64, u64) {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.values().map(RegistryClient::stats).fold((0, 0), |(r, b), s| (r + s.requests, b + s.bytes))
+    }
+
+    fn client(&self, options: &RegistryOptions) -> Result<RegistryClient> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(options) {
+            return Ok(client.clone());
+        }
+        let client = RegistryClient::new(ClientOptions {
+            insecure_registries: options.insecure.clone(),
+            docker_config: options.docker_config.clone(),
+            ..ClientOptions::default()
+        })?;
+        clients.insert(options.clone(), client.clone());
+        Ok(client)
+    }
+
+    /// Finds the image: what is recorded here, or what the registry says now, as the policy has it. Its
+    /// layers' sources are known to the fetcher afterwards.
+    ///
+    /// # Errors
+    /// A bad reference, a registry's refusal, or an image that isn't here with `--pull never`.
+    pub async fn resolve(&self, request: &ImageRequest) -> Result<ResolvedImage> {
+        let reference: Reference = request.reference.parse()?;
+        let client = self.client(&request.registry)?;
+        let known = match request.pull {
+            PullPolicy::Always => None,
+            PullPolicy::Missing | PullPolicy::Never => self.recorded(&reference)?,
+        };
+        let image = match (known, request.pull) {
+            (Some(image), _) => image,
+            (None, PullPolicy::Never) => {
+                let name = reference.familiar();
+                return Err(Failure::daemon(format!(
+                    "image {name} is not here, and --pull=never forbids to fetch it"
+                ))
+                .into());
+            }
+            (None, _) => {
+                let image = client.resolve(&reference, &Platform::host()).await?;
+                self.record(&reference, &image, &request.registry)?;
+                image
+            }
+        };
+        self.add_sources(&client, &image);
+        Ok(image)
+    }
+
+    fn add_sources(&self, client: &RegistryClient, image: &ResolvedImage) {
+        let source = client.blobs(&image.reference);
+        for layer in &image.layers {
+            self.fetcher.add_source(layer.diff_id, layer.clone(), source.clone());
+        }
+    }
+
+    /// Tells the fetcher where the layers of all recorded images come from. Reads of containers that an earlier
+    /// daemon left may arrive before anybody names their image again.
+    ///
+    /// # Errors
+    /// The database's; an image that can't be loaded is passed over with a warning.
+    pub fn add_recorded_sources(&self) -> Result<()> {
+        for record in self.records()? {
+            match self.load(&record).and_then(|image| Ok((self.client(&record.registry)?, image))) {
+                Ok((client, image)) => self.add_sources(&client, &image),
+                Err(error) => {
+                    tracing::warn!(image = record.reference, %error, "a recorded image can't be used")
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&self, reference: &Reference, image: &ResolvedImage, registry: &RegistryOptions) -> Result<()> {
+        self.save_blob(image.manifest_digest, &image.manifest)?;
+        self.save_blob(image.config_digest, &image.config)?;
+        self.meta.put_image(&ImageRecord {
+            reference: reference.to_string(),
+            manifest: image.manifest_digest,
+            config: image.config_digest,
+            pulled_at: clock::now(),
+            registry: registry.clone(),
+        })
+    }
+
+    fn save_blob(&self, digest: Digest, bytes: &Bytes) -> Result<()> {
+        let path = self.blobs.join(digest.hex());
+        if path.exists() {
+            return Ok(());
+        }
+        let context = || format!("writing {}", path.display());
+        let mut file = tempfile::NamedTempFile::new_in(&self.blobs).with_context(context)?;
+        std::io::Write::write_all(&mut file, bytes).with_context(context)?;
+        file.as_file().sync_data().with_context(context)?;
+        file.persist(&path).with_context(context)?;
+        std::fs::File::open(&self.blobs)?.sync_all().with_context(context)
+    }
+
+    fn recorded(&self, reference: &Reference) -> Result<Option<ResolvedImage>> {
+        match self.meta.image(&reference.to_string())? {
+            Some(record) => self.load(&record).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The image of a record, read from the blobs kept here.
+    ///
+    /// # Errors
+    /// When a blob is gone or damaged.
+    pub fn load(&self, record: &ImageRecord) -> Result<ResolvedImage> {
+        let read = |digest: Digest| {
+            let path = self.blobs.join(digest.hex());
+            let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            anyhow::ensure!(
+                Digest::of(&bytes) == digest,
+                "{} is damaged; remove the image and pull it again",
+                path.display()
+            );
+            Ok(Bytes::from(bytes))
+        };
+        let reference = record.reference.parse()?;
+        Ok(ResolvedImage::from_parts(reference, read(record.manifest)?, read(record.config)?)?)
+    }
+
+    /// The layers of an image, each with an index; layers without one are streamed, all at once.
+    ///
+    /// # Errors
+    /// When a layer can't be had or isn't what its digest and diffID say.
+    pub async fn layers(
+        &self,
+        image: &ResolvedImage,
+        registry: &RegistryOptions,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Vec<Arc<Layer>>> {
+        let source = self.client(registry)?.blobs(&image.reference);
+        let one = |descriptor: LayerDescriptor| {
+            let source = source.clone();
+            async move {
+                match self.fetcher.store().get(descriptor.diff_id)? {
+                    Some(layer) => Ok(layer),
+                    None => self.fetcher.ingest(&descriptor, source, Arc::clone(progress)).await,
+                }
+            }
+        };
+        Ok(try_join_all(image.layers.iter().cloned().map(one)).await?)
+    }
+
+    /// Makes all bytes of the layers local.
+    ///
+    /// # Errors
+    /// As [`Images::layers`].
+    pub async fn hydrate(&self, layers: &[Arc<Layer>], progress: &Arc<dyn Progress>) -> Result<()> {
+        let jobs = layers.iter().map(|layer| self.fetcher.hydrate(layer, Arc::clone(progress)));
+        try_join_all(jobs).await?;
+        Ok(())
+    }
+
+    /// Hydrates layers in the background, until done or [`Images::stop_hydrating`].
+    pub fn hydrate_later(self: &Arc<Self>, layers: &[Arc<Layer>]) {
+        let mut hydrating = self.hydrating.lock().unwrap_or_else(PoisonError::into_inner);
+        for layer in layers.iter().filter(|l| !l.is_hydrated()) {
+            let diff_id = layer.diff_id();
+            if hydrating.get(&diff_id).is_some_and(|job| !job.is_finished()) {
+                continue;
+            }
+            let (this, layer) = (Arc::clone(self), Arc::clone(layer));
+            let job = tokio::spawn(async move {
+                match this.fetcher.hydrate(&layer, Arc::new(Unwatched)).await {
+                    Ok(()) => tracing::info!(layer = %diff_id, "layer hydrated"),
+                    Err(error) => {
+                        tracing::warn!(layer = %diff_id, %error, "background hydration ended early")
+                    }
+                }
+            });
+            hydrating.insert(diff_id, job.abort_handle());
+        }
+    }
+
+    /// Stops background hydration of these layers.
+    pub fn stop_hydrating(&self, diff_ids: &[Digest]) {
+        let mut hydrating = self.hydrating.lock().unwrap_or_else(PoisonError::into_inner);
+        for diff_id in diff_ids {
+            if let Some(job) = hydrating.remove(diff_id) {
+                job.abort();
+            }
+        }
+    }
+
+    /// Every recorded image.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn records(&self) -> Result<Vec<ImageRecord>> {
+        self.meta.images()
+    }
+
+    /// The records that a reference, an image id or its prefix means.
+    ///
+    /// # Errors
+    /// When there is none, or a prefix means several images.
+    pub fn find(&self, name: &str) -> Result<Vec<ImageRecord>> {
+        if let Ok(reference) = name.parse::<Reference>()
+            && let Some(record) = self.meta.image(&reference.to_string())?
+        {
+            return Ok(vec![record]);
+        }
+        let hex = name.strip_prefix("sha256:").unwrap_or(name);
+        let wanted = |d: &Digest| hex.len() >= 4 && d.hex().starts_with(hex);
+        let mut found = self.records()?;
+        found.retain(|r| wanted(&r.config) || wanted(&r.manifest));
+        if found.is_empty() {
+            return Err(Failure::new(1, format!("no such image: {name}")).into());
+        }
+        if found.iter().any(|r| r.config != found[0].config) {
+            return Err(Failure::new(1, format!("{name} is the beginning of several image ids")).into());
+        }
+        Ok(found)
+    }
+
+    /// An image as `lazyrun images` shows it.
+    ///
+    /// # Errors
+    /// When its manifest can't be read.
+    pub fn summary(&self, record: &ImageRecord) -> Result<ImageSummary> {
+        let image = self.load(record)?;
+        let known: Vec<_> =
+            image.layers.iter().filter_map(|l| self.fetcher.store().get(l.diff_id).ok().flatten()).collect();
+        let mut repository = image.reference.familiar();
+        let tag = image.reference.tag.clone().unwrap_or_else(|| "<none>".into());
+        if let Some(at) = repository.find('@') {
+            repository.truncate(at);
+        }
+        if let Some(bare) = repository.strip_suffix(&format!(":{tag}")) {
+            repository.truncate(bare.len());
+        }
+        Ok(ImageSummary {
+            repository,
+            tag,
+            digest: record.manifest,
+            id: record.config,
+            pulled_at: record.pulled_at.clone(),
+            size: image.layers.iter().map(|l| l.size).sum(),
+            local: known.iter().map(|l| l.local_bytes()).sum(),
+            total: known.iter().map(|l| l.index().layer_size()).sum(),
+            layers: image.layers.len(),
+            indexed: known.len(),
+        })
+    }
+
+    /// Forgets a reference and deletes the manifest and config that no other reference has.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn remove(&self, record: &ImageRecord) -> Result<()> {
+        self.meta.remove_image(&record.reference)?;
+        let rest = self.records()?;
+        for digest in [record.manifest, record.config] {
+            if !rest.iter().any(|r| r.manifest == digest || r.config == digest) {
+                let _ = std::fs::remove_file(self.blobs.join(digest.hex()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Progress that nobody watches.
+#[derive(Debug)]
+pub struct Unwatched;
+
+impl Progress for Unwatched {
+    fn advance(&self, _layer: Digest, _done: u64, _total: u64) {}
+}

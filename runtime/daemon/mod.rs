@@ -1,0 +1,213 @@
+//! The daemon: owns the store, the FUSE sessions, the views and the containers of one root directory.
+
+pub mod containers;
+pub mod images;
+pub mod layer_service;
+mod lifecycle;
+pub mod meta;
+pub mod mounts;
+mod run;
+mod server;
+pub mod views;
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use lazyrun_fetcher::{FetchOptions, Fetcher, Layer, LayerStore};
+use lazyrun_fs::fuse::{self, FuseKind, ServeOptions};
+use lazyrun_fs::mounter::Mounter;
+use lazyrun_fs::plan::{self, Plan, Probes};
+use lazyrun_index::Digest;
+
+use crate::failure::Failure;
+use crate::keeper::store::Kept;
+use crate::keeper::{self, start};
+use crate::network::Instance;
+use crate::paths::Paths;
+use containers::Containers;
+use images::Images;
+use layer_service::LayerService;
+use meta::Meta;
+use mounts::Mounts;
+use views::Views;
+
+pub use lifecycle::parse_signal;
+
+// Two threads answer FUSE: each holds a request buffer, and more don't help one reader (measured).
+const FUSE_THREADS: usize = 2;
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Everything the daemon of one root directory has.
+pub struct Daemon {
+    paths: Paths,
+    probes: Probes,
+    plan: Plan,
+    images: Arc<Images>,
+    views: Arc<Views>,
+    service: Arc<LayerService>,
+    containers: Containers,
+    mounts: Mounts,
+    network: Instance,
+    stop: tokio::sync::Notify,
+    // Serves the flat mount; ends when the daemon does.
+    flat: fuse::ServerHandle,
+}
+
+/// Runs the daemon that a keeper started, until it is told to end.
+pub fn main(paths: &Paths) -> ExitCode {
+    // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
+    // or closed them since.
+    let (listener, store, ready) = unsafe {
+        (
+            OwnedFd::from_raw_fd(keeper::LISTENER_FD),
+            OwnedFd::from_raw_fd(keeper::STORE_FD),
+            OwnedFd::from_raw_fd(keeper::READY_FD),
+        )
+    };
+    for fd in [&listener, &store, &ready] {
+        let _ = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
+    }
+    let mut ready = std::fs::File::from(ready);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .thread_keep_alive(Duration::from_secs(5))
+        .enable_all()
+        .build();
+    let served = runtime.context("starting the runtime").and_then(|runtime| {
+        runtime.block_on(async {
+            let daemon = Daemon::start(paths.clone(), store).await?;
+            let listener = std::os::unix::net::UnixListener::from(listener);
+            let _ = write!(ready, "{}", start::READY);
+            drop(ready.flush());
+            drop(std::mem::replace(&mut ready, std::fs::File::open("/dev/null")?));
+            daemon.serve(listener).await
+        })
+    });
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let error = Failure::from(error);
+            tracing::error!(%error, "the daemon ends");
+            let _ = write!(ready, "{error}");
+            // Told to the caller: starting again would only say it again.
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+impl Daemon {
+    async fn start(paths: Paths, store: OwnedFd) -> Result<Arc<Self>> {
+        let (kept, mut before) = Kept::connect(store.into()).context("taking over from the keeper")?;
+        let kept = Arc::new(kept);
+        let mounter = Mounter::new("/proc/self/exe".into());
+        let probing = tokio::task::spawn_blocking({
+            let (mounter, root) = (mounter.clone(), paths.root().to_owned());
+            move || mounter.probe(&root)
+        });
+        let meta = Meta::open(&paths.meta())?;
+        let layers = LayerStore::open(&paths.layers()).context("opening the layer store")?;
+        let fetcher = Fetcher::new(layers, FetchOptions::default());
+        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone()));
+        images.add_recorded_sources()?;
+        let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
+        let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
+        let probes = probing.await.context("probing mount plans")??;
+        let plan = plan::choose(&probes, None)?;
+        let views =
+            Views::new(paths.views(), mounter, fetcher, Arc::clone(&service), Arc::new(flat_tree), kept);
+        let daemon = Arc::new(Self {
+            network: Instance::for_root(paths.root()),
+            paths,
+            probes,
+            plan,
+            images,
+            views: Arc::new(views),
+            service,
+            containers: Containers::default(),
+            mounts: Mounts::default(),
+            stop: tokio::sync::Notify::new(),
+            flat,
+        });
+        daemon.recover(before).await?;
+        Ok(daemon)
+    }
+
+    // Containers and mounts of an earlier daemon, with the views that the keeper held for them.
+    async fn recover(self: &Arc<Self>, mut before: BTreeMap<String, OwnedFd>) -> Result<()> {
+        let names: Vec<String> =
+            before.keys().filter(|n| views::parse_kept_name(n).is_some()).cloned().collect();
+        for name in names {
+            let Some(tree) = before.remove(&name) else { continue };
+            let dev = before.remove(&format!("{name}:dev"));
+            let Some((chain, ..)) = views::parse_kept_name(&name) else { continue };
+            let Some(layers) = self.layers_of_chain(chain)? else { continue };
+            if let Err(error) = self.views.adopt(&name, layers, tree, dev) {
+                tracing::warn!(view = name, %error, "a view can't be taken over");
+            }
+        }
+        self.recover_containers().await?;
+        self.recover_mounts().await
+    }
+
+    fn layers_of_chain(&self, chain: Digest) -> Result<Option<Vec<Arc<Layer>>>> {
+        for record in self.images.records()? {
+            let Ok(image) = self.images.load(&record) else { continue };
+            let diff_ids: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+            if views::chain_id(&diff_ids) == Some(chain) {
+                return Ok(self.known_layers(&diff_ids));
+            }
+        }
+        Ok(None)
+    }
+
+    /// These layers, if all have an index here.
+    fn known_layers(&self, diff_ids: &[Digest]) -> Option<Vec<Arc<Layer>>> {
+        diff_ids.iter().map(|d| self.images.fetcher().store().get(*d).ok().flatten()).collect()
+    }
+
+    /// The plan a request gets.
+    fn plan_for(&self, forced: Option<Plan>) -> Result<Plan> {
+        match forced {
+            None => Ok(self.plan),
+            forced => Ok(plan::choose(&self.probes, forced)?),
+        }
+    }
+
+    /// Ends all containers and mounts.
+    async fn end_all(self: &Arc<Self>) {
+        let running: Vec<_> = self.containers.all().into_iter().filter(|c| c.is_running()).collect();
+        let stopping = running.iter().map(|c| self.stop(c, STOP_TIMEOUT));
+        for stopped in futures_util::future::join_all(stopping).await {
+            if let Err(error) = stopped {
+                tracing::warn!(%error, "a container can't be stopped");
+            }
+        }
+        self.unmount_all();
+    }
+}
+
+fn serve_flat(
+    service: &Arc<LayerService>,
+    kept: &Kept,
+    before: &mut BTreeMap<String, OwnedFd>,
+) -> Result<(OwnedFd, fuse::ServerHandle)> {
+    let server = fuse::Flat::new(Arc::clone(service));
+    let options = |adopt| ServeOptions { adopt, threads: FUSE_THREADS };
+    if let (Some(tree), Some(dev)) = (before.remove("flat"), before.remove("flat:dev")) {
+        let handle =
+            fuse::serve(server, tree.as_fd(), dev, options(true)).context("taking over the layer files")?;
+        return Ok((tree, handle));
+    }
+    let mount = fuse::mount(FuseKind::Flat).context("mounting the layer files")?;
+    let handle = fuse::serve(server, mount.tree.as_fd(), mount.dev, options(false))
+        .context("serving the layer files")?;
+    kept.keep("flat", &mount.tree)?;
+    kept.keep("flat:dev", &handle.device_fd()?)?;
+    Ok((mount.tree, handle))
+}

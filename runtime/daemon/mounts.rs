@@ -1,0 +1,199 @@
+//! Mounts made for `lazyrun mount`: attached by the caller, remembered here.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use lazyrun_index::Digest;
+use serde::{Deserialize, Serialize};
+
+use super::Daemon;
+use super::views::MountedView;
+use crate::names;
+
+/// What is kept of a mount (`mounts/<id>/mount.json`).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MountRecord {
+    /// Where it is.
+    pub target: PathBuf,
+    /// The image as typed.
+    pub image: String,
+    /// Its layers, bottom first.
+    pub diff_ids: Vec<Digest>,
+    /// The mount plan.
+    pub plan: String,
+}
+
+#[derive(Debug)]
+struct Entry {
+    record: MountRecord,
+    // Until the caller has attached it, a mount is rightly in no mount table.
+    attached: bool,
+    // Keeps the view mounted and its layers local.
+    _view: Option<Arc<MountedView>>,
+}
+
+/// All mounts, by id of their directory.
+#[derive(Debug, Default)]
+pub struct Mounts {
+    by_id: Mutex<BTreeMap<String, Entry>>,
+}
+
+impl Mounts {
+    /// Their records.
+    pub fn all(&self) -> Vec<MountRecord> {
+        self.lock().values().map(|entry| entry.record.clone()).collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.by_id.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Daemon {
+    /// A detached mount of a view for the caller to attach at `target`; recorded before it is handed out, so
+    /// that a caller killed at any moment leaves nothing unknown.
+    ///
+    /// # Errors
+    /// When the mount can't be made.
+    pub async fn mount(
+        self: &Arc<Self>,
+        image: &str,
+        view: Arc<MountedView>,
+        target: PathBuf,
+        writable: bool,
+    ) -> Result<(String, OwnedFd)> {
+        let id = names::id();
+        let dir = self.paths.mounts().join(&id);
+        let record = MountRecord {
+            target,
+            image: image.to_owned(),
+            diff_ids: view.layers.iter().map(|l| l.diff_id()).collect(),
+            plan: view.plan.to_string(),
+        };
+        let make = || -> Result<()> {
+            std::fs::create_dir_all(dir.join("upper"))?;
+            std::fs::create_dir_all(dir.join("work"))?;
+            std::fs::write(dir.join("mount.json"), serde_json::to_vec(&record)?)?;
+            Ok(())
+        };
+        make().with_context(|| format!("writing {}", dir.display()))?;
+        self.mounts
+            .lock()
+            .insert(id.clone(), Entry { record, attached: false, _view: Some(Arc::clone(&view)) });
+        let upper_and_work = writable.then(|| (dir.join("upper"), dir.join("work")));
+        let views = Arc::clone(&self.views);
+        let mounted = tokio::task::spawn_blocking(move || views.stack(&view, upper_and_work));
+        match mounted.await.context("mounting the image")? {
+            Ok(fd) => Ok((id, fd)),
+            Err(error) => {
+                self.forget_mount(&id);
+                Err(error).context("mounting the image")
+            }
+        }
+    }
+
+    /// The caller of [`Daemon::mount`] has attached the mount, or is gone.
+    pub fn settle_mount(&self, id: &str) {
+        if let Some(entry) = self.mounts.lock().get_mut(id) {
+            entry.attached = true;
+        }
+        self.sweep_mounts();
+    }
+
+    /// Forgets mounts that are no longer in the mount table.
+    pub fn sweep_mounts(&self) {
+        let Ok(table) = std::fs::read("/proc/self/mountinfo") else { return };
+        let gone: Vec<String> = {
+            let mounts = self.mounts.lock();
+            let gone = mounts.iter().filter(|(_, e)| e.attached && !in_table(&table, &e.record.target));
+            gone.map(|(id, _)| id.clone()).collect()
+        };
+        for id in gone {
+            self.forget_mount(&id);
+        }
+    }
+
+    /// Forgets the mount at `target`, which the caller has taken down.
+    pub fn unmounted(&self, target: &Path) {
+        let ids: Vec<String> = {
+            let mounts = self.mounts.lock();
+            mounts.iter().filter(|(_, e)| e.record.target == target).map(|(id, _)| id.clone()).collect()
+        };
+        for id in ids {
+            self.forget_mount(&id);
+        }
+    }
+
+    /// Takes all mounts down that this process can see.
+    pub fn unmount_all(&self) {
+        for record in self.mounts.all() {
+            if let Err(error) = lazyrun_fs::mount::detach(&record.target) {
+                tracing::warn!(target = %record.target.display(), %error, "a mount can't be taken down");
+            }
+        }
+        self.sweep_mounts();
+    }
+
+    /// Forgets one mount and deletes what was written to it.
+    pub fn forget_mount(&self, id: &str) {
+        self.mounts.lock().remove(id);
+        let _ = std::fs::remove_dir_all(self.paths.mounts().join(id));
+    }
+
+    /// Picks up the mounts that an earlier daemon made.
+    ///
+    /// # Errors
+    /// When their directory can't be read.
+    pub(super) async fn recover_mounts(self: &Arc<Self>) -> Result<()> {
+        let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+        for entry in std::fs::read_dir(self.paths.mounts())? {
+            let entry = entry?;
+            let record: Option<MountRecord> = std::fs::read(entry.path().join("mount.json"))
+                .ok()
+                .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            let Some(record) = record.filter(|r| in_table(&table, &r.target)) else {
+                let _ = std::fs::remove_dir_all(entry.path());
+                continue;
+            };
+            let view = match (self.known_layers(&record.diff_ids), record.plan.parse()) {
+                (Some(layers), Ok(plan)) => {
+                    self.images.hydrate_later(&layers);
+                    self.views.get(layers, plan).await.ok()
+                }
+                _ => None,
+            };
+            self.mounts.lock().insert(
+                entry.file_name().to_string_lossy().into_owned(),
+                Entry { record, attached: true, _view: view },
+            );
+        }
+        Ok(())
+    }
+}
+
+// Field 5 of a mountinfo line is the mount point, with space, tab, newline and backslash in octal.
+fn in_table(mountinfo: &[u8], target: &Path) -> bool {
+    let mut escaped = Vec::new();
+    for &byte in target.as_os_str().as_encoded_bytes() {
+        match byte {
+            b' ' | b'\t' | b'\n' | b'\\' => escaped.extend(format!("\\{byte:03o}").bytes()),
+            byte => escaped.push(byte),
+        }
+    }
+    mountinfo.split(|b| *b == b'\n').any(|line| line.split(|b| *b == b' ').nth(4) == Some(&escaped))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_with_spaces_are_found() {
+        let table = b"36 25 0:32 / /a\\040b rw - overlay overlay rw\n37 25 0:33 / /c rw - proc proc rw\n";
+        assert!(in_table(table, Path::new("/a b")) && in_table(table, Path::new("/c")));
+        assert!(!in_table(table, Path::new("/a")));
+    }
+}

@@ -1,0 +1,404 @@
+//! The control socket: one request a connection.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use lazyrun_fetcher::Progress;
+use lazyrun_index::Digest;
+use serde_json::{Value, json};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::Daemon;
+use crate::failure::Failure;
+use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, Request};
+use crate::ipc::{fds, frame};
+use crate::proc;
+
+// Progress is a picture of now: when the reader is slow, frames are dropped, never queued without bound.
+const PROGRESS_QUEUE: usize = 64;
+
+struct Reporter(mpsc::Sender<Reply>);
+
+impl Progress for Reporter {
+    fn advance(&self, layer: Digest, done: u64, total: u64) {
+        let _ = self.0.try_send(Reply::Progress { layer, done, total });
+    }
+}
+
+impl Daemon {
+    /// Answers requests until told to stop.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub(super) async fn serve(self: Arc<Self>, listener: std::os::unix::net::UnixListener) -> Result<()> {
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tracing::info!(root = %self.paths.root().display(), plan = %self.plan, "serving");
+        loop {
+            tokio::select! {
+                connection = listener.accept() => {
+                    let (stream, _) = connection.context("accepting a connection")?;
+                    let this = Arc::clone(&self);
+                    tokio::spawn(async move {
+                        if let Err(error) = this.answer(stream).await {
+                            tracing::debug!(%error, "a connection broke");
+                        }
+                    });
+                }
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = self.stop.notified() => return Ok(()),
+            }
+        }
+        self.end_all().await;
+        Ok(())
+    }
+
+    async fn answer(self: Arc<Self>, mut stream: UnixStream) -> Result<()> {
+        let Some(request) = frame::receive::<Request>(&mut stream).await? else { return Ok(()) };
+        let stopping = matches!(request, Request::Reset { .. });
+        let reply = match self.handle(request, &mut stream).await {
+            Ok(Some(value)) => Reply::Done { value, fd: false },
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let Failure { code, message } = error.into();
+                Reply::Failed { code, message }
+            }
+        };
+        let sent = frame::send(&mut stream, &reply).await;
+        if stopping && matches!(reply, Reply::Done { .. }) {
+            self.stop.notify_one();
+        }
+        Ok(sent?)
+    }
+
+    // `None`: the answer has been sent.
+    async fn handle(self: &Arc<Self>, request: Request, stream: &mut UnixStream) -> Result<Option<Value>> {
+        let value = match request {
+            Request::Info => serde_json::to_value(self.info()?)?,
+            Request::Run(request) => {
+                let started =
+                    self.with_progress(stream, |p| async move { self.run(*request, &p).await }).await?;
+                serde_json::to_value(started)?
+            }
+            Request::Pull(image) => self.with_progress(stream, |p| self.pull(image, true, p)).await?,
+            Request::IndexBuild(image) => self.with_progress(stream, |p| self.pull(image, false, p)).await?,
+            Request::Mount { image, target, plan, writable } => {
+                let (id, fd, plan) = self
+                    .with_progress(stream, |p| async move {
+                        let plan = self.plan_for(plan)?;
+                        let resolved = self.images.resolve(&image).await?;
+                        let layers = self.images.layers(&resolved, &image.registry, &p).await?;
+                        self.images.hydrate_later(&layers);
+                        let view = self.views.get(layers, plan).await?;
+                        let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
+                        Ok((id, fd, plan))
+                    })
+                    .await?;
+                let value = serde_json::to_value(Mounted { plan: plan.to_string() })?;
+                let sent = send_with_fd(stream, value, &fd).await;
+                drop(fd);
+                // The caller's word or its end, whichever comes: the mount table knows the truth.
+                if sent.is_ok() {
+                    let _ = frame::receive::<bool>(stream).await;
+                }
+                self.settle_mount(&id);
+                return Ok(None);
+            }
+            Request::Images => {
+                let list = |this: &Self| -> Result<Vec<_>> {
+                    this.images.records()?.iter().map(|r| this.images.summary(r)).collect()
+                };
+                serde_json::to_value(self.blocking(list).await?)?
+            }
+            other => self.handle_short(other).await?,
+        };
+        Ok(Some(value))
+    }
+
+    async fn handle_short(self: &Arc<Self>, request: Request) -> Result<Value> {
+        Ok(match request {
+            Request::RemoveImage { image, force } => {
+                json!(self.blocking(move |this| this.remove_image(&image, force)).await?)
+            }
+            Request::Unmounted { target } => {
+                self.unmounted(&target);
+                Value::Null
+            }
+            Request::List { all } => {
+                let listed = self.containers.all().into_iter().filter(|c| all || c.is_running());
+                serde_json::to_value(listed.map(|c| c.summary()).collect::<Vec<_>>())?
+            }
+            Request::Stop { container, timeout_secs } => {
+                let container = self.containers.find(&container)?;
+                self.stop(&container, Duration::from_secs(timeout_secs)).await?;
+                Value::Null
+            }
+            Request::Kill { container, signal } => {
+                let container = self.containers.find(&container)?;
+                self.blocking(move |this| this.kill(&container, signal)).await?;
+                Value::Null
+            }
+            Request::Remove { container, force } => {
+                let container = self.containers.find(&container)?;
+                self.remove(&container, force).await?;
+                Value::Null
+            }
+            Request::Inspect { name } => self.blocking(move |this| this.inspect(&name)).await?,
+            Request::Locate { container } => {
+                let container = self.containers.find(&container)?;
+                let record = container.record();
+                serde_json::to_value(ContainerPaths {
+                    running: container.is_running(),
+                    log: container.dir().join("log.json"),
+                    socket: record.socket,
+                    id: record.id,
+                })?
+            }
+            Request::CacheDrop { image } => {
+                json!(self.blocking(move |this| this.cache_drop(image.as_deref())).await?)
+            }
+            Request::Reset { force } => {
+                self.reset(force).await?;
+                Value::Null
+            }
+            // All others are answered in `handle`.
+            _ => return Err(Failure::daemon("the daemon does not know this request").into()),
+        })
+    }
+
+    // Runs what reads or writes files away from the threads that answer requests.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        job: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || job(&this)).await.context("the daemon's own thread failed")?
+    }
+
+    // Runs a job while its progress goes to the caller; a caller that hangs up cancels the job.
+    async fn with_progress<T, F>(
+        &self,
+        stream: &mut UnixStream,
+        job: impl FnOnce(Arc<dyn Progress>) -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let (reports, mut queue) = mpsc::channel(PROGRESS_QUEUE);
+        let job = job(Arc::new(Reporter(reports)));
+        tokio::pin!(job);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut job => return done,
+                Some(reply) = queue.recv() => frame::send(stream, &reply).await?,
+                ready = stream.readable() => {
+                    ready?;
+                    if let Ok(0) = stream.try_read(&mut [0; 1]) {
+                        return Err(Failure::daemon("the caller hung up").into());
+                    }
+                }
+            }
+        }
+    }
+
+    async fn pull(
+        self: &Arc<Self>,
+        request: ImageRequest,
+        whole: bool,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Value> {
+        let image = self.images.resolve(&request).await?;
+        let layers = self.images.layers(&image, &request.registry, &progress).await?;
+        if whole {
+            self.images.hydrate(&layers, &progress).await?;
+        }
+        let records = self.images.find(&image.reference.to_string())?;
+        let record = records.first().context("the image was removed meanwhile")?;
+        Ok(serde_json::to_value(self.images.summary(record)?)?)
+    }
+
+    fn info(&self) -> Result<Info> {
+        let all = self.containers.all();
+        let running = all.iter().filter(|c| c.is_running()).count();
+        let (registry_requests, registry_bytes) = self.images.traffic();
+        Ok(Info {
+            version: env!("CARGO_PKG_VERSION").into(),
+            daemon_pid: std::process::id(),
+            root: self.paths.root().to_owned(),
+            mount_plan: self.plan.to_string(),
+            bridge: self.network.bridge.clone(),
+            nft_table: self.network.table.clone(),
+            containers_running: running,
+            containers_stopped: all.len() - running,
+            images: self.images.records()?.len(),
+            fuse_requests: self.flat.stats().total(),
+            registry_requests,
+            registry_bytes,
+            faults: self.images.fetcher().stats().faults,
+            daemon_rss: proc::resident(std::process::id()),
+        })
+    }
+
+    fn inspect(&self, name: &str) -> Result<Value> {
+        if let Ok(container) = self.containers.find(name) {
+            let record = container.record();
+            let bundle: Value = std::fs::read(container.dir().join("config.json"))
+                .ok()
+                .and_then(|b| serde_json::from_slice(&b).ok())
+                .unwrap_or_default();
+            let summary = container.summary();
+            return Ok(json!({
+                "Id": record.id,
+                "Name": record.name,
+                "Created": summary.created_at,
+                "Image": record.image_id,
+                "Args": record.args,
+                "State": {
+                    "Status": summary.state,
+                    "Running": container.is_running(),
+                    "Pid": if container.is_running() { record.pid.unwrap_or(0) } else { 0 },
+                    "ExitCode": container.exit().map_or(0, |e| e.exit_code),
+                    "OOMKilled": container.exit().is_some_and(|e| e.oom_killed),
+                    "FinishedAt": container.exit().map(|e| e.exited_at),
+                },
+                "Config": { "Image": record.image, "Tty": record.terminal },
+                "MountPlan": record.plan,
+                "Layers": record.diff_ids,
+                "NetworkSettings": {
+                    "Mode": record.network,
+                    "IPAddress": record.attachment.as_ref().map(|a| a.ip),
+                    "Gateway": record.attachment.as_ref().map(|a| a.gateway),
+                    "Ports": record.ports,
+                },
+                "LogPath": container.dir().join("log.json"),
+                "Bundle": container.dir(),
+                "Spec": bundle,
+            }));
+        }
+        let no_such = |_| Failure::new(1, format!("no such container or image: {name}"));
+        let records = self.images.find(name).map_err(no_such)?;
+        let record = records.first().context("no record")?;
+        let image = self.images.load(record)?;
+        let config: Value = serde_json::from_slice(&image.config)?;
+        Ok(json!({
+            "Id": record.config,
+            "RepoTags": records.iter().map(|r| r.reference.clone()).collect::<Vec<_>>(),
+            "Digest": record.manifest,
+            "PulledAt": record.pulled_at,
+            "Summary": self.images.summary(record)?,
+            "Layers": image.layers.iter().map(|l| json!({
+                "Digest": l.digest, "DiffID": l.diff_id, "Size": l.size, "MediaType": l.media_type,
+            })).collect::<Vec<_>>(),
+            "Config": config,
+        }))
+    }
+
+    fn remove_image(&self, name: &str, force: bool) -> Result<Vec<String>> {
+        let records = self.images.find(name)?;
+        let user = self
+            .containers
+            .all()
+            .into_iter()
+            .map(|c| c.record())
+            .find(|c| records.iter().any(|r| r.config == c.image_id));
+        if let Some(user) = user.filter(|_| !force) {
+            return Err(Failure::new(
+                1,
+                format!(
+                    "image {name} is used by container {}; remove that first, or use rmi --force",
+                    user.name
+                ),
+            )
+            .into());
+        }
+        let mut removed = Vec::new();
+        for record in &records {
+            self.images.remove(record)?;
+            removed.push(record.reference.clone());
+        }
+        self.collect_layers()?;
+        Ok(removed)
+    }
+
+    // Deletes layers and views that no image and no mount has any more.
+    fn collect_layers(&self) -> Result<()> {
+        self.sweep_mounts();
+        let mut wanted = Vec::new();
+        let mut chains = Vec::new();
+        for record in self.images.records()? {
+            let diff_ids: Vec<Digest> = self.images.load(&record)?.layers.iter().map(|l| l.diff_id).collect();
+            chains.extend(super::views::chain_id(&diff_ids));
+            wanted.extend(diff_ids);
+        }
+        let mut dropped = Vec::new();
+        wanted.extend(self.views.release(|view| !chains.contains(&view.chain)));
+        let store = self.images.fetcher().store();
+        for diff_id in store.list()? {
+            if !wanted.contains(&diff_id) {
+                dropped.push(diff_id);
+            }
+        }
+        self.images.stop_hydrating(&dropped);
+        for diff_id in dropped {
+            self.service.forget(diff_id);
+            store.remove(diff_id)?;
+        }
+        self.views.delete_except(&chains)
+    }
+
+    // The honest cold start: local bytes go, indexes stay. Returns the bytes freed.
+    fn cache_drop(&self, image: Option<&str>) -> Result<u64> {
+        self.sweep_mounts();
+        let records = match image {
+            Some(name) => self.images.find(name)?,
+            None => self.images.records()?,
+        };
+        let mut diff_ids = Vec::new();
+        for record in &records {
+            diff_ids.extend(self.images.load(record)?.layers.iter().map(|l| l.diff_id));
+        }
+        self.images.stop_hydrating(&diff_ids);
+        let busy = self.views.release(|view| view.layers.iter().any(|l| diff_ids.contains(&l.diff_id())));
+        let mut freed = 0;
+        for diff_id in diff_ids.into_iter().filter(|d| !busy.contains(d)) {
+            if let Some(layer) = self.images.fetcher().store().get(diff_id)? {
+                freed += layer.local_bytes();
+                layer.forget()?;
+                if let Err(error) = self.flat.invalidate(super::layer_service::inode_of(diff_id)) {
+                    tracing::warn!(layer = %diff_id, %error, "cached contents of a dropped layer may remain");
+                }
+            }
+        }
+        Ok(freed)
+    }
+
+    async fn reset(self: &Arc<Self>, force: bool) -> Result<()> {
+        let running = self.containers.all().into_iter().filter(|c| c.is_running()).count();
+        if running > 0 && !force {
+            return Err(Failure::daemon(format!(
+                "{running} container(s) still run; stop them, or use system reset --force"
+            ))
+            .into());
+        }
+        for container in self.containers.all() {
+            self.remove(&container, true).await?;
+        }
+        self.unmount_all();
+        self.blocking(|this| Ok(this.network.reset()?)).await
+    }
+}
+
+async fn send_with_fd(stream: &mut UnixStream, value: Value, fd: &std::os::fd::OwnedFd) -> Result<()> {
+    frame::send(stream, &Reply::Done { value, fd: true }).await?;
+    let socket = stream.as_fd().try_clone_to_owned()?;
+    stream.async_io(tokio::io::Interest::WRITABLE, || fds::send(socket.as_fd(), &[fd.as_fd()])).await?;
+    Ok(())
+}

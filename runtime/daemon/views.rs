@@ -1,0 +1,359 @@
+//! Views: an image's merged tree, built once per chain and mounted once per node.
+
+use std::collections::HashMap;
+use std::io::{self, BufWriter, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use lazyrun_fetcher::{Fetcher, Layer};
+use lazyrun_fs::erofs::{self, BUILDER_VERSION, DeviceSpec, LayerContent};
+use lazyrun_fs::fuse::{self, FuseKind, ServeOptions, ServerHandle};
+use lazyrun_fs::mount::{self, OverlayOptions};
+use lazyrun_fs::mounter::{Device, Mounter, Request};
+use lazyrun_fs::plan::Plan;
+use lazyrun_fs::view::View;
+use lazyrun_index::Digest;
+
+use super::layer_service::{LayerService, inode_of};
+use crate::keeper::store::Kept;
+
+/// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
+#[derive(Debug)]
+pub struct MountedView {
+    /// chainID of the layers.
+    pub chain: Digest,
+    /// The plan that serves it.
+    pub plan: Plan,
+    /// Root of the mount.
+    pub tree: OwnedFd,
+    /// Whether contents are read from local files without FUSE; then those must stay whole.
+    pub direct: bool,
+    /// The layers, bottom first.
+    pub layers: Vec<Arc<Layer>>,
+    // The server of plan `overlay`, which has a FUSE connection for each view.
+    _server: Option<ServerHandle>,
+}
+
+/// All views of an instance.
+pub struct Views {
+    dir: PathBuf,
+    mounter: Mounter,
+    fetcher: Fetcher,
+    service: Arc<LayerService>,
+    flat: Arc<OwnedFd>,
+    kept: Arc<Kept>,
+    mounted: Mutex<HashMap<(Digest, Plan), Arc<MountedView>>>,
+    // One build or mount at a time: they are short, and two of one chain must not race.
+    building: tokio::sync::Mutex<()>,
+}
+
+/// The chainID of layers given bottom first (OCI image-spec, "Layer ChainID").
+pub fn chain_id(diff_ids: &[Digest]) -> Option<Digest> {
+    let (first, rest) = diff_ids.split_first()?;
+    Some(rest.iter().fold(*first, |chain, diff_id| Digest::of(format!("{chain} {diff_id}").as_bytes())))
+}
+
+impl Views {
+    /// Views kept in `dir`, reading through the flat FUSE mount `flat`.
+    pub fn new(
+        dir: PathBuf,
+        mounter: Mounter,
+        fetcher: Fetcher,
+        service: Arc<LayerService>,
+        flat: Arc<OwnedFd>,
+        kept: Arc<Kept>,
+    ) -> Self {
+        let building = tokio::sync::Mutex::new(());
+        Self { dir, mounter, fetcher, service, flat, kept, mounted: Mutex::default(), building }
+    }
+
+    /// A detached mount of the view for one user: with a writable layer on top if there is one (upper and work
+    /// directory). Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mount.
+    pub fn stack(&self, view: &MountedView, writable: Option<(PathBuf, PathBuf)>) -> Result<OwnedFd> {
+        match writable {
+            Some((upper, work)) => {
+                let request = Request::Overlay { upper, work, options: OverlayOptions::default() };
+                Ok(self.mounter.mount(&request, &[view.tree.as_fd()])?)
+            }
+            None => Ok(mount::clone_tree(view.tree.as_fd())?),
+        }
+    }
+
+    /// Takes over a view that an earlier daemon had mounted.
+    ///
+    /// # Errors
+    /// When its FUSE connection can't be served again.
+    pub fn adopt(
+        &self,
+        name: &str,
+        layers: Vec<Arc<Layer>>,
+        tree: OwnedFd,
+        dev: Option<OwnedFd>,
+    ) -> Result<()> {
+        let Some((chain, plan, direct)) = parse_kept_name(name) else { bail!("odd view name {name}") };
+        let server = match dev {
+            Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
+            None => None,
+        };
+        let view = MountedView { chain, plan, tree, direct, layers, _server: server };
+        self.lock().insert((chain, plan), Arc::new(view));
+        Ok(())
+    }
+
+    /// The mounted view of these layers, which all have an index; built and mounted when it isn't yet.
+    ///
+    /// # Errors
+    /// When the layers don't merge, or the kernel refuses the mount.
+    pub async fn get(self: &Arc<Self>, layers: Vec<Arc<Layer>>, plan: Plan) -> Result<Arc<MountedView>> {
+        let diff_ids: Vec<Digest> = layers.iter().map(|l| l.diff_id()).collect();
+        let chain = chain_id(&diff_ids).unwrap_or_else(|| Digest::of(b""));
+        let _building = self.building.lock().await;
+        if let Some(view) = self.reusable(chain, plan) {
+            return Ok(view);
+        }
+        let this = Arc::clone(self);
+        let runtime = tokio::runtime::Handle::current();
+        let mounted = tokio::task::spawn_blocking(move || match plan {
+            Plan::Erofs => this.mount_erofs(chain, layers, &runtime),
+            Plan::Overlay => this.mount_fuse(chain, layers),
+            Plan::Fuse => bail!("the mount plan fuse is not available in this version"),
+        });
+        let view = Arc::new(mounted.await.context("mounting the view")??);
+        self.lock().insert((chain, plan), Arc::clone(&view));
+        Ok(view)
+    }
+
+    // A view nobody uses is mounted anew once its layers are whole: then without FUSE.
+    fn reusable(&self, chain: Digest, plan: Plan) -> Option<Arc<MountedView>> {
+        let mut mounted = self.lock();
+        let view = mounted.get(&(chain, plan))?;
+        let unused = Arc::strong_count(view) == 1;
+        if unused && plan == Plan::Erofs && !view.direct && view.layers.iter().all(|l| l.is_hydrated()) {
+            let view = mounted.remove(&(chain, plan))?;
+            self.discard(&view);
+            return None;
+        }
+        Some(Arc::clone(view))
+    }
+
+    /// Takes down views that nobody uses and for which `which` says yes; returns the layers of those in use.
+    pub fn release(&self, which: impl Fn(&MountedView) -> bool) -> Vec<Digest> {
+        let mut busy = Vec::new();
+        self.lock().retain(|_, view| {
+            if Arc::strong_count(view) > 1 {
+                busy.extend(view.layers.iter().map(|l| l.diff_id()));
+                return true;
+            }
+            let keep = !which(view);
+            if !keep {
+                self.discard(view);
+            }
+            keep
+        });
+        busy
+    }
+
+    /// Deletes the metadata images of all chains but these. Those still mounted live on until unmounted.
+    ///
+    /// # Errors
+    /// When the directory can't be read or a file can't be deleted.
+    pub fn delete_except(&self, chains: &[Digest]) -> Result<()> {
+        let keep: Vec<PathBuf> =
+            chains.iter().flat_map(|c| [self.image_path(*c), self.appendix_path(*c)]).collect();
+        for entry in std::fs::read_dir(&self.dir)? {
+            let file = entry?.path();
+            if !keep.contains(&file) {
+                std::fs::remove_file(&file).with_context(|| format!("deleting {}", file.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn mount_erofs(
+        &self,
+        chain: Digest,
+        layers: Vec<Arc<Layer>>,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<MountedView> {
+        let image = self.image_path(chain);
+        let appendix = self.appendix_path(chain);
+        if !image.exists() {
+            self.build(&layers, &image, &appendix, runtime)?;
+        }
+        let direct = layers.iter().all(|l| l.is_hydrated());
+        let device = |layer: &Arc<Layer>| match direct {
+            true => Device::Local(layer.data_path()),
+            false => Device::Flat(layer.diff_id().hex()),
+        };
+        let mut devices: Vec<Device> = layers.iter().map(device).collect();
+        if appendix.exists() {
+            devices.push(Device::Local(appendix));
+        }
+        let request = Request::Erofs { image, devices, directio: false };
+        let tree = self
+            .mounter
+            .mount(&request, &[self.flat.as_fd()])
+            .with_context(|| format!("mounting the EROFS view of {chain}"))?;
+        self.keep(chain, Plan::Erofs, direct, &tree, None)?;
+        Ok(MountedView { chain, plan: Plan::Erofs, tree, direct, layers, _server: None })
+    }
+
+    fn mount_fuse(&self, chain: Digest, layers: Vec<Arc<Layer>>) -> Result<MountedView> {
+        let mount =
+            fuse::mount(FuseKind::View).with_context(|| format!("mounting the FUSE view of {chain}"))?;
+        let server = self.serve_view(&layers, &mount.tree, mount.dev, false)?;
+        self.keep(chain, Plan::Overlay, false, &mount.tree, Some(&server.device_fd()?))?;
+        Ok(MountedView {
+            chain,
+            plan: Plan::Overlay,
+            tree: mount.tree,
+            direct: false,
+            layers,
+            _server: Some(server),
+        })
+    }
+
+    fn serve_view(
+        &self,
+        layers: &[Arc<Layer>],
+        tree: &OwnedFd,
+        dev: OwnedFd,
+        adopt: bool,
+    ) -> Result<ServerHandle> {
+        let view = merge(layers)?;
+        let inodes = layers.iter().map(|l| inode_of(l.diff_id())).collect();
+        let server = fuse::ViewFs::new(Arc::new(view), Arc::clone(&self.service), inodes);
+        Ok(fuse::serve(server, tree.as_fd(), dev, ServeOptions { adopt, ..ServeOptions::default() })?)
+    }
+
+    fn build(
+        &self,
+        layers: &[Arc<Layer>],
+        image: &Path,
+        appendix: &Path,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<()> {
+        let started = std::time::Instant::now();
+        let view = merge(layers)?;
+        let devices: Vec<DeviceSpec> =
+            layers.iter().map(|l| DeviceSpec::layer(&l.diff_id(), l.index().layer_size())).collect();
+        let content = Content { layers, fetcher: &self.fetcher, runtime };
+        let mut image_file = tempfile::NamedTempFile::new_in(&self.dir)?;
+        let mut appendix_file = tempfile::NamedTempFile::new_in(&self.dir)?;
+        let mut appendix_out = BufWriter::new(appendix_file.as_file_mut());
+        let mut image_out = BufWriter::with_capacity(1 << 20, image_file.as_file_mut());
+        let summary = erofs::write(&view, &devices, &content, &mut image_out, &mut appendix_out)
+            .context("writing the EROFS view")?;
+        image_out.flush()?;
+        appendix_out.flush()?;
+        drop((image_out, appendix_out));
+        // The appendix first: an image that needs one never stands without it.
+        if summary.appendix_size > 0 {
+            appendix_file.as_file().sync_data()?;
+            appendix_file.persist(appendix)?;
+        }
+        image_file.as_file().sync_data()?;
+        image_file.persist(image)?;
+        std::fs::File::open(&self.dir)?.sync_all()?;
+        tracing::info!(view = %image.display(), inodes = view.len(), took = ?started.elapsed(), "view built");
+        Ok(())
+    }
+
+    fn image_path(&self, chain: Digest) -> PathBuf {
+        self.dir.join(format!("{}.v{BUILDER_VERSION}.erofs", chain.hex()))
+    }
+
+    fn appendix_path(&self, chain: Digest) -> PathBuf {
+        self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", chain.hex()))
+    }
+
+    fn keep(
+        &self,
+        chain: Digest,
+        plan: Plan,
+        direct: bool,
+        tree: &OwnedFd,
+        dev: Option<&OwnedFd>,
+    ) -> Result<()> {
+        let name = kept_name(chain, plan, direct);
+        self.kept.keep(&name, tree)?;
+        if let Some(dev) = dev {
+            self.kept.keep(&format!("{name}:dev"), dev)?;
+        }
+        Ok(())
+    }
+
+    fn discard(&self, view: &MountedView) {
+        let name = kept_name(view.chain, view.plan, view.direct);
+        // A keeper that is gone keeps nothing, which is what is wanted.
+        let _ = self.kept.discard(&name);
+        let _ = self.kept.discard(&format!("{name}:dev"));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(Digest, Plan), Arc<MountedView>>> {
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn merge(layers: &[Arc<Layer>]) -> Result<View> {
+    let indexes: Vec<_> = layers.iter().map(|l| l.index()).collect();
+    View::merge(&indexes).context("merging the image's layers")
+}
+
+fn kept_name(chain: Digest, plan: Plan, direct: bool) -> String {
+    format!("view:{}:{plan}:{}", chain.hex(), if direct { "direct" } else { "fuse" })
+}
+
+/// What a name of a kept view says, and `None` for other names.
+pub fn parse_kept_name(name: &str) -> Option<(Digest, Plan, bool)> {
+    let mut parts = name.strip_prefix("view:")?.split(':');
+    let chain = format!("sha256:{}", parts.next()?).parse().ok()?;
+    let plan = parts.next()?.parse().ok()?;
+    let direct = parts.next()? == "direct";
+    parts.next().is_none().then_some((chain, plan, direct))
+}
+
+struct Content<'a> {
+    layers: &'a [Arc<Layer>],
+    fetcher: &'a Fetcher,
+    runtime: &'a tokio::runtime::Handle,
+}
+
+impl LayerContent for Content<'_> {
+    fn read_at(&self, layer: u16, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let layer = self.layers.get(usize::from(layer)).ok_or(io::ErrorKind::NotFound)?;
+        let bytes =
+            self.runtime.block_on(self.fetcher.read(layer, offset, buf.len())).map_err(io::Error::other)?;
+        if bytes.len() != buf.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buf.copy_from_slice(&bytes);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_ids_as_the_image_spec_says() {
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        assert_eq!(chain_id(&[]), None);
+        assert_eq!(chain_id(&[a]), Some(a));
+        assert_eq!(chain_id(&[a, b]), Some(Digest::of(format!("{a} {b}").as_bytes())));
+    }
+
+    #[test]
+    fn kept_names_round_trip() {
+        let name = kept_name(Digest::of(b"x"), Plan::Erofs, true);
+        assert_eq!(parse_kept_name(&name), Some((Digest::of(b"x"), Plan::Erofs, true)));
+        assert_eq!(parse_kept_name(&format!("{name}:dev")), None);
+        assert_eq!(parse_kept_name("flat"), None);
+    }
+}

@@ -1,0 +1,53 @@
+//! An error on its way to the user: one sentence and the exit code.
+
+use std::fmt;
+
+/// lazyrun itself failed (docker's 125).
+pub const EXIT_LAZYRUN: u8 = 125;
+
+/// What the command line ends with: an exit code as docker's and one sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Exit code: 125 for lazyrun's own failures, 126 and 127 for a command that can't be started.
+    pub code: u8,
+    /// What failed, on what, why, and what to do.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with an exit code of its own.
+    pub fn new(code: u8, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+
+    /// A failure of lazyrun itself.
+    pub fn daemon(message: impl Into<String>) -> Self {
+        Self::new(EXIT_LAZYRUN, message)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        match error.downcast::<Self>() {
+            Ok(failure) => failure,
+            Err(error) => match error.downcast::<crate::container::ContainerError>() {
+                Ok(error) => error.into(),
+                Err(error) => Self::daemon(format!("{error:#}")),
+            },
+        }
+    }
+}
+
+impl From<crate::container::ContainerError> for Failure {
+    fn from(error: crate::container::ContainerError) -> Self {
+        Self::new(error.exit_code(), error.to_string())
+    }
+}

@@ -1,0 +1,7 @@
+//! The control protocol between the command line and the daemon: one request a connection, answered by
+//! progress frames and one final frame.
+
+pub mod client;
+pub mod fds;
+pub mod frame;
+pub mod protocol;

@@ -1,0 +1,173 @@
+//! The keeper: a tiny parent that outlives the daemon.
+//!
+//! It holds the listening control socket and the descriptors that must not close when the daemon dies
+//! (`/dev/fuse` connections and mount trees), and starts a new daemon with them. Callers that connect
+//! meanwhile wait in the socket's backlog; readers of our mounts wait in the kernel.
+
+pub mod start;
+pub mod store;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
+
+use crate::paths::Paths;
+use store::FdStore;
+
+/// Where a daemon started by the keeper finds its listening control socket.
+pub const LISTENER_FD: RawFd = 3;
+/// Where it finds the socket to the keeper's descriptor store.
+pub const STORE_FD: RawFd = 4;
+/// Where it says that it is ready, or why it can't be.
+pub const READY_FD: RawFd = 5;
+
+// A daemon that dies this soon after its start, this often in a row, won't get better by starting it again.
+const SHORT_LIFE: Duration = Duration::from_secs(5);
+const MAX_SHORT_LIVES: u32 = 5;
+
+/// Runs the keeper until the daemon ends in peace; returns the process's exit code.
+///
+/// `ready` is told `ok` once the daemon serves, or the reason why it doesn't.
+pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
+    match Keeper::new(paths).and_then(|mut k| k.run(ready)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("lazyrun keeper: {e}");
+            ExitCode::from(crate::failure::EXIT_LAZYRUN)
+        }
+    }
+}
+
+struct Keeper<'a> {
+    paths: &'a Paths,
+    listener: UnixListener,
+    signals: SignalFd,
+    store: FdStore,
+    _lock: Flock<std::fs::File>,
+}
+
+enum Ended {
+    InPeace,
+    Died,
+}
+
+impl<'a> Keeper<'a> {
+    fn new(paths: &'a Paths) -> io::Result<Self> {
+        paths.create()?;
+        let lock = std::fs::File::create(paths.keeper_lock())?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, e)| io::Error::new(io::Error::from(e).kind(), "this root already has a keeper"))?;
+        let socket = paths.control();
+        match std::fs::remove_file(&socket) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&socket)?;
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
+        let mut set = SigSet::empty();
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP] {
+            set.add(signal);
+        }
+        set.thread_block()?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Self { paths, listener, signals, store: FdStore::default(), _lock: lock })
+    }
+
+    fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
+        let mut short_lives = 0;
+        loop {
+            let born = Instant::now();
+            match self.one_daemon(ready.take())? {
+                Ended::InPeace => break,
+                Ended::Died if born.elapsed() < SHORT_LIFE => short_lives += 1,
+                Ended::Died => short_lives = 0,
+            }
+            if short_lives >= MAX_SHORT_LIVES {
+                // Dropping the descriptors fails every waiting read, which is better than waiting for ever.
+                return Err(io::Error::other(format!("the daemon died {MAX_SHORT_LIVES} times in a row")));
+            }
+        }
+        let _ = std::fs::remove_file(self.paths.control());
+        Ok(())
+    }
+
+    fn one_daemon(&mut self, ready: Option<OwnedFd>) -> io::Result<Ended> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let ready = match ready {
+            Some(fd) => fd,
+            None => std::fs::OpenOptions::new().write(true).open("/dev/null")?.into(),
+        };
+        let mut child = self.spawn(theirs.as_fd(), ready.as_fd())?;
+        drop((theirs, ready));
+        self.store.hand_over(&ours)?;
+        ours.set_nonblocking(true)?;
+        self.watch(&mut child, &ours)
+    }
+
+    fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
+        // Copies well above the target numbers, so that placing one never overwrites another.
+        let high = |fd: BorrowedFd<'_>| nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64));
+        let from = [high(self.listener.as_fd())?, high(store)?, high(ready)?];
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
+        command.stdin(Stdio::null());
+        // SAFETY: only dup2, sigprocmask and prctl between fork and exec, all async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                for (from, to) in from.iter().zip([LISTENER_FD, STORE_FD, READY_FD]) {
+                    if libc::dup2(*from, to) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                SigSet::all().thread_unblock()?;
+                Ok(())
+            });
+        }
+        let child = command.spawn();
+        for fd in from {
+            // SAFETY: `high` made this descriptor above and nothing else knows it.
+            drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) });
+        }
+        child
+    }
+
+    fn watch(&mut self, child: &mut Child, daemon: &UnixStream) -> io::Result<Ended> {
+        let pid = Pid::from_raw(child.id().cast_signed());
+        loop {
+            let mut fds = [
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(daemon.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(nix::errno::Errno::EINTR) => continue,
+                other => other?,
+            };
+            // What the daemon stored before it died counts, so its messages come first.
+            let closed = !self.store.serve(daemon)?;
+            while let Some(signal) = self.signals.read_signal()? {
+                if matches!(signal.ssi_signo.cast_signed(), libc::SIGTERM | libc::SIGINT) {
+                    let _ = kill(pid, Signal::SIGTERM);
+                }
+            }
+            if let Some(status) = child.try_wait()? {
+                self.store.serve(daemon)?;
+                return Ok(if status.success() { Ended::InPeace } else { Ended::Died });
+            }
+            if closed {
+                // It closed its store: it is on its way out; only its end is left to wait for.
+                let status = child.wait()?;
+                return Ok(if status.success() { Ended::InPeace } else { Ended::Died });
+            }
+        }
+    }
+}

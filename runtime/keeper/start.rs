@@ -1,0 +1,82 @@
+//! Starting an instance: the command line brings up a keeper when no daemon answers.
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::failure::Failure;
+use crate::ipc::client::Connection;
+use crate::paths::Paths;
+
+/// What a daemon writes to its ready descriptor once it serves.
+pub const READY: &str = "ok";
+
+/// Where a keeper started by the command line finds the pipe to report on.
+pub const KEEPER_READY_FD: i32 = 3;
+
+/// Connects to the instance's daemon, starting one when there is none.
+///
+/// # Errors
+/// Why the daemon can't be started, in one sentence.
+pub fn connect_or_start(paths: &Paths) -> Result<Connection, Failure> {
+    if let Ok(connection) = Connection::open(&paths.control()) {
+        return Ok(connection);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Failure::daemon(
+            "lazyrun needs root to mount images and start containers; run it with sudo",
+        ));
+    }
+    let io_failure = |e: io::Error| Failure::daemon(format!("the lazyrun daemon can't be started: {e}"));
+    paths.create().map_err(io_failure)?;
+    let lock = std::fs::File::create(paths.start_lock()).map_err(io_failure)?;
+    let _lock =
+        Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| io_failure(io::Error::from(e)))?;
+    // Somebody else may have started it while this process waited for the lock.
+    if let Ok(connection) = Connection::open(&paths.control()) {
+        return Ok(connection);
+    }
+    let said = spawn_keeper(paths).map_err(io_failure)?;
+    if said != READY {
+        let reason =
+            if said.is_empty() { "it ended without a word; see daemon.log in its root" } else { &said };
+        return Err(Failure::daemon(format!("the lazyrun daemon can't be started: {reason}")));
+    }
+    Connection::open(&paths.control()).map_err(io_failure)
+}
+
+fn spawn_keeper(paths: &Paths) -> io::Result<String> {
+    let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(paths.log())?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("lazyrun").arg("--root").arg(paths.root()).arg("keeper");
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).current_dir("/");
+    place_and_detach(&mut command, &write);
+    // The keeper outlives this process by design, so nobody waits for it here; init reaps it.
+    command.spawn()?;
+    drop(write);
+    let mut said = String::new();
+    std::fs::File::from(read).take(4096).read_to_string(&mut said)?;
+    Ok(said.trim().to_owned())
+}
+
+fn place_and_detach(command: &mut Command, ready: &OwnedFd) {
+    let ready = ready.as_raw_fd();
+    // SAFETY: setsid, dup2 and fcntl are async-signal-safe, and nothing else happens before exec.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::setsid() < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let placed = if ready == KEEPER_READY_FD {
+                libc::fcntl(ready, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(ready, KEEPER_READY_FD)
+            };
+            if placed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+}

@@ -1,0 +1,162 @@
+//! Descriptors kept by name across the daemon's lives, and both ends of the protocol for it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ipc::{fds, frame};
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Message {
+    /// Keep the descriptor that follows under this name.
+    Keep(String),
+    /// Close what is kept under this name.
+    Drop(String),
+}
+
+/// The keeper's side: what is kept, by name.
+#[derive(Debug, Default)]
+pub struct FdStore {
+    kept: BTreeMap<String, OwnedFd>,
+}
+
+impl FdStore {
+    /// Gives a new daemon everything that is kept.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn hand_over(&self, daemon: &UnixStream) -> io::Result<()> {
+        frame::write(daemon, &self.kept.keys().collect::<Vec<_>>())?;
+        for fd in self.kept.values() {
+            fds::send(daemon.as_fd(), &[fd.as_fd()])?;
+        }
+        Ok(())
+    }
+
+    /// Does what the daemon has asked so far; `false` once it has closed its end. The socket is non-blocking.
+    ///
+    /// # Errors
+    /// Those of the socket other than that nothing is there.
+    pub fn serve(&mut self, daemon: &UnixStream) -> io::Result<bool> {
+        let mut peek = [0u8; 1];
+        loop {
+            match nix::sys::socket::recv(
+                std::os::fd::AsRawFd::as_raw_fd(daemon),
+                &mut peek,
+                nix::sys::socket::MsgFlags::MSG_PEEK,
+            ) {
+                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => return Ok(true),
+                Err(nix::errno::Errno::ECONNRESET) | Ok(0) => return Ok(false),
+                Err(e) => return Err(e.into()),
+                Ok(_) => {}
+            }
+            // A message has begun; its rest is on the way, unless the daemon dies right here.
+            daemon.set_nonblocking(false)?;
+            let served = self.one(daemon);
+            daemon.set_nonblocking(true)?;
+            match served {
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                other => other?,
+            }
+        }
+    }
+
+    fn one(&mut self, daemon: &UnixStream) -> io::Result<()> {
+        match frame::read(daemon)? {
+            Some(Message::Keep(name)) => {
+                let fd = fds::receive(daemon.as_fd())?.pop();
+                let fd =
+                    fd.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no descriptor came"))?;
+                self.kept.insert(name, fd);
+            }
+            Some(Message::Drop(name)) => {
+                self.kept.remove(&name);
+            }
+            None => return Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+        Ok(())
+    }
+}
+
+/// The daemon's side of the store. Without a keeper (in tests) nothing is kept.
+#[derive(Debug, Default)]
+pub struct Kept {
+    keeper: Option<Mutex<UnixStream>>,
+}
+
+impl Kept {
+    /// Takes over what the keeper has, by name.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn connect(keeper: UnixStream) -> io::Result<(Self, BTreeMap<String, OwnedFd>)> {
+        let names: Vec<String> = frame::read(&keeper)?.unwrap_or_default();
+        let mut kept = BTreeMap::new();
+        for name in names {
+            if let Some(fd) = fds::receive(keeper.as_fd())?.pop() {
+                kept.insert(name, fd);
+            }
+        }
+        Ok((Self { keeper: Some(Mutex::new(keeper)) }, kept))
+    }
+
+    /// Has the keeper hold a copy of the descriptor under this name.
+    ///
+    /// # Errors
+    /// That the keeper is gone.
+    pub fn keep(&self, name: &str, fd: &OwnedFd) -> io::Result<()> {
+        self.with(|keeper| {
+            frame::write(keeper, &Message::Keep(name.to_owned()))?;
+            fds::send(keeper.as_fd(), &[fd.as_fd()])
+        })
+    }
+
+    /// Has the keeper close what it holds under this name.
+    ///
+    /// # Errors
+    /// That the keeper is gone.
+    pub fn discard(&self, name: &str) -> io::Result<()> {
+        self.with(|keeper| frame::write(keeper, &Message::Drop(name.to_owned())))
+    }
+
+    fn with(&self, f: impl FnOnce(&UnixStream) -> io::Result<()>) -> io::Result<()> {
+        match &self.keeper {
+            Some(keeper) => f(&keeper.lock().unwrap_or_else(std::sync::PoisonError::into_inner)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn what_one_daemon_leaves_the_next_one_gets() {
+        let (a, b) = UnixStream::pair().expect("pair");
+        let mut store = FdStore::default();
+        store.hand_over(&a).expect("nothing yet");
+        let (kept, none) = Kept::connect(b).expect("connect");
+        assert!(none.is_empty());
+        let (mut end, other) = UnixStream::pair().expect("pair");
+        kept.keep("x", &other.into()).expect("keep");
+        kept.keep("y", &UnixStream::pair().expect("pair").0.into()).expect("keep");
+        kept.discard("y").expect("discard");
+        drop(kept);
+        a.set_nonblocking(true).expect("nonblocking");
+        assert!(!store.serve(&a).expect("serve"), "the first daemon is gone");
+
+        let (a, b) = UnixStream::pair().expect("pair");
+        store.hand_over(&a).expect("hand over");
+        let (_kept, mut got) = Kept::connect(b).expect("connect");
+        assert_eq!(got.keys().collect::<Vec<_>>(), ["x"]);
+        UnixStream::from(got.remove("x").expect("x")).write_all(b"!").expect("write");
+        let mut byte = [0];
+        end.read_exact(&mut byte).expect("read");
+    }
+}
