@@ -182,7 +182,7 @@ impl Drop for Ours<'_> {
 
 /// What the daemon counts; `None` when it does not tell.
 fn fuse_requests(instance: &Instance) -> Option<u64> {
-    instance.info().ok()?.pointer("/fuse/requests").and_then(Value::as_u64)
+    instance.info().ok()?.pointer("/fuse_requests").and_then(Value::as_u64)
 }
 
 fn write_layout(dir: &Path, big_mib: usize) -> io::Result<Vec<(LayerBlob, PathBuf)>> {

@@ -1,41 +1,32 @@
-//! The demonstration, small: an image of the host's files, all four phases, the table and the JSON.
+//! The demonstration, small: an image of the host's files, all four phases and their figures.
 
-use serde_json::Value;
+use lazyrun::bench::{Phase, Report};
+use lazyrun::demo::image::HostImageOptions;
+use lazyrun::demo::shaper::Shape;
+use lazyrun::demo::{self, DemoOptions};
 
-use crate::support::instance::{EXE, Lazyrun};
+use crate::support::instance::EXE;
+use crate::support::need_root;
 
 #[test]
 fn the_demonstration_tells_four_phases() {
-    // Only for the check that the tests run as root and for a directory that goes away.
-    let lazyrun = Lazyrun::new();
-    let cache = lazyrun.scratch("cache");
-    let output = std::process::Command::new(EXE)
-        .args([
-            "demo",
-            "--mbit",
-            "400",
-            "--rtt-ms",
-            "5",
-            "--rounds",
-            "1",
-            "--size-mb",
-            "40",
-            "--format",
-            "json",
-        ])
-        .arg("--cache")
-        .arg(&cache)
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
-    let report: Value = serde_json::from_slice(&output.stdout).expect("only JSON on standard output");
-    let phases = report["phases"].as_array().expect("phases");
-    let names: Vec<&str> = phases.iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
-    assert_eq!(names, ["full-pull", "lazy-bare", "lazy-indexed", "warm"]);
-    let bytes = |i: usize| phases[i]["bytes"].as_u64().unwrap();
-    let compressed = report["compressed"].as_u64().unwrap();
-    assert!(bytes(0) >= compressed && bytes(0) < compressed + 200_000, "{report:#}");
-    assert!(bytes(2) < compressed, "an indexed start fetched everything: {report:#}");
-    assert!(bytes(3) < 50_000, "a warm start fetched {} bytes", bytes(3));
+    need_root();
+    let cache = tempfile::tempdir().unwrap();
+    let options = DemoOptions {
+        exe: EXE.into(),
+        shape: Shape { mbit: 400.0, rtt_ms: 5.0 },
+        rounds: 1,
+        cache: cache.path().to_owned(),
+        image: HostImageOptions { compressed: 50 << 20, bulk_layers: 2 },
+        network: None,
+    };
+    let report: Report = demo::run(&options, &|_| ()).unwrap_or_else(|error| panic!("{error}"));
+    let phases: Vec<Phase> = report.phases.iter().map(|phase| phase.phase).collect();
+    assert_eq!(phases, Phase::ALL);
+    let bytes: Vec<u64> = report.phases.iter().map(|phase| phase.bytes).collect();
+    let compressed = report.compressed.expect("the image's size");
+    assert!(bytes[0] >= compressed && bytes[0] < compressed + 200_000, "{bytes:?} of {compressed}");
+    assert!(bytes[2] < compressed, "an indexed start fetched everything: {bytes:?} of {compressed}");
+    assert!(bytes[3] < 50_000, "a warm start fetched {} bytes", bytes[3]);
+    assert!(report.to_string().contains("of a pull"));
 }

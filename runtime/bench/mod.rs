@@ -218,6 +218,6 @@ fn warm(bench: &Bench<'_>) -> Result<Sample, BenchError> {
 /// Bytes and requests by the instance's own account; zero as long as it has no daemon.
 fn own_counters(instance: &Instance) -> (u64, u64) {
     let info = instance.info().unwrap_or(Value::Null);
-    let get = |name: &str| info.pointer(&format!("/registry/{name}")).and_then(Value::as_u64).unwrap_or(0);
+    let get = |name: &str| info.pointer(&format!("/registry_{name}")).and_then(Value::as_u64).unwrap_or(0);
     (get("bytes"), get("requests"))
 }

@@ -12,14 +12,20 @@ pub fn of_root(root: &Path) -> Vec<String> {
     mounts.chain(processes(&root).into_iter().map(|(pid, text)| format!("process {pid}: {text}"))).collect()
 }
 
-/// Living processes whose command line names `text`, other than this one.
+/// Living processes of the program whose command line names `text`, other than this one.
 pub fn processes(text: &str) -> Vec<(i32, String)> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("list /proc").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
-        // Processes come and go while they are listed.
+        // By comm first, which never blocks: cmdline of a process that hangs in exec or in a fault does. Processes
+        // come and go while they are listed.
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if !["lazyrun", "exe", "memfd:", "containerd", "fuse", "runc"].iter().any(|own| name.starts_with(own))
+        {
+            continue;
+        }
         let Ok(command) = fs::read(entry.path().join("cmdline")) else { continue };
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
         if pid != std::process::id() as i32 && command.contains(text) {
