@@ -354,6 +354,12 @@ pub struct DemoArgs {
     /// Rounds; the table shows medians
     #[arg(long, default_value_t = 1)]
     pub rounds: usize,
+    /// Compressed size the image should have at least, in MiB, if the machine has so many files
+    #[arg(long, default_value_t = 210, value_name = "MIB")]
+    pub size_mb: u64,
+    /// Directory that keeps the image for the next time [default: lazyrun-demo in the temporary directory]
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
     /// Network of the containers: bridge, host or none
     #[arg(long, visible_alias = "net", value_name = "MODE")]
     pub network: Option<String>,

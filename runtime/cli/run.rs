@@ -160,8 +160,11 @@ fn volume(text: &str) -> Result<Volume, Failure> {
     let bad = |why: &str| Failure::daemon(format!("the volume {text:?} {why}; write SOURCE:TARGET[:ro]"));
     let mut parts = text.splitn(3, ':');
     let (Some(source), Some(target)) = (parts.next(), parts.next()) else { return Err(bad("has no target")) };
-    if source.is_empty() || !target.starts_with('/') {
-        return Err(bad("needs a source and an absolute target"));
+    if !source.starts_with(['/', '.']) {
+        return Err(bad("has a source that is no path, and there are no named volumes in this version"));
+    }
+    if !target.starts_with('/') {
+        return Err(bad("needs an absolute target"));
     }
     let source = std::path::absolute(source).map_err(|e| bad(&format!("has a bad source ({e})")))?;
     if !source.exists() {

@@ -192,8 +192,8 @@ pub(super) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
         exe: own_program()?,
         shape: Shape { mbit: args.mbit, rtt_ms: args.rtt_ms },
         rounds: args.rounds,
-        cache: std::env::temp_dir().join("lazyrun-demo"),
-        image: HostImageOptions::default(),
+        cache: args.cache.clone().unwrap_or_else(|| std::env::temp_dir().join("lazyrun-demo")),
+        image: HostImageOptions { compressed: args.size_mb << 20, ..HostImageOptions::default() },
         network: args.network.clone(),
     };
     let report = demo::run(&options, &say).map_err(|e| Failure::daemon(e.to_string()))?;

@@ -80,11 +80,7 @@ impl Images {
                 ))
                 .into());
             }
-            (None, _) => {
-                let image = client.resolve(&reference, &Platform::host()).await?;
-                self.record(&reference, &image, &request.registry)?;
-                image
-            }
+            (None, _) => client.resolve(&reference, &Platform::host()).await?,
         };
         self.add_sources(&client, &image);
         Ok(image)
@@ -114,11 +110,16 @@ impl Images {
         Ok(())
     }
 
-    fn record(&self, reference: &Reference, image: &ResolvedImage, registry: &RegistryOptions) -> Result<()> {
+    fn record(&self, image: &ResolvedImage, registry: &RegistryOptions) -> Result<()> {
+        let reference = image.reference.to_string();
+        let known = self.meta.image(&reference)?;
+        if known.is_some_and(|k| k.manifest == image.manifest_digest && k.registry == *registry) {
+            return Ok(());
+        }
         self.save_blob(image.manifest_digest, &image.manifest)?;
         self.save_blob(image.config_digest, &image.config)?;
         self.meta.put_image(&ImageRecord {
-            reference: reference.to_string(),
+            reference,
             manifest: image.manifest_digest,
             config: image.config_digest,
             pulled_at: clock::now(),
@@ -185,7 +186,10 @@ impl Images {
                 }
             }
         };
-        Ok(try_join_all(image.layers.iter().cloned().map(one)).await?)
+        let layers = try_join_all(image.layers.iter().cloned().map(one)).await?;
+        // Only now is it known that the image is what its manifest says.
+        self.record(image, registry)?;
+        Ok(layers)
     }
 
     /// Makes all bytes of the layers local.

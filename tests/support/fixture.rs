@@ -94,7 +94,7 @@ fn image() -> (TempDir, Vec<LayerBlob>) {
     let mut layout = Layout::create(dir.path()).expect("create a layout");
     let parts: [fn(&mut Layer) -> io::Result<()>; 3] = [base, data, changes];
     let mut layers = Vec::new();
-    for (part, encoding) in parts.into_iter().zip([Encoding::Gzip(6), Encoding::Gzip(1), Encoding::Plain]) {
+    for (part, encoding) in parts.into_iter().zip([Encoding::Gzip(6), Encoding::Gzip(4), Encoding::Plain]) {
         let mut layer = Layer { tar: tar::Builder::new(layout.layer(encoding).expect("start a layer")) };
         part(&mut layer).expect("write a layer");
         layers.push(layer.tar.into_inner().and_then(LayerWriter::finish).expect("finish a layer"));

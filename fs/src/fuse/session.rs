@@ -99,7 +99,7 @@ pub fn serve<F: Server>(
 fn keep_buffers_off_the_heap() {
     #[cfg(target_env = "gnu")]
     {
-        const THRESHOLD: libc::c_int = 4 << 20;
+        const THRESHOLD: libc::c_int = 256 << 10;
         static ONCE: std::sync::Once = std::sync::Once::new();
         // SAFETY: changes a number of the allocator under its own lock.
         ONCE.call_once(|| unsafe {

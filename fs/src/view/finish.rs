@@ -102,12 +102,14 @@ impl<L: LayerEntries + ?Sized> Finish<'_, '_, L> {
             // A hard link's item is its target's.
             EntryKind::File | EntryKind::Hardlink => Kind::File,
         };
+        let attributes =
+            self.union.layers[usize::from(source.attributes.0)].get(source.attributes.1 as usize);
         let mut inode = Inode {
             kind,
-            mode: (entry.mode & 0o7777) as u16,
-            uid: entry.uid,
-            gid: entry.gid,
-            mtime: entry.mtime,
+            mode: (attributes.mode & 0o7777) as u16,
+            uid: attributes.uid,
+            gid: attributes.gid,
+            mtime: attributes.mtime,
             nlink: 1,
             xattrs: xattrs(layer, i, kind),
             parent,

@@ -70,7 +70,7 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
             return self.tree.whiteout(dir, hidden).map_err(|f| self.full(&f, entry));
         }
         if entry.kind == EntryKind::Hardlink {
-            return self.hard_link(dir, base, entry);
+            return self.hard_link(dir, base, i, entry);
         }
         let dir = self.directory(dir, entry)?;
         if entry.kind == EntryKind::CharDevice && entry.rdev == (0, 0) {
@@ -97,7 +97,13 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
         self.tree.whiteout(dir, base).map_err(|f| self.full(&f, entry))
     }
 
-    fn hard_link(&mut self, dir: &'a [u8], base: &'a [u8], entry: &Entry<'a>) -> Result<(), ViewError> {
+    fn hard_link(
+        &mut self,
+        dir: &'a [u8],
+        base: &'a [u8],
+        i: usize,
+        entry: &Entry<'a>,
+    ) -> Result<(), ViewError> {
         let (shape, item) = self
             .look_up(entry.link, entry)?
             .ok_or_else(|| ViewError::LinkToNothing(self.name(entry), printable(entry.link)))?;
@@ -105,6 +111,7 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
             return Err(ViewError::LinkToDirectory(self.name(entry), printable(entry.link)));
         }
         let dir = self.directory(dir, entry)?;
+        self.union.set_attributes(item, self.layer, i);
         self.put(dir, base, shape, item, entry).map(|_| ())
     }
 

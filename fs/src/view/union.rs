@@ -10,6 +10,9 @@ use super::tree::{Full, IMPLICIT, NodeId, ROOT, Shape, Tree};
 pub(super) struct Source {
     pub(super) layer: u16,
     pub(super) entry: u32,
+    /// Layer and entry whose mode, owner and time hold: those of the last hard link, which unpackers apply to
+    /// the file that all its names share.
+    pub(super) attributes: (u16, u32),
 }
 
 /// The tree of the layers so far. An item is an index into `sources`; names of one hard link group share it.
@@ -46,8 +49,15 @@ impl<'a, L: LayerEntries + ?Sized> Union<'a, L> {
     pub(super) fn add_source(&mut self, layer: u16, entry: usize) -> Result<u32, Full> {
         let item = u32::try_from(self.sources.len()).ok().filter(|&i| i != IMPLICIT).ok_or(Full)?;
         let entry = u32::try_from(entry).map_err(|_| Full)?;
-        self.sources.push(Source { layer, entry });
+        self.sources.push(Source { layer, entry, attributes: (layer, entry) });
         Ok(item)
+    }
+
+    /// A hard link to `item` says what the attributes of the file are from here on.
+    pub(super) fn set_attributes(&mut self, item: u32, layer: u16, entry: usize) {
+        if let (Some(source), Ok(entry)) = (self.sources.get_mut(item as usize), u32::try_from(entry)) {
+            source.attributes = (layer, entry);
+        }
     }
 
     /// The target of the symlink whose attributes come from `item`.
