@@ -14,7 +14,7 @@ use fuser::{Config, Filesystem, InitFlags, KernelConfig, Session, SessionACL};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::mount::{FuseError, abort};
+use super::mount::{FuseError, abort_device};
 use super::stats::{Requests, StatsSnapshot};
 use super::{MAX_READ, set_readahead};
 use crate::mount::device_of;
@@ -135,13 +135,20 @@ fn replace(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Asks for the requests that a dead server read and did not answer.
+/// Asks for the requests that a dead server read and did not answer. Kernels before 6.9 cannot give them
+/// again: who waits for those waits until the connection is aborted; everything else goes on.
 fn resend(dev: BorrowedFd<'_>) -> io::Result<()> {
     let mut header = [0u8; 16];
     header[0..4].copy_from_slice(&16u32.to_ne_bytes());
     header[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
-    nix::unistd::write(dev, &header)?;
-    Ok(())
+    match nix::unistd::write(dev, &header) {
+        Ok(_) => Ok(()),
+        Err(nix::errno::Errno::EINVAL) => {
+            tracing::warn!("this kernel cannot resend FUSE requests: reads in flight at the crash are stuck");
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// A FUSE_INIT request that offers everything: fuse_in_header (40 bytes), fuse_init_in (64 bytes).
@@ -195,7 +202,7 @@ impl ServerHandle {
     pub fn abort(self) -> Result<(), FuseError> {
         // A connection that ended by itself may have left its device number to somebody else's.
         if self.is_alive() {
-            abort(self.device)?;
+            abort_device(self.device)?;
         }
         self.join();
         Ok(())

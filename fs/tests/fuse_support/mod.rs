@@ -145,6 +145,16 @@ pub fn stdin_is_socket() -> bool {
     fs::metadata("/proc/self/fd/0").is_ok_and(|m| m.file_type().is_socket())
 }
 
+/// Ends a FUSE connection with the test, also when it fails: a process with a read that nobody answers
+/// could not even be killed.
+pub struct AbortAtEnd(pub std::os::fd::OwnedFd);
+
+impl Drop for AbortAtEnd {
+    fn drop(&mut self) {
+        let _ = lazyrun_fs::fuse::abort(self.0.as_fd());
+    }
+}
+
 /// A duplicate that a child can be given.
 pub fn dup(fd: BorrowedFd<'_>) -> std::os::fd::OwnedFd {
     fd.try_clone_to_owned().unwrap()
