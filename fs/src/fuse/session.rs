@@ -78,7 +78,7 @@ pub fn serve<F: Server>(
     config.acl = SessionACL::All;
     config.n_threads = Some(options.threads.max(1));
     keep_buffers_off_the_heap();
-    let session = if options.adopt { adopt(fs, dev, config) } else { fresh(fs, dev, config) };
+    let session = if options.adopt { adopt(fs, dev.as_fd(), config) } else { fresh(fs, dev, config) };
     let session = session.map_err(failed)?;
     if let Err(e) = set_readahead(tree, READAHEAD_KIB) {
         tracing::warn!("reads from the FUSE mount will be small: {e}");
@@ -110,7 +110,7 @@ fn fresh<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F
     Session::from_fd(fs, dev, SessionACL::All, config)
 }
 
-fn adopt<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F>> {
+fn adopt<F: Server>(fs: F, dev: BorrowedFd<'_>, config: Config) -> io::Result<Session<F>> {
     let (kernel, session) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let mut kernel = UnixStream::from(kernel);
@@ -122,8 +122,8 @@ fn adopt<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F
     if n < 16 || answer[4..8] != [0; 4] {
         return Err(io::Error::other("the server refused the replayed INIT"));
     }
-    replace(session.as_fd(), dev.as_fd())?;
-    resend(dev.as_fd())?;
+    replace(session.as_fd(), dev)?;
+    resend(dev)?;
     Ok(session)
 }
 

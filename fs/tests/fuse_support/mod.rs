@@ -46,10 +46,12 @@ fn mount_table() -> String {
     fs::read_to_string("/proc/thread-self/mountinfo").unwrap()
 }
 
+type NamedFile = (String, Arc<Vec<u8>>);
+
 /// Layer files in memory. Reads whose offset is in `held` are kept unanswered in `parked`.
 #[derive(Default)]
 pub struct MemoryFiles {
-    pub files: Mutex<HashMap<u64, (String, Arc<Vec<u8>>)>>,
+    pub files: Mutex<HashMap<u64, NamedFile>>,
     pub hold_from: Mutex<Option<u64>>,
     pub parked: Mutex<Vec<Box<dyn ReadReply>>>,
     /// A file made when a read is parked, to tell other processes.
