@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,8 @@ use lazyrun_fs::mounter::{self, Device, Mounter, Request};
 use lazyrun_fs::plan::{self, Plan};
 
 const MIB: usize = 1 << 20;
+/// Size of the layer file that [`child_server`] serves.
+const CHILD_LAYER: usize = 16 * MIB;
 
 fn serve(files: &Arc<MemoryFiles>) -> (OwnedFd, ServerHandle) {
     let FuseMount { tree, dev } = fuse::mount(FuseKind::Flat).unwrap();
@@ -168,6 +170,7 @@ fn an_aborted_server_ends_the_connection() {
     let files = MemoryFiles::with("layer", bytes.clone());
     *files.hold_from.lock().unwrap() = Some(MIB as u64);
     let (tree, server) = serve(&files);
+    let _abort = AbortAtEnd(dup(tree.as_fd()));
     let keeper = server.device_fd().unwrap();
     let file = File::open(inside(&tree, "layer")).unwrap();
     let reader = std::thread::spawn(move || file.read_exact_at(&mut [0u8; 4096], MIB as u64));
@@ -200,42 +203,60 @@ fn many_servers_fit_in_little_memory() {
     assert!(status.unwrap().success(), "see child_memory");
 }
 
-#[test]
-fn a_server_killed_with_a_read_in_flight_is_taken_over() {
-    let _isolated = Isolated::enter();
-    let dir = tempfile::tempdir().unwrap();
-    let bytes = pattern(4 * MIB);
-    let FuseMount { tree, dev } = fuse::mount(FuseKind::Flat).unwrap();
-    let mut child = Command::new(std::env::current_exe().unwrap())
+/// Starts a server in another process that parks reads from `hold_from` on, and says so in `dir`.
+fn start_child(dir: &Path, mount: &FuseMount, adopt: bool, hold_from: usize) -> Child {
+    for mark in ["serving", "parked"] {
+        let _ = fs::remove_file(dir.join(mark));
+    }
+    let child = Command::new(std::env::current_exe().unwrap())
         .args(child_args("child_server"))
-        .env("LAZYRUN_TEST_DIR", dir.path())
-        .stdin(dup(dev.as_fd()))
+        .env("LAZYRUN_TEST_DIR", dir)
+        .env("LAZYRUN_TEST_HOLD", hold_from.to_string())
+        .env("LAZYRUN_TEST_ADOPT", adopt.to_string())
+        .stdin(dup(mount.dev.as_fd()))
         .stdout(Stdio::null())
-        .stderr(dup(tree.as_fd()))
+        .stderr(dup(mount.tree.as_fd()))
         .spawn()
         .unwrap();
-    wait_for("the child to serve", || dir.path().join("serving").exists());
-    let view = view(dir.path(), &tree, "layer", bytes.len(), false);
+    wait_for("the child to serve", || dir.join("serving").exists());
+    child
+}
+
+#[test]
+fn servers_killed_with_reads_in_flight_are_taken_over() {
+    let _isolated = Isolated::enter();
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = pattern(CHILD_LAYER);
+    let mount = fuse::mount(FuseKind::Flat).unwrap();
+    let _abort = AbortAtEnd(dup(mount.tree.as_fd()));
+    let mut child = start_child(dir.path(), &mount, false, CHILD_LAYER / 2);
+    let view = view(dir.path(), &mount.tree, "layer", bytes.len(), false);
     let path = inside(&view, TINY_FILE);
     let mut first = vec![0u8; 64 * 1024];
     File::open(&path).unwrap().read_exact(&mut first).unwrap();
     assert!(first == bytes[..first.len()]);
 
-    let reader = {
-        let path = path.clone();
-        std::thread::spawn(move || fs::read(path))
-    };
-    wait_for("the read to be taken by the child", || dir.path().join("parked").exists());
-    child.kill().unwrap();
-    child.wait().unwrap();
-
-    // Nobody serves: what is cached is still served by the kernel, what is not waits.
-    assert_eq!(fs::metadata(&path).unwrap().len(), bytes.len() as u64);
-    assert!(!reader.is_finished());
+    // One reader through the view, one on the layer file itself; each dead server held a request of theirs.
+    let readers =
+        [path.clone(), inside(&mount.tree, "layer")].map(|path| std::thread::spawn(|| fs::read(path)));
+    for round in 0..4 {
+        wait_for("a read to be taken by the child", || dir.path().join("parked").exists());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Nobody serves: what the kernel knows it still says, what it does not know waits.
+        assert_eq!(fs::metadata(&path).unwrap().len(), bytes.len() as u64);
+        assert!(!readers[0].is_finished() && !readers[1].is_finished());
+        if round < 3 {
+            child = start_child(dir.path(), &mount, true, CHILD_LAYER / 8 * (5 + round));
+        }
+    }
     let adopt = ServeOptions { adopt: true, ..ServeOptions::default() };
     let files = MemoryFiles::with("layer", bytes.clone());
+    let FuseMount { tree, dev } = mount;
     let server = fuse::serve(Flat::new(files), tree.as_fd(), dup(dev.as_fd()), adopt).unwrap();
-    assert!(reader.join().unwrap().unwrap() == bytes, "wrong bytes after the takeover");
+    for reader in readers {
+        assert!(reader.join().unwrap().unwrap() == bytes, "wrong bytes after the takeover");
+    }
     assert!(server.stats().read > 0);
     // Requests of every kind work after it, and open is still not asked.
     assert!(fs::read(inside(&tree, "layer")).unwrap() == bytes);
@@ -333,11 +354,14 @@ fn child_mounter() {
 fn child_server() {
     let Some(dir) = std::env::var_os("LAZYRUN_TEST_DIR") else { return };
     let dir = Path::new(&dir);
-    let files = MemoryFiles::with("layer", pattern(4 * MIB));
-    *files.hold_from.lock().unwrap() = Some(2 * MIB as u64);
+    let files = MemoryFiles::with("layer", pattern(CHILD_LAYER));
+    let hold = std::env::var("LAZYRUN_TEST_HOLD").unwrap().parse().unwrap();
+    *files.hold_from.lock().unwrap() = Some(hold);
     *files.parked_mark.lock().unwrap() = Some(dir.join("parked"));
     let dev = dup(std::io::stdin().as_fd());
-    let server = fuse::serve(Flat::new(files), std::io::stderr().as_fd(), dev, ServeOptions::default());
+    let adopt = std::env::var("LAZYRUN_TEST_ADOPT").unwrap() == "true";
+    let options = ServeOptions { adopt, ..ServeOptions::default() };
+    let server = fuse::serve(Flat::new(files), std::io::stderr().as_fd(), dev, options);
     let _server = server.unwrap();
     File::create(dir.join("serving")).unwrap();
     loop {

@@ -65,10 +65,10 @@ impl<R: ReadReply + 'static> Join<R> {
             _ => return fail(state, libc::EIO),
         }
         state.missing -= 1;
-        if state.missing == 0 {
-            if let Some(reply) = state.reply.take() {
-                Box::new(reply).data(&state.bytes);
-            }
+        if state.missing == 0
+            && let Some(reply) = state.reply.take()
+        {
+            Box::new(reply).data(&state.bytes);
         }
     }
 }

@@ -15,7 +15,7 @@ pub mod viewfs;
 
 pub use content::{LayerFiles, ReadReply};
 pub use flat::Flat;
-pub use mount::{FuseError, FuseKind, FuseMount, mount, set_readahead};
+pub use mount::{FuseError, FuseKind, FuseMount, abort, mount, set_readahead};
 pub use session::{ServeOptions, Server, ServerHandle, serve};
 pub use stats::{Requests, StatsSnapshot};
 pub use viewfs::ViewFs;

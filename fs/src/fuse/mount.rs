@@ -78,8 +78,14 @@ pub fn set_readahead(tree: BorrowedFd<'_>, kib: u32) -> Result<(), MountError> {
         .map_err(|e| MountError::tree(format!("raise the readahead in {path}"), e))
 }
 
-/// Ends a connection for everybody: reads in flight and to come fail. Needs the fusectl filesystem.
-pub(super) fn abort(device: (u32, u32)) -> Result<(), MountError> {
+/// Ends the connection of a FUSE mount for everybody: reads in flight and to come fail, also those that wait for a
+/// server that is gone. The last resort of whoever holds the mount.
+pub fn abort(tree: BorrowedFd<'_>) -> Result<(), MountError> {
+    abort_device(device_of(tree)?)
+}
+
+/// Needs the fusectl filesystem.
+pub(super) fn abort_device(device: (u32, u32)) -> Result<(), MountError> {
     let control = FsContext::open(c"fusectl", "the FUSE control filesystem")?.mount(0)?;
     let name = format!("{}/abort", (u64::from(device.0) << 20) | u64::from(device.1));
     let fail = |e: io::Error| MountError::tree(format!("abort FUSE connection {}", device.1), e);

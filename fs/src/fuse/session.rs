@@ -14,7 +14,7 @@ use fuser::{Config, Filesystem, INodeNo, InitFlags, KernelConfig, Notifier, Sess
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::mount::{FuseError, abort};
+use super::mount::{FuseError, abort_device};
 use super::stats::{Requests, StatsSnapshot};
 use super::{MAX_READ, set_readahead};
 use crate::mount::device_of;
@@ -79,7 +79,7 @@ pub fn serve<F: Server>(
     config.acl = SessionACL::All;
     config.n_threads = Some(options.threads.max(1));
     keep_buffers_off_the_heap();
-    let session = if options.adopt { adopt(fs, dev, config) } else { fresh(fs, dev, config) };
+    let session = if options.adopt { adopt(fs, dev.as_fd(), config) } else { fresh(fs, dev, config) };
     let session = session.map_err(failed)?;
     if let Err(e) = set_readahead(tree, READAHEAD_KIB) {
         tracing::warn!("reads from the FUSE mount will be small: {e}");
@@ -112,7 +112,7 @@ fn fresh<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F
     Session::from_fd(fs, dev, SessionACL::All, config)
 }
 
-fn adopt<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F>> {
+fn adopt<F: Server>(fs: F, dev: BorrowedFd<'_>, config: Config) -> io::Result<Session<F>> {
     let (kernel, session) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let mut kernel = UnixStream::from(kernel);
@@ -124,8 +124,8 @@ fn adopt<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F
     if n < 16 || answer[4..8] != [0; 4] {
         return Err(io::Error::other("the server refused the replayed INIT"));
     }
-    replace(session.as_fd(), dev.as_fd())?;
-    resend(dev.as_fd())?;
+    replace(session.as_fd(), dev)?;
+    resend(dev)?;
     Ok(session)
 }
 
@@ -137,13 +137,20 @@ fn replace(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Asks for the requests that a dead server read and did not answer.
+/// Asks for the requests that a dead server read and did not answer. Kernels before 6.9 cannot give them
+/// again: who waits for those waits until the connection is aborted; everything else goes on.
 fn resend(dev: BorrowedFd<'_>) -> io::Result<()> {
     let mut header = [0u8; 16];
     header[0..4].copy_from_slice(&16u32.to_ne_bytes());
     header[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
-    nix::unistd::write(dev, &header)?;
-    Ok(())
+    match nix::unistd::write(dev, &header) {
+        Ok(_) => Ok(()),
+        Err(nix::errno::Errno::EINVAL) => {
+            tracing::warn!("this kernel cannot resend FUSE requests: reads in flight at the crash are stuck");
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// A FUSE_INIT request that offers everything: fuse_in_header (40 bytes), fuse_init_in (64 bytes).
@@ -209,7 +216,7 @@ impl ServerHandle {
     pub fn abort(self) -> Result<(), FuseError> {
         // A connection that ended by itself may have left its device number to somebody else's.
         if self.is_alive() {
-            abort(self.device)?;
+            abort_device(self.device)?;
         }
         self.join();
         Ok(())

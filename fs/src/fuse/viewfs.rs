@@ -74,11 +74,11 @@ impl<L: LayerFiles> ViewFs<L> {
         let Some(pieces) = pieces.into_iter().map(|p| self.locate(p)).collect::<Option<Vec<_>>>() else {
             return reply.error(Errno::EIO);
         };
-        if let [(ino, piece)] = pieces[..] {
-            if u64::from(piece.len) == len {
-                let reply = Box::new(Exact { len: piece.len, reply });
-                return self.files.read(ino, piece.layer_offset, piece.len, reply);
-            }
+        if let [(ino, piece)] = pieces[..]
+            && u64::from(piece.len) == len
+        {
+            let reply = Box::new(Exact { len: piece.len, reply });
+            return self.files.read(ino, piece.layer_offset, piece.len, reply);
         }
         let places: Vec<_> = pieces.iter().map(|(_, p)| (p.at as usize, p.len as usize)).collect();
         let replies = Join::split(reply, len as usize, &places);
@@ -360,7 +360,7 @@ mod tests {
     fn times_before_1970_keep_their_nanoseconds() {
         let time = system_time(Timestamp { secs: -2, nanos: 999_999_999 });
         assert_eq!(UNIX_EPOCH.duration_since(time).unwrap(), Duration::new(1, 1));
-        assert_eq!(system_time(Timestamp { secs: i64::MIN, nanos: 0 }) <= UNIX_EPOCH, true);
+        assert!(system_time(Timestamp { secs: i64::MIN, nanos: 0 }) <= UNIX_EPOCH);
     }
 
     #[test]

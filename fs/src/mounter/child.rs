@@ -52,7 +52,14 @@ fn perform(request: Request, fds: Vec<OwnedFd>) -> Result<OwnedFd, MountError> {
     match request {
         Request::Erofs { image, devices, directio } => {
             let path = |device| device_path(device, first.as_ref());
+            let flat_one = devices.iter().position(|device| matches!(device, Device::Flat(_)));
             let devices = devices.into_iter().map(path).collect::<Result<Vec<_>, _>>()?;
+            // The kernel asks about open and flush until it is told once that there is nothing to ask. Learnt
+            // here, the close of a file never waits for a server that is gone: in execve such a wait
+            // would stop everybody who looks at the process in /proc.
+            if let Some(path) = flat_one.and_then(|i| devices.get(i)) {
+                drop(File::open(path).map_err(|e| MountError::at("open the layer file", path, e))?);
+            }
             mounts::erofs(&image, &devices, directio)
         }
         Request::Overlay { upper, work, options } => {

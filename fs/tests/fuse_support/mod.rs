@@ -46,10 +46,12 @@ fn mount_table() -> String {
     fs::read_to_string("/proc/thread-self/mountinfo").unwrap()
 }
 
+type NamedFile = (String, Arc<Vec<u8>>);
+
 /// Layer files in memory. Reads whose offset is in `held` are kept unanswered in `parked`.
 #[derive(Default)]
 pub struct MemoryFiles {
-    pub files: Mutex<HashMap<u64, (String, Arc<Vec<u8>>)>>,
+    pub files: Mutex<HashMap<u64, NamedFile>>,
     pub hold_from: Mutex<Option<u64>>,
     pub parked: Mutex<Vec<Box<dyn ReadReply>>>,
     /// A file made when a read is parked, to tell other processes.
@@ -143,6 +145,16 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 pub fn stdin_is_socket() -> bool {
     use std::os::unix::fs::FileTypeExt;
     fs::metadata("/proc/self/fd/0").is_ok_and(|m| m.file_type().is_socket())
+}
+
+/// Ends a FUSE connection with the test, also when it fails: a process with a read that nobody answers
+/// could not even be killed.
+pub struct AbortAtEnd(pub std::os::fd::OwnedFd);
+
+impl Drop for AbortAtEnd {
+    fn drop(&mut self) {
+        let _ = lazyrun_fs::fuse::abort(self.0.as_fd());
+    }
 }
 
 /// A duplicate that a child can be given.
