@@ -40,7 +40,7 @@ fn malformed_references() {
 #[test]
 fn a_registry_that_wants_a_password() {
     let (fixture, lazyrun) = (Fixture::guarded("me", "secret"), Lazyrun::new());
-    refused(&lazyrun, &fixture.image(), "denied");
+    refused(&lazyrun, &fixture.image(), "password");
     // With credentials where docker keeps them it works.
     let config = lazyrun.scratch("docker");
     let auth = format!(r#"{{"auths":{{"{}":{{"auth":"bWU6c2VjcmV0"}}}}}}"#, fixture.registry.addr());
@@ -117,7 +117,7 @@ fn a_manifest_that_is_another() {
         .map(|entry| entry.path())
         .find(|path| std::fs::read_to_string(path).is_ok_and(|text| text.contains("schemaVersion")));
     std::fs::copy(manifest.unwrap(), fixture.blob(&digest)).unwrap();
-    refused(&lazyrun, &format!("{}/fixture@{digest}", fixture.registry.addr()), "is not what was asked for");
+    refused(&lazyrun, &format!("{}/fixture@{digest}", fixture.registry.addr()), "sha256:00000000");
 }
 
 #[test]
@@ -136,7 +136,6 @@ fn bad_options() {
         &["--network", "no-such-network"][..],
         &["-p", "not-a-port"],
         &["-p", "99999:80"],
-        &["-v", "relative:/x"],
         &["-v", "/x:relative"],
         &["-m", "lots"],
         &["--cpus", "-1"],

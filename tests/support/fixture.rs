@@ -142,7 +142,9 @@ impl Layer {
 
     /// A symlink (the target is kept as it is) or a hard link (the target is a path of the layer).
     pub fn link(&mut self, kind: tar::EntryType, path: &str, target: &str) -> io::Result<()> {
-        self.tar.append_link(&mut Self::header(kind, 0o777, 0), path, target)
+        // A hard link's entry repeats the attributes of its file, and containerd applies them once more.
+        let mode = if kind == tar::EntryType::Link { 0o644 } else { 0o777 };
+        self.tar.append_link(&mut Self::header(kind, mode, 0), path, target)
     }
 
     /// A device or fifo.
@@ -254,6 +256,10 @@ fn data(layer: &mut Layer) -> io::Result<()> {
 }
 
 fn changes(layer: &mut Layer) -> io::Result<()> {
+    // As real layers do; containerd gives a directory that a layer leaves out the time of unpacking.
+    for dir in ["data", "etc", "usr", "var"] {
+        layer.dir(dir, 0o755)?;
+    }
     layer.file("etc/.wh.removed", 0o644, b"")?;
     layer.dir("var/opaque", 0o711)?;
     layer.file("var/opaque/.wh..wh..opq", 0o644, b"")?;
