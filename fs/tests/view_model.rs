@@ -114,6 +114,12 @@ fn model(layers: &[Vec<Op>]) -> Option<Tree> {
                     let Some(Thing::File(of)) = found.cloned() else { return None };
                     upper.parents(p);
                     upper.put(p, Thing::File(of));
+                    // The link's attributes are now those of the file, under all its names.
+                    for thing in upper.tree.values_mut().chain(lower.values_mut()) {
+                        if *thing == Thing::File(of) {
+                            *thing = Thing::File(id);
+                        }
+                    }
                 }
                 Op::Whiteout(p) => {
                     upper.parents(p);
@@ -150,7 +156,9 @@ fn to_layers(layers: &[Vec<Op>]) -> Vec<TestLayer> {
                 l.add(match op {
                     Op::Dir(p) => Item::new(p.join("/"), EntryKind::Directory).owner(id, 0),
                     Op::File(p) => Item::new(p.join("/"), EntryKind::File).owner(id, 0),
-                    Op::Link(p, t) => Item::new(p.join("/"), EntryKind::Hardlink).link(t.join("/")),
+                    Op::Link(p, t) => {
+                        Item::new(p.join("/"), EntryKind::Hardlink).link(t.join("/")).owner(id, 0)
+                    }
                     Op::Whiteout(p) => marker(p, ".wh."),
                     Op::Opaque(p) => Item::new(format!("{}/.wh..wh..opq", p.join("/")), EntryKind::File),
                 });

@@ -23,7 +23,7 @@ pub(super) fn list(context: &Context, quiet: bool, format: Option<&str>) -> Resu
             ("IMAGE ID", |i| i.id.hex()[..12].to_owned()),
             ("LAYERS", |i| i.layers.to_string()),
             ("SIZE", |i| output::bytes(i.size)),
-            ("LOCAL", |i| if i.total == 0 { "0%".into() } else { format!("{}%", i.local * 100 / i.total) }),
+            ("LOCAL", |i| format!("{}%", (i.local * 100).checked_div(i.total).unwrap_or(0))),
         ],
     )
 }

@@ -80,7 +80,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Rmi { force, images } => return images::remove(context, force, &images),
         Command::Index { command: IndexCommand::Build { image } } => images::index_build(context, &image)?,
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
-        Command::Mount(args) => mounts::mount(context, args)?,
+        Command::Mount(args) => mounts::mount(context, &args)?,
         Command::Umount { directory } => mounts::unmount(context, &directory)?,
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,

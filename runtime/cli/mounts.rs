@@ -18,7 +18,7 @@ fn resolve(directory: &Path) -> Result<PathBuf, Failure> {
     if real.is_dir() { Ok(real) } else { Err(bad("it is not a directory".into())) }
 }
 
-pub(super) fn mount(context: &Context, args: MountArgs) -> Result<(), Failure> {
+pub(super) fn mount(context: &Context, args: &MountArgs) -> Result<(), Failure> {
     let target = resolve(&args.directory)?;
     let request = Request::Mount {
         image: context.image(&args.image, args.pull),

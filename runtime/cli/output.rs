@@ -35,6 +35,9 @@ pub(super) fn value<T: Serialize>(value: &T, format: Option<&str>) -> Result<(),
     }
 }
 
+/// A column of a table: its name, and the cell of a row.
+pub(super) type Column<'a, T> = (&'a str, fn(&T) -> String);
+
 /// Rows: a table with these columns, or for each row a line of JSON or of the template.
 ///
 /// # Errors
@@ -42,7 +45,7 @@ pub(super) fn value<T: Serialize>(value: &T, format: Option<&str>) -> Result<(),
 pub(super) fn rows<T: Serialize>(
     rows: &[T],
     format: Option<&str>,
-    columns: &[(&str, fn(&T) -> String)],
+    columns: &[Column<'_, T>],
 ) -> Result<(), Failure> {
     let mut text = String::new();
     match format {

@@ -109,7 +109,7 @@ impl Container {
 
     /// Whether its shim lives.
     pub fn is_running(&self) -> bool {
-        self.exit().is_none() && self.record().shim.is_some_and(|shim| shim.is_alive())
+        self.exit().is_none() && self.record().shim.is_some_and(proc::Identity::is_alive)
     }
 
     /// As `lazyrun ps` shows it.

@@ -103,7 +103,7 @@ impl Images {
             match self.load(&record).and_then(|image| Ok((self.client(&record.registry)?, image))) {
                 Ok((client, image)) => self.add_sources(&client, &image),
                 Err(error) => {
-                    tracing::warn!(image = record.reference, %error, "a recorded image can't be used")
+                    tracing::warn!(image = record.reference, %error, "a recorded image can't be used");
                 }
             }
         }
@@ -215,7 +215,7 @@ impl Images {
                 match this.fetcher.hydrate(&layer, Arc::new(Unwatched)).await {
                     Ok(()) => tracing::info!(layer = %diff_id, "layer hydrated"),
                     Err(error) => {
-                        tracing::warn!(layer = %diff_id, %error, "background hydration ended early")
+                        tracing::warn!(layer = %diff_id, %error, "background hydration ended early");
                     }
                 }
             });

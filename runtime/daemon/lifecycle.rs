@@ -46,7 +46,7 @@ impl Daemon {
             match swept.await {
                 Ok(Ok(exit)) => tracing::warn!(container = record.id, exit.exit_code, "a shim was killed"),
                 Ok(Err(error)) => {
-                    tracing::warn!(container = record.id, %error, "a killed shim left something")
+                    tracing::warn!(container = record.id, %error, "a killed shim left something");
                 }
                 Err(error) => tracing::warn!(container = record.id, %error, "a killed shim left something"),
             }

@@ -75,7 +75,7 @@ impl Daemon {
         let mut half_made = HalfMade(Some(&dir));
         let record = self.write_bundle(&dir, &id, name.as_str(), &request, &image, &view, &network)?;
         let rootfs = self.mount_rootfs(&dir, &view, request.options.read_only).await?;
-        let shim = self.spawn_shim(&dir, &request, &record, rootfs, network.netns.as_ref())?;
+        let shim = self.spawn_shim(&dir, &request, &record, rootfs.as_fd(), network.netns.as_ref())?;
         let started = self.adopt_shim(&dir, record, shim, &mut network, Arc::clone(&view)).await?;
         half_made.0 = None;
         self.images.hydrate_later(&view.layers);
@@ -187,7 +187,7 @@ impl Daemon {
         dir: &Path,
         request: &RunRequest,
         record: &Record,
-        rootfs: OwnedFd,
+        rootfs: BorrowedFd<'_>,
         netns: Option<&OwnedFd>,
     ) -> Result<(proc::Identity, std::fs::File)> {
         let config = ShimConfig {
@@ -212,7 +212,7 @@ impl Daemon {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("shim").arg("--config").arg(&path).current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(shim_log);
-        let mut fds = vec![(rootfs.as_fd(), ROOTFS_FD), (status_in.as_fd(), STATUS_FD)];
+        let mut fds = vec![(rootfs, ROOTFS_FD), (status_in.as_fd(), STATUS_FD)];
         if let Some(netns) = netns {
             fds.push((netns.as_fd(), NETNS_FD));
         }

@@ -63,6 +63,8 @@ enum Ended {
 
 impl<'a> Keeper<'a> {
     fn new(paths: &'a Paths) -> io::Result<Self> {
+        // What is made here must look the same whoever started it: upper directories show in containers.
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         paths.create()?;
         let lock = std::fs::File::create(paths.keeper_lock())?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
