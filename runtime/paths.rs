@@ -71,6 +71,11 @@ impl Paths {
         self.root.join("views")
     }
 
+    /// What starts of images touched.
+    pub fn profiles(&self) -> PathBuf {
+        self.root.join("profiles")
+    }
+
     /// Manifests and configs, by digest.
     pub fn blobs(&self) -> PathBuf {
         self.root.join("blobs").join("sha256")
@@ -111,7 +116,9 @@ impl Paths {
         };
         make(&self.root)?;
         make(&self.run)?;
-        for dir in [self.layers(), self.views(), self.blobs(), self.containers(), self.mounts()] {
+        for dir in
+            [self.layers(), self.views(), self.profiles(), self.blobs(), self.containers(), self.mounts()]
+        {
             make(&dir)?;
         }
         Ok(())

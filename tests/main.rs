@@ -5,6 +5,7 @@ mod support;
 mod root_demo;
 mod root_faults;
 mod root_input;
+mod root_machine;
 mod root_manage;
 mod root_network;
 mod root_run;

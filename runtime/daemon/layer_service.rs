@@ -8,12 +8,16 @@ use lazyrun_fs::fuse::{LayerFiles, ReadReply};
 use lazyrun_index::Digest;
 use tokio::runtime::Handle;
 
+use super::profile::Recorder;
+
 /// Layer files of the store, served to FUSE.
 pub struct LayerService {
     fetcher: Fetcher,
     runtime: Handle,
     // By inode number; a layer stays listed until it is removed from the store.
     known: RwLock<HashMap<u64, Arc<Layer>>>,
+    /// Recordings of what containers read as they start.
+    pub recorder: Recorder,
 }
 
 /// The inode number of a layer file: the same in every life of the daemon, since the kernel remembers it.
@@ -27,7 +31,7 @@ pub fn inode_of(diff_id: Digest) -> u64 {
 impl LayerService {
     /// A service over the fetcher's store; faults run on `runtime`.
     pub fn new(fetcher: Fetcher, runtime: Handle) -> Self {
-        Self { fetcher, runtime, known: RwLock::default() }
+        Self { fetcher, runtime, known: RwLock::default(), recorder: Recorder::default() }
     }
 
     /// Forgets a layer that is no longer in the store.
@@ -70,6 +74,7 @@ impl LayerFiles for LayerService {
 
     fn read(&self, ino: u64, offset: u64, len: u32, reply: Box<dyn ReadReply>) {
         let Some(layer) = self.layer(ino) else { return reply.error(libc::ENOENT) };
+        self.recorder.note(ino, offset, len);
         let mut buffer = vec![0; len as usize];
         match layer.read_local(offset, &mut buffer) {
             Ok(Some(n)) => return reply.data(&buffer[..n]),

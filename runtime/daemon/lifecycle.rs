@@ -9,6 +9,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::Daemon;
 use super::containers::{Container, Record};
+use super::views::chain_id;
 use crate::container::config::ShimConfig;
 use crate::container::shim;
 use crate::failure::Failure;
@@ -58,6 +59,9 @@ impl Daemon {
             tokio::task::spawn_blocking(move || this.detach_network(&id, &attachment));
         }
         container.release_view();
+        if let Some(chain) = chain_id(&record.diff_ids) {
+            self.save_profile(chain);
+        }
         let _ = std::fs::remove_file(&record.socket);
         *ended = true;
     }
@@ -174,7 +178,7 @@ impl Daemon {
     async fn recover_view(self: &Arc<Self>, record: &Record) -> Option<Arc<super::views::MountedView>> {
         let layers = self.known_layers(&record.diff_ids)?;
         self.images.hydrate_later(&layers);
-        match self.views.get(layers, record.plan.parse().ok()?).await {
+        match self.views.get(layers, record.plan.parse().ok()?, false).await {
             Ok(view) => Some(view),
             Err(error) => {
                 tracing::warn!(container = record.id, %error, "the view of a running container can't be taken over");

@@ -6,6 +6,7 @@ pub mod layer_service;
 mod lifecycle;
 pub mod meta;
 pub mod mounts;
+pub mod profile;
 mod run;
 mod server;
 pub mod views;
@@ -34,6 +35,7 @@ use images::Images;
 use layer_service::LayerService;
 use meta::Meta;
 use mounts::Mounts;
+use profile::Profiles;
 use views::Views;
 
 pub use lifecycle::parse_signal;
@@ -50,6 +52,7 @@ pub struct Daemon {
     images: Arc<Images>,
     views: Arc<Views>,
     service: Arc<LayerService>,
+    profiles: Profiles,
     containers: Containers,
     mounts: Mounts,
     network: Instance,
@@ -111,7 +114,7 @@ impl Daemon {
             move || mounter.probe(&root)
         });
         let meta = Meta::open(&paths.meta())?;
-        let layers = LayerStore::open(&paths.layers()).context("opening the layer store")?;
+        let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
         let fetcher = Fetcher::new(layers, FetchOptions::default());
         let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone()));
         images.add_recorded_sources()?;
@@ -123,6 +126,7 @@ impl Daemon {
             Views::new(paths.views(), mounter, fetcher, Arc::clone(&service), Arc::new(flat_tree), kept);
         let daemon = Arc::new(Self {
             network: Instance::for_root(paths.root()),
+            profiles: Profiles::new(paths.profiles()),
             paths,
             probes,
             plan,

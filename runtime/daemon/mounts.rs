@@ -161,7 +161,7 @@ impl Daemon {
             let view = match (self.known_layers(&record.diff_ids), record.plan.parse()) {
                 (Some(layers), Ok(plan)) => {
                     self.images.hydrate_later(&layers);
-                    self.views.get(layers, plan).await.ok()
+                    self.views.get(layers, plan, false).await.ok()
                 }
                 _ => None,
             };

@@ -6,20 +6,27 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lazyrun_fetcher::{Progress, ResolvedImage};
+use lazyrun_fetcher::{Layer, Progress, ResolvedImage};
+use lazyrun_index::Digest;
 use oci_spec::image::ImageConfiguration;
 
 use super::Daemon;
 use super::containers::{Container, Record, write_record};
-use super::views::MountedView;
+use super::layer_service::inode_of;
+use super::profile::prefetch;
+use super::views::{MountedView, chain_id};
 use crate::container::config::{ShimConfig, StatusLine};
 use crate::container::spec;
 use crate::failure::Failure;
 use crate::ipc::protocol::{NetworkMode, RunRequest, Started};
 use crate::network::{self, Attachment};
 use crate::{names, proc};
+
+/// After this time a container counts as started, and what it reads is no longer recorded.
+const START: Duration = Duration::from_secs(30);
 
 const ROOTFS_FD: RawFd = 3;
 const NETNS_FD: RawFd = 4;
@@ -67,7 +74,8 @@ impl Daemon {
         let image = async {
             let image = self.images.resolve(&request.image).await?;
             let layers = self.images.layers(&image, &request.image.registry, progress).await?;
-            let view = self.views.get(layers, plan).await?;
+            let foreseen = self.foresee(&layers);
+            let view = self.views.get(layers, plan, foreseen.is_none()).await?;
             anyhow::Ok((image, view))
         };
         let ((image, view), mut network) = tokio::try_join!(image, self.prepare_network(&id, &request))?;
@@ -78,8 +86,41 @@ impl Daemon {
         let shim = self.spawn_shim(&dir, &request, &record, rootfs.as_fd(), network.netns.as_ref())?;
         let started = self.adopt_shim(&dir, record, shim, &mut network, Arc::clone(&view)).await?;
         half_made.0 = None;
-        self.images.hydrate_later(&view.layers);
         Ok(started)
+    }
+
+    // Has what an earlier start touched fetched first and the rest after it. Without an earlier start: records
+    // this one.
+    fn foresee(self: &Arc<Self>, layers: &[Arc<Layer>]) -> Option<()> {
+        let diff_ids: Vec<_> = layers.iter().map(|l| l.diff_id()).collect();
+        let chain = chain_id(&diff_ids)?;
+        let (this, layers) = (Arc::clone(self), layers.to_vec());
+        if let Some(profile) = self.profiles.load(chain) {
+            if layers.iter().any(|l| !l.is_hydrated()) {
+                tokio::spawn(async move {
+                    prefetch(this.images.fetcher(), &layers, &profile).await;
+                    this.images.hydrate_later(&layers);
+                });
+            }
+            return Some(());
+        }
+        self.images.hydrate_later(&layers);
+        if self.service.recorder.start(chain, layers.iter().map(|l| inode_of(l.diff_id())).collect()) {
+            tokio::spawn(async move {
+                tokio::time::sleep(START).await;
+                this.save_profile(chain);
+            });
+        }
+        None
+    }
+
+    /// Ends the recording of a start and keeps what it saw.
+    pub(super) fn save_profile(&self, chain: Digest) {
+        if let Some(profile) = self.service.recorder.finish(chain)
+            && let Err(error) = self.profiles.save(chain, &profile)
+        {
+            tracing::warn!(%chain, %error, "what a start touched can't be kept");
+        }
     }
 
     async fn prepare_network<'a>(self: &'a Arc<Self>, id: &str, request: &RunRequest) -> Result<Network<'a>> {

@@ -96,7 +96,7 @@ impl Daemon {
                         let resolved = self.images.resolve(&image).await?;
                         let layers = self.images.layers(&resolved, &image.registry, &p).await?;
                         self.images.hydrate_later(&layers);
-                        let view = self.views.get(layers, plan).await?;
+                        let view = self.views.get(layers, plan, false).await?;
                         let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
                         Ok((id, fd, plan))
                     })
@@ -351,7 +351,8 @@ impl Daemon {
             self.service.forget(diff_id);
             store.remove(diff_id)?;
         }
-        self.views.delete_except(&chains)
+        self.views.delete_except(&chains)?;
+        self.profiles.delete_except(&chains)
     }
 
     // The honest cold start: local bytes go, indexes stay. Returns the bytes freed.

@@ -17,6 +17,7 @@ use lazyrun_fs::view::View;
 use lazyrun_index::Digest;
 
 use super::layer_service::{LayerService, inode_of};
+use super::profile::delete_others;
 use crate::keeper::store::Kept;
 
 /// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
@@ -109,17 +110,23 @@ impl Views {
     ///
     /// # Errors
     /// When the layers don't merge, or the kernel refuses the mount.
-    pub async fn get(self: &Arc<Self>, layers: Vec<Arc<Layer>>, plan: Plan) -> Result<Arc<MountedView>> {
+    /// With `recorded`, contents are read through FUSE even when all of them are local, so that they can be seen.
+    pub async fn get(
+        self: &Arc<Self>,
+        layers: Vec<Arc<Layer>>,
+        plan: Plan,
+        recorded: bool,
+    ) -> Result<Arc<MountedView>> {
         let diff_ids: Vec<Digest> = layers.iter().map(|l| l.diff_id()).collect();
         let chain = chain_id(&diff_ids).unwrap_or_else(|| Digest::of(b""));
         let _building = self.building.lock().await;
-        if let Some(view) = self.reusable(chain, plan) {
+        if let Some(view) = self.reusable(chain, plan, recorded) {
             return Ok(view);
         }
         let this = Arc::clone(self);
         let runtime = tokio::runtime::Handle::current();
         let mounted = tokio::task::spawn_blocking(move || match plan {
-            Plan::Erofs => this.mount_erofs(chain, layers, &runtime),
+            Plan::Erofs => this.mount_erofs(chain, layers, recorded, &runtime),
             Plan::Overlay => this.mount_fuse(chain, layers),
             Plan::Fuse => bail!("the mount plan fuse is not available in this version"),
         });
@@ -129,11 +136,12 @@ impl Views {
     }
 
     // A view nobody uses is mounted anew once its layers are whole: then without FUSE.
-    fn reusable(&self, chain: Digest, plan: Plan) -> Option<Arc<MountedView>> {
+    fn reusable(&self, chain: Digest, plan: Plan, recorded: bool) -> Option<Arc<MountedView>> {
         let mut mounted = self.lock();
         let view = mounted.get(&(chain, plan))?;
         let unused = Arc::strong_count(view) == 1;
-        if unused && plan == Plan::Erofs && !view.direct && view.layers.iter().all(|l| l.is_hydrated()) {
+        let direct = !recorded && view.layers.iter().all(|l| l.is_hydrated());
+        if unused && plan == Plan::Erofs && view.direct != direct {
             let view = mounted.remove(&(chain, plan))?;
             self.discard(&view);
             return None;
@@ -165,19 +173,14 @@ impl Views {
     pub fn delete_except(&self, chains: &[Digest]) -> Result<()> {
         let keep: Vec<PathBuf> =
             chains.iter().flat_map(|c| [self.image_path(*c), self.appendix_path(*c)]).collect();
-        for entry in std::fs::read_dir(&self.dir)? {
-            let file = entry?.path();
-            if !keep.contains(&file) {
-                std::fs::remove_file(&file).with_context(|| format!("deleting {}", file.display()))?;
-            }
-        }
-        Ok(())
+        delete_others(&self.dir, &keep)
     }
 
     fn mount_erofs(
         &self,
         chain: Digest,
         layers: Vec<Arc<Layer>>,
+        recorded: bool,
         runtime: &tokio::runtime::Handle,
     ) -> Result<MountedView> {
         let image = self.image_path(chain);
@@ -185,7 +188,7 @@ impl Views {
         if !image.exists() {
             self.build(&layers, &image, &appendix, runtime)?;
         }
-        let direct = layers.iter().all(|l| l.is_hydrated());
+        let direct = !recorded && layers.iter().all(|l| l.is_hydrated());
         let device = |layer: &Arc<Layer>| match direct {
             true => Device::Local(layer.data_path()),
             false => Device::Flat(layer.diff_id().hex()),

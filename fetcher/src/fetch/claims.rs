@@ -154,6 +154,18 @@ impl LayerState {
         Some(state.claim(self, first..end, Class::Background))
     }
 
+    /// Claims the first run of missing spans in `range` that nobody fetches.
+    pub(super) fn plan_prefetch(self: &Arc<Self>, layer: &Layer, mut range: Range<usize>) -> Option<Run> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.no_ranges {
+            return None;
+        }
+        let first = range.find(|&i| state.is_free(layer, i))?;
+        let len = (first..range.end).take_while(|&i| state.is_free(layer, i)).count();
+        Some(state.claim(self, first..first + len, Class::Background))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -5,12 +5,14 @@ mod fault;
 mod flight;
 mod hydrate;
 mod ingest;
+mod prefetch;
 mod pump;
 mod scheduler;
 mod spans;
 mod window;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,6 +49,8 @@ pub struct FetchOptions {
     pub fault_timeout: Duration,
     /// Requests for faults at a time.
     pub fault_requests: usize,
+    /// Requests for what is foreseen at a time.
+    pub prefetch_requests: usize,
     /// Requests for hydration at a time, over all layers.
     pub background_requests: usize,
     /// Layers streamed at a time.
@@ -62,6 +66,7 @@ impl Default for FetchOptions {
         FetchOptions {
             fault_timeout: Duration::from_secs(30),
             fault_requests: 8,
+            prefetch_requests: 3,
             background_requests: 2,
             streams: 6,
             max_readahead: 8 << 20,
@@ -178,6 +183,15 @@ impl Fetcher {
         });
         self.inner.counters.fault_done(began.elapsed(), result.is_ok());
         result
+    }
+
+    /// Fetches what is missing of a range of spans ahead of whoever will want it: before hydration, after faults,
+    /// and without reading further ahead. Spans that only a stream can bring are left out.
+    ///
+    /// # Errors
+    /// When something cannot be had after retries; what came stays.
+    pub async fn prefetch(&self, layer: &Arc<Layer>, spans: Range<usize>) -> Result<(), FetchError> {
+        prefetch::run(&self.inner, layer, spans).await
     }
 
     /// Fetches everything of a layer that is not local, at lower priority than faults, or joins the hydration

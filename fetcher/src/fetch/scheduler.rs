@@ -36,6 +36,7 @@ pub(super) struct Scheduler {
     last_fault: AtomicU64,
     fault_ended: Notify,
     fault_slots: Arc<Semaphore>,
+    prefetch_slots: Arc<Semaphore>,
     background_slots: Arc<Semaphore>,
     background_requests: u32,
     stream_slots: Arc<Semaphore>,
@@ -65,6 +66,7 @@ impl Scheduler {
             last_fault: AtomicU64::new(0),
             fault_ended: Notify::new(),
             fault_slots: slots(options.fault_requests),
+            prefetch_slots: slots(options.prefetch_requests),
             background_slots: slots(options.background_requests),
             background_requests: u32::try_from(options.background_requests.max(1)).unwrap_or(u32::MAX),
             stream_slots: slots(options.streams),
@@ -82,6 +84,12 @@ impl Scheduler {
     /// The right to one request for a fault.
     pub(super) async fn fault_request(&self) -> Result<OwnedSemaphorePermit, FetchError> {
         permit(&self.fault_slots, 1).await
+    }
+
+    /// The right to one request for what is foreseen. Faults need not wait for it: they take over what such a
+    /// request would bring late.
+    pub(super) async fn prefetch_request(&self) -> Result<OwnedSemaphorePermit, FetchError> {
+        permit(&self.prefetch_slots, 1).await
     }
 
     /// The right to one background request, once no fault is being served. While faults come now and then only

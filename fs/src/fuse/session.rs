@@ -23,8 +23,9 @@ use crate::mount::device_of;
 const OP_INIT: u32 = 26;
 /// `FUSE_NOTIFY_RESEND` (Linux 6.9): hand out again what was read and never answered.
 const NOTIFY_RESEND: i32 = 7;
-/// Readahead of both servers, in KiB: one READ of the largest size.
-const READAHEAD_KIB: u32 = MAX_READ / 1024;
+/// Readahead of both servers, in KiB. More saves little time when the bytes are local, and fetches what nobody
+/// wants when they are not.
+const READAHEAD_KIB: u32 = 128;
 
 /// A filesystem that [`serve`] can run: one of this module's servers.
 pub trait Server: Filesystem {

@@ -1,0 +1,25 @@
+//! Prefetch: spans that somebody foresees, between faults and hydration in order of service.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Inner, spans};
+use crate::error::FetchError;
+use crate::store::Layer;
+
+/// Fetches what is missing of a range of spans, each run of neighbours by one request.
+pub(super) async fn run(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    range: Range<usize>,
+) -> Result<(), FetchError> {
+    let state = inner.state(layer.diff_id());
+    let mut next = range.start;
+    while next < range.end {
+        let slot = inner.scheduler.prefetch_request().await?;
+        let Some(run) = state.plan_prefetch(layer, next..range.end) else { break };
+        next = run.spans.end;
+        spans::fetch(inner, layer, Arc::new(run), slot).await?;
+    }
+    Ok(())
+}
