@@ -40,9 +40,13 @@ fn not_root() {
 #[test]
 fn no_nft() {
     let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
-    // The daemon takes its environment from the command that starts it.
-    let empty = lazyrun.scratch("empty");
-    let run = |args: &[&str]| lazyrun.command(args).env("PATH", &empty).output().unwrap();
+    // The daemon lives in the mount namespace of the command that starts it.
+    let run = |args: &[&str]| {
+        let mut command = lazyrun.command(args);
+        // SAFETY: the child has one thread, and what runs before exec are system calls.
+        unsafe { command.pre_exec(|| Ok(hide(&["/usr/sbin", "/usr/local/sbin"])?)) };
+        command.output().unwrap()
+    };
     let output = run(&["run", "--rm", &fixture.image(), "true"]);
     let said = sentence(&output);
     assert!(said.contains("nft") && said.contains("--network host"), "{said}");
@@ -51,11 +55,19 @@ fn no_nft() {
     assert!(lazyrun.ok(&["ps", "-a", "-q"]).is_empty(), "a refused container is listed");
 }
 
-/// A /dev without fuse, in the mount namespace of the calling process.
-fn hide_fuse() -> nix::Result<()> {
+/// Empties directories, in a mount namespace of the calling process's own.
+fn hide(dirs: &[&str]) -> nix::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
-    mount(Some("none"), "/dev", Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+    for dir in dirs {
+        mount(Some("none"), *dir, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+    }
+    Ok(())
+}
+
+/// A /dev without fuse.
+fn hide_fuse() -> nix::Result<()> {
+    hide(&["/dev"])?;
     for (name, minor) in [("null", 3), ("zero", 5), ("urandom", 9)] {
         let path = format!("/dev/{name}");
         mknod(path.as_str(), SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(1, minor))?;

@@ -55,11 +55,15 @@ fn spawn_keeper(paths: &Paths) -> io::Result<String> {
     command.arg0("lazyrun").arg("--root").arg(paths.root()).arg("keeper");
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).current_dir("/");
     place_and_detach(&mut command, &write);
-    // The keeper outlives this process by design, so nobody waits for it here; init reaps it.
-    command.spawn()?;
+    let mut keeper = command.spawn()?;
     drop(write);
     let mut said = String::new();
     std::fs::File::from(read).take(4096).read_to_string(&mut said)?;
+    if said != READY {
+        // It is on its way out; who comes next must not find its socket. One that serves outlives this process,
+        // and init reaps it.
+        keeper.wait()?;
+    }
     Ok(said.trim().to_owned())
 }
 
