@@ -28,7 +28,8 @@ pub(super) struct Shown {
     style: Style,
     bars: MultiProgress,
     layers: HashMap<String, ProgressBar>,
-    last_line: HashMap<String, Instant>,
+    // When a layer's last line was written; `None` once that was the final one.
+    last_line: HashMap<String, Option<Instant>>,
 }
 
 // Plain lines are for logs; more than one a second for a layer is noise.
@@ -63,10 +64,13 @@ impl Shown {
 
     fn due(&mut self, layer: &str, finished: bool) -> bool {
         let now = Instant::now();
-        let due =
-            self.last_line.get(layer).is_none_or(|last| now.duration_since(*last) >= LINE_EVERY) || finished;
+        let due = match self.last_line.get(layer) {
+            None => true,
+            Some(None) => false,
+            Some(Some(last)) => finished || now.duration_since(*last) >= LINE_EVERY,
+        };
         if due {
-            self.last_line.insert(layer.to_owned(), now);
+            self.last_line.insert(layer.to_owned(), (!finished).then_some(now));
         }
         due
     }

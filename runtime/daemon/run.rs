@@ -1,7 +1,7 @@
 //! Making and starting a container: image, view, network and bundle come together here.
 
 use std::io::BufRead;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -21,6 +21,7 @@ use super::views::{MountedView, chain_id};
 use crate::container::config::{ShimConfig, StatusLine};
 use crate::container::spec;
 use crate::failure::Failure;
+use crate::ipc::fds;
 use crate::ipc::protocol::{NetworkMode, RunRequest, Started};
 use crate::network::{self, Attachment};
 use crate::{names, proc};
@@ -253,11 +254,14 @@ impl Daemon {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("shim").arg("--config").arg(&path).current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(shim_log);
-        let mut fds = vec![(rootfs, ROOTFS_FD), (status_in.as_fd(), STATUS_FD)];
+        let mut placed = vec![(rootfs, ROOTFS_FD), (status_in.as_fd(), STATUS_FD)];
         if let Some(netns) = netns {
-            fds.push((netns.as_fd(), NETNS_FD));
+            placed.push((netns.as_fd(), NETNS_FD));
         }
-        let mut child = place_fds(&mut command, &fds)?.spawn().context("starting the shim")?;
+        fds::place(&mut command, &placed)?;
+        fds::own_session(&mut command);
+        let mut child = command.spawn().context("starting the shim")?;
+        drop(command);
         let shim = proc::Identity::of(child.id()).context("the shim ended at once; see shim.log")?;
         // Reaped here so that no zombie stays; after a restart of the daemon init does it.
         tokio::task::spawn_blocking(move || child.wait());
@@ -316,27 +320,4 @@ impl Drop for KillOnDrop {
 /// Where a container's cgroup is, from the root of each hierarchy.
 fn cgroup_of(id: &str) -> String {
     format!("/lazyrun/{id}")
-}
-
-// Places descriptors at given numbers in the child, whatever their numbers are here.
-fn place_fds<'a>(command: &'a mut Command, fds: &[(BorrowedFd<'_>, RawFd)]) -> Result<&'a mut Command> {
-    let mut placed = Vec::new();
-    for (fd, target) in fds {
-        // Above all targets, so that placing one never overwrites another.
-        let high = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))?;
-        // SAFETY: fcntl made this descriptor just now and nobody else owns it.
-        placed.push((unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(high) }, *target));
-    }
-    // SAFETY: dup2 and setsid are async-signal-safe, and nothing else runs between fork and exec.
-    unsafe {
-        command.pre_exec(move || {
-            for (fd, target) in &placed {
-                if libc::dup2(fd.as_raw_fd(), *target) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
-            if libc::setsid() < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
-    Ok(command)
 }

@@ -57,7 +57,8 @@ impl Daemon {
             }
         }
         self.end_all().await;
-        Ok(())
+        // After an orderly end nothing needs to be verified again.
+        self.blocking(|this| Ok(this.images.fetcher().store().sync()?)).await
     }
 
     async fn answer(self: Arc<Self>, mut stream: UnixStream) -> Result<()> {

@@ -81,7 +81,8 @@ impl Views {
                 let request = Request::Overlay { upper, work, options: OverlayOptions::default() };
                 Ok(self.mounter.mount(&request, &[view.tree.as_fd()])?)
             }
-            None => Ok(mount::clone_tree(view.tree.as_fd())?),
+            None if mount::shares_detached() => Ok(mount::clone_tree(view.tree.as_fd())?),
+            None => Ok(view.tree.try_clone()?),
         }
     }
 
@@ -137,6 +138,9 @@ impl Views {
 
     // A view nobody uses is mounted anew once its layers are whole: then without FUSE.
     fn reusable(&self, chain: Digest, plan: Plan, recorded: bool) -> Option<Arc<MountedView>> {
+        if !mount::shares_detached() {
+            return None;
+        }
         let mut mounted = self.lock();
         let view = mounted.get(&(chain, plan))?;
         let unused = Arc::strong_count(view) == 1;

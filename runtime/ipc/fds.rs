@@ -1,7 +1,9 @@
-//! Passing descriptors over a Unix socket (SCM_RIGHTS), one byte of payload each time.
+//! Passing descriptors: over a Unix socket (SCM_RIGHTS), one byte of payload each time, and to a child process.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
@@ -48,6 +50,39 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection"));
     }
     Ok(fds)
+}
+
+/// Has a child find descriptors at given numbers, whatever their numbers are here.
+///
+/// # Errors
+/// When no more descriptors can be had.
+pub fn place(command: &mut Command, fds: &[(BorrowedFd<'_>, RawFd)]) -> io::Result<()> {
+    let mut placed = Vec::with_capacity(fds.len());
+    for (fd, target) in fds {
+        // Copies above all targets, so that placing one never overwrites another.
+        let high = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))?;
+        // SAFETY: fcntl made this descriptor just now and nobody else owns it.
+        placed.push((unsafe { OwnedFd::from_raw_fd(high) }, *target));
+    }
+    let dup = move || {
+        for (fd, target) in &placed {
+            // SAFETY: dup2 takes two numbers; what it closes in the child is nobody's there.
+            if unsafe { libc::dup2(fd.as_raw_fd(), *target) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: only dup2 runs between fork and exec, which is async-signal-safe.
+    unsafe { command.pre_exec(dup) };
+    Ok(())
+}
+
+/// Gives a child a session of its own, so that the end of ours or its terminal does not reach it.
+pub fn own_session(command: &mut Command) {
+    let setsid = || nix::unistd::setsid().map(|_| ()).map_err(io::Error::from);
+    // SAFETY: only setsid runs between fork and exec, which is async-signal-safe.
+    unsafe { command.pre_exec(setsid) };
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
+use crate::ipc::fds;
 use crate::paths::Paths;
 use store::FdStore;
 
@@ -117,30 +118,16 @@ impl<'a> Keeper<'a> {
     }
 
     fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
-        // Copies well above the target numbers, so that placing one never overwrites another.
-        let high = |fd: BorrowedFd<'_>| nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64));
-        let from = [high(self.listener.as_fd())?, high(store)?, high(ready)?];
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
         command.stdin(Stdio::null());
-        // SAFETY: only dup2, sigprocmask and prctl between fork and exec, all async-signal-safe.
-        unsafe {
-            command.pre_exec(move || {
-                for (from, to) in from.iter().zip([LISTENER_FD, STORE_FD, READY_FD]) {
-                    if libc::dup2(*from, to) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                SigSet::all().thread_unblock()?;
-                Ok(())
-            });
-        }
-        let child = command.spawn();
-        for fd in from {
-            // SAFETY: `high` made this descriptor above and nothing else knows it.
-            drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) });
-        }
-        child
+        let placed = [(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
+        fds::place(&mut command, &placed)?;
+        // The keeper takes its signals from a descriptor; its children are to get theirs the usual way.
+        let unblock = || Ok(SigSet::all().thread_unblock()?);
+        // SAFETY: only sigprocmask runs between fork and exec, which is async-signal-safe.
+        unsafe { command.pre_exec(unblock) };
+        command.spawn()
     }
 
     fn watch(&mut self, child: &mut Child, daemon: &UnixStream) -> io::Result<Ended> {

@@ -1,7 +1,7 @@
 //! Starting an instance: the command line brings up a keeper when no daemon answers.
 
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -9,6 +9,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::failure::Failure;
 use crate::ipc::client::Connection;
+use crate::ipc::fds;
 use crate::paths::Paths;
 
 /// What a daemon writes to its ready descriptor once it serves.
@@ -54,9 +55,11 @@ fn spawn_keeper(paths: &Paths) -> io::Result<String> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("lazyrun").arg("--root").arg(paths.root()).arg("keeper");
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).current_dir("/");
-    place_and_detach(&mut command, &write);
+    fds::place(&mut command, &[(write.as_fd(), KEEPER_READY_FD)])?;
+    fds::own_session(&mut command);
     let mut keeper = command.spawn()?;
-    drop(write);
+    // The command holds a copy too; the pipe must end when the keeper closes its own.
+    drop((command, write));
     let mut said = String::new();
     std::fs::File::from(read).take(4096).read_to_string(&mut said)?;
     if said != READY {
@@ -65,22 +68,4 @@ fn spawn_keeper(paths: &Paths) -> io::Result<String> {
         keeper.wait()?;
     }
     Ok(said.trim().to_owned())
-}
-
-fn place_and_detach(command: &mut Command, ready: &OwnedFd) {
-    let ready = ready.as_raw_fd();
-    // SAFETY: setsid, dup2 and fcntl are async-signal-safe, and nothing else happens before exec.
-    unsafe {
-        command.pre_exec(move || {
-            if libc::setsid() < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            let placed = if ready == KEEPER_READY_FD {
-                libc::fcntl(ready, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(ready, KEEPER_READY_FD)
-            };
-            if placed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
 }

@@ -119,6 +119,15 @@ fn overlay_context(
     Ok(ctx)
 }
 
+/// Whether a detached mount can be copied and put below an overlay as it is (Linux 6.15). Before that it has to be
+/// attached first, which spends it: such a mount serves one user.
+pub fn shares_detached() -> bool {
+    let Ok(name) = nix::sys::utsname::uname() else { return true };
+    let release = name.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 15)
+}
+
 /// Makes another detached mount of the same tree (Linux 6.15 when `tree` itself is detached).
 pub fn clone_tree(tree: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
     sys::clone_tree(tree).map_err(|e| MountError::tree("clone a mount", e))

@@ -96,16 +96,9 @@ fn overlay(
     // Before Linux 6.15 overlayfs takes only mounts attached in the caller's namespace. That spends the
     // detached mount (it ends with this process), so it is done on those kernels only.
     let scratch = Path::new(SCRATCH);
-    if takes_detached_lowers() || mounts::attach(lower.as_fd(), scratch).is_err() {
+    if mounts::shares_detached() || mounts::attach(lower.as_fd(), scratch).is_err() {
         return Err(refused);
     }
     let attached = File::open(scratch).map_err(|e| MountError::at("open", scratch, e))?;
     mounts::overlay(attached.as_fd(), upper, work, options).map_err(|_| refused)
-}
-
-fn takes_detached_lowers() -> bool {
-    let Ok(name) = nix::sys::utsname::uname() else { return true };
-    let release = name.release().to_string_lossy();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 15)
 }
