@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-micro
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-micro
 
 build:
 	$(CARGO) build --workspace
@@ -39,7 +39,7 @@ install-deps deps:
 
 # Figures: medians of interleaved rounds, ratios against the reference in the same run. Each takes minutes and
 # wants an otherwise idle machine.
-bench: bench-micro bench-warm bench-cold
+bench: bench-micro bench-warm bench-cold bench-start
 
 bench-warm:
 	@tests/tools/deps.sh all
@@ -48,6 +48,10 @@ bench-warm:
 bench-cold:
 	@tests/tools/deps.sh test
 	$(CARGO) bench --bench cold_start
+
+bench-start:
+	@tests/tools/deps.sh test
+	$(CARGO) bench --bench start
 
 bench-micro:
 	$(CARGO) bench --bench micro
