@@ -136,6 +136,7 @@ fn bad_options() {
         &["--network", "no-such-network"][..],
         &["-p", "not-a-port"],
         &["-p", "99999:80"],
+        &["-v", "relative:/x"],
         &["-v", "/x:relative"],
         &["-m", "lots"],
         &["--cpus", "-1"],
