@@ -15,6 +15,7 @@ mod platform;
 mod reference;
 mod stats;
 mod store;
+mod trust;
 
 pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient};
 pub use error::FetchError;
@@ -24,3 +25,4 @@ pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
 pub use stats::{ClientStats, FetchStats};
 pub use store::{Layer, LayerStore};
+pub use trust::{IndexPolicy, Origin, OriginKind, ParseTrustError, Trust, TrustMode};
