@@ -65,13 +65,10 @@ pub async fn list_indexes(
     let mut seen = std::collections::HashSet::new();
     candidates.retain(|c| seen.insert(c.digest));
     candidates.truncate(MAX_LISTED);
-    let loaded: Vec<_> = stream::iter(&candidates)
-        .map(|candidate| async move { (candidate, describe(client, image, candidate).await) })
-        .buffered(PARALLEL)
-        .collect()
-        .await;
+    let loads: Vec<_> = candidates.iter().map(|candidate| describe(client, image, candidate)).collect();
+    let loaded: Vec<_> = stream::iter(loads).buffered(PARALLEL).collect().await;
     let (mut found, mut warnings) = (Vec::new(), Vec::new());
-    for (candidate, described) in loaded {
+    for (candidate, described) in candidates.iter().zip(loaded) {
         match described {
             Ok(artifact) => found.push(artifact),
             Err(error) => warnings.push(format!("{} {}: {error}", candidate.kind, candidate.digest)),

@@ -87,11 +87,9 @@ pub async fn push_indexes(
     }
     let config = Bytes::from_static(EMPTY_CONFIG);
     client.upload_blob(&image.reference, Digest::of(&config), config).await?;
-    let blobs: Vec<(Descriptor, u32, u64)> = stream::iter(chosen)
-        .map(|(layer, source)| upload(client, image, layer, source))
-        .buffered(PARALLEL)
-        .try_collect()
-        .await?;
+    let uploads: Vec<_> =
+        chosen.into_iter().map(|(layer, source)| upload(client, image, layer, source)).collect();
+    let blobs: Vec<(Descriptor, u32, u64)> = stream::iter(uploads).buffered(PARALLEL).try_collect().await?;
     let about = About {
         // Who reads it must know all of its indexes' formats, and prefers the artifact with the best worst.
         format: blobs.iter().map(|(_, format, _)| *format).min().unwrap_or_default(),
