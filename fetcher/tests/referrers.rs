@@ -263,9 +263,8 @@ async fn what_came_in_time_is_kept() {
     };
     let image = Bench::new().resolve(&plain.name("app:v1")).await;
     let blobs: Vec<Bytes> = made.layers.iter().map(|l| Bytes::from(common::artifacts::index_of(l))).collect();
-    let manifests: Vec<Bytes> = (0..2)
-        .map(|n| Bytes::from(own_manifest(&image, &image.layers[n], &blobs[n]).to_string()))
-        .collect();
+    let manifests: Vec<Bytes> =
+        (0..2).map(|n| Bytes::from(own_manifest(&image, &image.layers[n], &blobs[n]).to_string())).collect();
     // The first artifact is the newer one and comes; the second one's blob gets stuck.
     let list: Vec<Value> = (0..2)
         .map(|n| {
@@ -302,4 +301,52 @@ async fn what_came_in_time_is_kept() {
     let found = discover_with(&bench.client, &image, &want(&image), &REPOSITORY, &options).await;
     assert!(found.warnings.iter().any(|w| w.contains("ended after 2 s")), "{:?}", found.warnings);
     assert_eq!(found.layers.keys().copied().collect::<Vec<_>>(), [image.layers[0].diff_id]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_elsewhere_get_no_credentials() {
+    let elsewhere = Server::start(|_| status(201)).await;
+    let place = format!("http://{}/put?x=1", elsewhere.address);
+    let server = Server::start(move |seen| match (seen.method.as_str(), seen.header("authorization")) {
+        (_, None) => {
+            let basic = Response::builder().status(401).header("www-authenticate", "Basic realm=\"r\"");
+            basic.body(full("")).unwrap()
+        }
+        ("POST", _) => {
+            Response::builder().status(202).header("location", place.as_str()).body(full("")).unwrap()
+        }
+        _ => status(404),
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.json");
+    let auths = json!({"auths": {server.address.to_string(): {"auth": "dTpw"}}});
+    std::fs::write(&config, auths.to_string()).unwrap();
+    let bench = Bench::with(ClientOptions { docker_config: Some(config), ..quick_client() }, quick_fetch());
+    let bytes = Bytes::from_static(b"some bytes");
+    let reference = server.name("app:v1").parse().unwrap();
+    bench.client.upload_blob(&reference, Digest::of(&bytes), bytes.clone()).await.unwrap();
+    let log = elsewhere.log();
+    assert_eq!(log.len(), 1);
+    assert_eq!(log[0].header("authorization"), None);
+    assert_eq!(log[0].body, bytes);
+    assert!(log[0].path.starts_with("/put?x=1&digest=sha256"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_nobody_reads_ends() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = format!("http://{}/deaf", listener.local_addr().unwrap());
+    let server = Server::start(move |seen| match seen.method.as_str() {
+        "POST" => Response::builder().status(202).header("location", place.as_str()).body(full("")).unwrap(),
+        _ => status(404),
+    })
+    .await;
+    let client = ClientOptions { retries: 0, stall_timeout: Duration::from_millis(300), ..quick_client() };
+    let bench = Bench::with(client, quick_fetch());
+    let bytes = Bytes::from(vec![7; 32 << 20]);
+    let reference = server.name("app:v1").parse().unwrap();
+    let error = bench.client.upload_blob(&reference, Digest::of(&bytes), bytes).await.unwrap_err();
+    assert!(matches!(error, FetchError::Stalled { .. }), "{error}");
+    drop(listener);
 }

@@ -220,3 +220,126 @@ fn match_layer(
 fn shown(text: &str) -> String {
     if text.is_empty() { "an artifact without type".to_owned() } else { printable(text) }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use serde_json::{Value, json};
+
+    use super::super::{OWN_ARTIFACT_TYPE, SOCI_V1_ARTIFACT_TYPE, SOCI_V2_ARTIFACT_TYPE};
+    use super::*;
+
+    fn digest(n: u8) -> Digest {
+        Digest::of(&[n])
+    }
+
+    /// An image of two layers with a SOCI index named by its manifest, in a list with what `more` says.
+    fn image(more: &[Value]) -> ResolvedImage {
+        let layer = |n: u8| json!({"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": digest(n).to_string(), "size": 7});
+        let config =
+            json!({"rootfs": {"diff_ids": [digest(11).to_string(), digest(12).to_string()]}}).to_string();
+        let manifest = json!({"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+            "config": {"digest": Digest::of(config.as_bytes()).to_string()},
+            "layers": [layer(1), layer(2)],
+            "annotations": {SOCI_INDEX_DIGEST: digest(50).to_string()}});
+        let manifest = Bytes::from(manifest.to_string());
+        let mut entries = vec![json!({"digest": Digest::of(&manifest).to_string()})];
+        entries.extend_from_slice(more);
+        let list = json!({"schemaVersion": 2, "manifests": entries}).to_string();
+        let reference = "localhost/a:b".parse().unwrap();
+        let image = ResolvedImage::from_parts(reference, manifest, config.into()).unwrap();
+        image.with_list(list.into()).unwrap()
+    }
+
+    fn entry(n: u8, kind: &str, annotations: &Value) -> Value {
+        json!({"digest": digest(n).to_string(), "artifactType": kind, "annotations": annotations})
+    }
+
+    #[test]
+    fn what_the_image_names_is_bound() {
+        let own = image(&[]).manifest_digest.to_string();
+        let image = image(&[
+            entry(60, SOCI_V2_ARTIFACT_TYPE, &json!({SOCI_MANIFEST_DIGEST: own})),
+            entry(61, SOCI_V2_ARTIFACT_TYPE, &json!({SOCI_MANIFEST_DIGEST: digest(9).to_string()})),
+            entry(62, OWN_ARTIFACT_TYPE, &json!({})),
+            entry(63, "application/x", &json!({})),
+        ]);
+        assert_eq!(pinned_by_manifest(&image).unwrap().digest, digest(50));
+        let found = candidates_in_list(&image);
+        let told: Vec<_> = found.iter().map(|c| (c.kind, c.digest, c.trust)).collect();
+        let bound = Trust::Bound;
+        assert_eq!(told, [(OriginKind::Own, digest(62), bound), (OriginKind::SociV2, digest(60), bound)]);
+        assert_eq!(subject_of(&image).media_type, "application/vnd.docker.distribution.manifest.v2+json");
+        let other = json!({"schemaVersion": 2, "manifests": [{"digest": digest(1).to_string()}]}).to_string();
+        assert!(image.with_list(other.into()).is_err());
+    }
+
+    #[test]
+    fn candidates_have_one_order() {
+        let candidate = |kind, trust, n: u8, format: &str, created: &str| {
+            let mut descriptor = Descriptor::new("m", Digest::from_bytes([n; 32]), 1);
+            descriptor.annotations.insert(FORMAT.to_owned(), format.to_owned());
+            descriptor.annotations.insert(CREATED.to_owned(), created.to_owned());
+            Candidate::new(kind, trust, &descriptor)
+        };
+        use OriginKind::{Own, SociV1, SociV2};
+        let sorted = vec![
+            candidate(Own, Trust::Bound, 9, "1", ""),
+            candidate(SociV2, Trust::Bound, 1, "", ""),
+            candidate(Own, Trust::Repository, 8, "3", "2026"),
+            candidate(Own, Trust::Repository, 7, "3", "2025"),
+            candidate(Own, Trust::Repository, 5, "2", "2027"),
+            candidate(Own, Trust::Repository, 6, "2", "2027"),
+            candidate(Own, Trust::Repository, 1, "nonsense", ""),
+            candidate(SociV1, Trust::Repository, 0, "", ""),
+        ];
+        let mut shuffled: Vec<_> = sorted.iter().rev().cloned().collect();
+        shuffled.swap(1, 5);
+        shuffled.sort_by(Candidate::order);
+        assert_eq!(shuffled, sorted);
+    }
+
+    fn soci(
+        image: &ResolvedImage,
+        kind: &str,
+        layers: &[Value],
+        subject: bool,
+    ) -> Result<ArtifactDocument, String> {
+        let mut manifest = json!({"schemaVersion": 2, "config": {"mediaType": kind, "digest": digest(0).to_string()}, "layers": layers});
+        if subject {
+            manifest["subject"] = json!({"digest": image.manifest_digest.to_string()});
+        }
+        ArtifactDocument::parse(manifest.to_string().as_bytes(), image)
+    }
+
+    fn ztoc(of: u8, media_type: &str, size: u64) -> Value {
+        json!({"mediaType": media_type, "digest": digest(70).to_string(), "size": size,
+            "annotations": {SOCI_LAYER_DIGEST: digest(of).to_string()}})
+    }
+
+    #[test]
+    fn soci_indexes_are_read() {
+        let image = image(&[]);
+        let (blob, list) = (ztoc(2, "application/octet-stream", 9), ztoc(2, "application/vnd.x.prefetch", 9));
+        let read = soci(&image, SOCI_V1_ARTIFACT_TYPE, &[blob.clone(), list], true).unwrap();
+        assert_eq!(read.kind, OriginKind::SociV1);
+        assert_eq!(read.blobs.len(), 1);
+        assert_eq!(read.blobs[0].1.diff_id, digest(12));
+        assert_eq!(
+            soci(&image, SOCI_V2_ARTIFACT_TYPE, &[blob.clone()], false).unwrap().kind,
+            OriginKind::SociV2
+        );
+        let refused = |kind, blob: Value, subject| soci(&image, kind, &[blob], subject).unwrap_err();
+        assert!(refused(SOCI_V1_ARTIFACT_TYPE, blob.clone(), false).contains("which image"));
+        assert!(refused("application/x", blob, true).contains("application/x"));
+        let strange = ztoc(3, "application/octet-stream", 9);
+        assert!(refused(SOCI_V1_ARTIFACT_TYPE, strange, true).contains("does not have"));
+        let huge = ztoc(1, "application/octet-stream", u64::MAX);
+        assert!(refused(SOCI_V2_ARTIFACT_TYPE, huge, false).contains("cannot have"));
+        let many: Vec<Value> = (0..600).map(|_| ztoc(1, "application/octet-stream", 9)).collect();
+        assert!(soci(&image, SOCI_V2_ARTIFACT_TYPE, &many, false).unwrap_err().contains("600"));
+        for text in ["", "[]", "{}", r#"{"schemaVersion":1}"#, r#"{"schemaVersion":2,"layers":7}"#] {
+            assert!(ArtifactDocument::parse(text.as_bytes(), &image).is_err(), "{text}");
+        }
+    }
+}

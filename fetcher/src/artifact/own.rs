@@ -138,3 +138,57 @@ pub(super) fn make_manifest(
     descriptor.annotations = texts.collect();
     (descriptor, bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use lazyrun_index::{StreamOptions, index_layer};
+
+    use super::*;
+
+    fn layer() -> (LayerDescriptor, Vec<u8>) {
+        let tar = [0; 1024];
+        let mut index = std::io::Cursor::new(Vec::new());
+        let told = index_layer(tar.as_slice(), &mut (), &mut index, &StreamOptions::default()).unwrap();
+        let layer = LayerDescriptor {
+            digest: told.blob_digest,
+            size: told.blob_size,
+            media_type: String::new(),
+            diff_id: told.diff_id,
+            annotations: std::collections::BTreeMap::new(),
+        };
+        (layer, index.into_inner())
+    }
+
+    #[test]
+    fn blobs_round_trip() {
+        let (layer, index) = layer();
+        let blob = make_blob(&layer, index.clone()).unwrap();
+        assert!(blob.format > 0);
+        let back = decode_blob(blob.bytes.clone(), &blob.descriptor.media_type, &layer).unwrap();
+        assert_eq!(back, index);
+        assert_eq!(decode_blob(index.clone().into(), OWN_LAYER_INDEX, &layer).unwrap(), index);
+        assert_eq!(make_blob(&layer, index).unwrap().bytes, blob.bytes);
+        for other in [
+            LayerDescriptor { digest: layer.diff_id, size: 7, ..layer.clone() },
+            LayerDescriptor { diff_id: Digest::of(b"x"), ..layer.clone() },
+            LayerDescriptor { digest: Digest::of(b"x"), ..layer.clone() },
+        ] {
+            assert!(decode_blob(blob.bytes.clone(), OWN_LAYER_INDEX_ZSTD, &other).is_err());
+        }
+    }
+
+    #[test]
+    fn bombs_and_rubbish_are_refused() {
+        let (layer, _) = layer();
+        // 300 MiB of zeros in a few KiB.
+        let zeros = std::io::Read::take(std::io::repeat(0), 300 << 20);
+        let bomb = zstd::stream::encode_all(zeros, 1).unwrap();
+        assert!(bomb.len() < 100_000);
+        let error = decode_blob(bomb.into(), OWN_LAYER_INDEX_ZSTD, &layer).unwrap_err();
+        assert!(error.contains("larger than"), "{error}");
+        for rubbish in [&b""[..], b"x", b"\x28\xb5\x2f\xfd", &[0x28, 0xb5, 0x2f, 0xfd, 0xff, 0xff, 0xff]] {
+            let rubbish = Bytes::copy_from_slice(rubbish);
+            assert!(decode_blob(rubbish, OWN_LAYER_INDEX_ZSTD, &layer).is_err());
+        }
+    }
+}

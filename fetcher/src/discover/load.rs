@@ -9,6 +9,9 @@ use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
 use crate::trust::{Origin, OriginKind};
 
+/// Indexes of one artifact whose faults are told one by one.
+const MAX_REASONS: usize = 3;
+
 /// What happened to one index.
 enum Loaded {
     Taken,
@@ -33,15 +36,23 @@ pub(super) async fn take(search: &Search<'_>, candidate: &Candidate, document: A
     }
     let loads = wanted.iter().map(|(blob, layer)| load(search, &origin, blob, layer));
     let mut spoilt = false;
+    let mut reasons = Vec::new();
     for loaded in join_all(loads).await {
-        let reason = match loaded {
-            Loaded::Taken => continue,
-            Loaded::Missed(reason) => reason,
+        match loaded {
+            Loaded::Taken => {}
+            Loaded::Missed(reason) => reasons.push(reason),
             Loaded::Bad(reason) => {
                 spoilt = true;
-                reason
+                reasons.push(reason);
             }
-        };
+        }
+    }
+    let more = reasons.len().saturating_sub(MAX_REASONS);
+    reasons.truncate(MAX_REASONS);
+    if let Some(last) = reasons.last_mut().filter(|_| more > 0) {
+        last.push_str(&format!(" (and {more} more)"));
+    }
+    for reason in reasons {
         search.warn(bad(search.image, candidate.digest, reason).to_string());
     }
     if spoilt {
