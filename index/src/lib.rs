@@ -19,11 +19,13 @@
 //! ```
 
 mod builder;
+pub mod chunked;
 mod claims;
 mod compare;
 mod decode;
 mod digest;
 mod error;
+pub mod estargz;
 mod format;
 mod gzip;
 mod id;
@@ -33,6 +35,7 @@ mod reader;
 mod source;
 mod span;
 mod stream;
+mod table;
 mod tar;
 mod types;
 mod validate;
@@ -46,6 +49,7 @@ pub use error::{IndexError, Name};
 pub use id::{LayerId, ParseLayerIdError};
 pub use reader::{EntryRef, LayerIndex};
 pub use stream::{hydrate_layer, index_layer, prove_layer};
+pub use table::{Table, TableError, TocInfo, TocPlace};
 pub use types::{
     Compression, DigestOf, EntryKind, Extent, LayerSink, Layout, SpanInfo, StreamOptions, StreamSummary,
     Timestamp,
