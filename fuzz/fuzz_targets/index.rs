@@ -11,7 +11,7 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     }
     let mut index = bytes.to_vec();
-    index[..12].copy_from_slice(b"LZRINDEX\x01\0\0\0");
+    index[..12].copy_from_slice(if bytes[8] == 1 { b"LZRINDEX\x01\0\0\0" } else { b"LZRINDEX\x02\0\0\0" });
     let mut body_len = [0; 8];
     body_len.copy_from_slice(&index[112..120]);
     let end = usize::try_from(u64::from_le_bytes(body_len)).ok().and_then(|len| len.checked_add(HEADER));
