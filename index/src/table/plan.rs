@@ -7,7 +7,7 @@ use super::{TableError, TocInfo};
 use crate::builder::{IndexBuilder, LayerFacts, NewEntrance, NewEntry, NewSpan};
 use crate::format::SPAN_LEN_MAX;
 use crate::tar::BLOCK;
-use crate::{Compression, Digest, DigestOf, EntryKind, Extent, Layout};
+use crate::{Compression, Digest, DigestOf, EntryKind, Extent, IndexError, Layout};
 
 /// Shortest run of zeros that becomes a hole; shorter ones are fetched like data, which costs less than the pieces
 /// that a file with many holes falls into.
@@ -119,7 +119,7 @@ pub(super) fn build(
             builder.span(span)?;
         }
         let xattrs: Vec<_> = entry.xattrs.iter().map(|(name, value)| (&name[..], &value[..])).collect();
-        builder.entry(&NewEntry {
+        let new = NewEntry {
             path: &entry.path,
             kind: entry.kind,
             mode: entry.mode,
@@ -132,6 +132,10 @@ pub(super) fn build(
             xattrs: &xattrs,
             extents: &file.extents,
             content: entry.content,
+        };
+        builder.entry(&new).map_err(|e| match e {
+            IndexError::Entry { name, reason } => TableError::Entry { name, reason },
+            other => TableError::Index(other),
         })?;
         info.entries += 1;
         info.spans += file.spans.len() as u64;
