@@ -20,6 +20,8 @@
 
 mod builder;
 pub mod chunked;
+mod claims;
+mod compare;
 mod decode;
 mod digest;
 mod error;
@@ -41,11 +43,12 @@ mod window;
 mod writer;
 
 pub use builder::{IndexBuilder, LayerFacts, NewEntrance, NewEntry, NewSpan};
+pub use compare::{Mismatch, compare};
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use error::{IndexError, Name};
 pub use id::{LayerId, ParseLayerIdError};
 pub use reader::{EntryRef, LayerIndex};
-pub use stream::{hydrate_layer, index_layer};
+pub use stream::{hydrate_layer, index_layer, prove_layer};
 pub use table::{Table, TableError, TocInfo, TocPlace};
 pub use types::{
     Compression, DigestOf, EntryKind, Extent, LayerSink, Layout, SpanInfo, StreamOptions, StreamSummary,

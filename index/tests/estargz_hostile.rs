@@ -92,6 +92,18 @@ fn names_are_not_said_twice() {
 }
 
 #[test]
+fn only_directories_have_something_in_them() {
+    for kind in [r#""reg""#, r#""fifo""#, r#""symlink","linkName":"/etc""#, r#""hardlink","linkName":"f""#] {
+        let file = format!(
+            r#"{{"name":"f","type":"reg"}},{{"name":"a","type":{kind}}},{{"name":"a-b","type":"dir"}}"#
+        );
+        assert!(index(&file).is_ok());
+        let under = format!(r#"{file},{{"name":"a/b/c","type":"reg"}}"#);
+        refused(index(&under), &["\"a/b/c\"", "\"a\", which is no directory"]);
+    }
+}
+
+#[test]
 fn hard_links_have_a_target() {
     let link = |target: &str| format!(r#"{{"name":"l","type":"hardlink","linkName":"{target}"}}"#);
     for target in ["", "/", ".", "../x", "a\\ufffd"] {

@@ -39,6 +39,24 @@ pub(super) fn check(table: &Entries) -> Result<(), TableError> {
             return fail("the table has two entries with this name".into());
         }
     }
+    only_directories_have_children(table)
+}
+
+/// Looking up the parents of every entry would take long for deep paths; this looks for children instead.
+fn only_directories_have_children(table: &Entries) -> Result<(), TableError> {
+    let mut sorted: Vec<&[u8]> = table.entries.iter().map(|e| &*e.path).collect();
+    sorted.sort_unstable();
+    let mut inside = Vec::new();
+    for entry in table.entries.iter().filter(|e| e.kind != EntryKind::Directory) {
+        inside.clear();
+        inside.extend_from_slice(&entry.path);
+        inside.push(b'/');
+        let first = sorted.partition_point(|path| *path < &inside[..]);
+        if let Some(child) = sorted.get(first).filter(|path| path.starts_with(&inside)) {
+            let parent = entry.path.escape_ascii();
+            return Err(TableError::entry(child, format!("it lies in \"{parent}\", which is no directory")));
+        }
+    }
     Ok(())
 }
 

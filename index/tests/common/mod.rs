@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub(crate) mod make;
+pub(crate) mod told;
 
 use std::io::{self, Cursor};
 
