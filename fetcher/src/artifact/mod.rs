@@ -12,7 +12,7 @@ mod push;
 pub use admin::{IndexArtifact, IndexedLayer, delete_index, list_indexes};
 pub(crate) use admin::{bad, candidates_of_referrers, load_document};
 pub use descriptor::Descriptor;
-pub(crate) use descriptor::parse_descriptors;
+pub(crate) use descriptor::{parse_descriptors, parse_layers};
 pub(crate) use document::{ArtifactDocument, Candidate, candidates_in_list, pinned_by_manifest};
 pub(crate) use own::decode_blob;
 pub use push::{IndexSource, PushOptions, PushReport, push_indexes};

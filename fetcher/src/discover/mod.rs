@@ -5,6 +5,7 @@
 //! a valid index. What fails is left out with a warning; an image without index still starts.
 
 mod load;
+mod table_image;
 mod tables;
 
 use std::collections::{HashMap, HashSet};
@@ -12,10 +13,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lazyrun_index::Digest;
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 
 use crate::artifact::{
-    ArtifactDocument, Candidate, bad, candidates_in_list, candidates_of_referrers, load_document,
+    ArtifactDocument, Candidate, Descriptor, bad, candidates_in_list, candidates_of_referrers, load_document,
     pinned_by_manifest,
 };
 use crate::client::RegistryClient;
@@ -89,6 +90,7 @@ pub async fn discover_with(
         policy,
         refused: &options.refused,
         gate: Semaphore::new(PARALLEL),
+        table_image: OnceCell::new(),
         state: Mutex::new(State::new(image, want)),
     };
     if policy.trust == TrustMode::Proven {
@@ -130,6 +132,8 @@ struct Search<'a> {
     policy: &'a IndexPolicy,
     refused: &'a HashSet<Digest>,
     gate: Semaphore,
+    /// Layers of the image that holds eStargz tables, once somebody needs them.
+    table_image: OnceCell<Result<Vec<Descriptor>, String>>,
     /// Outside of the futures, so that what was found stays when time is up.
     state: Mutex<State>,
 }
