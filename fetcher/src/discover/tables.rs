@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use lazyrun_index::{Compression, Digest, LayerFacts, TableError, TocPlace, chunked, estargz};
 
-use super::{ClaimedIndex, Search, table_image};
+use super::{ClaimedIndex, NO_ROOM, Search, table_image};
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
 use crate::trust::{Origin, OriginKind, Trust};
@@ -69,7 +69,7 @@ async fn from_place(
         return Err("the image's manifest does not say its digest".to_owned());
     }
     if !search.reserve(place.max_len()) {
-        return Err("there is no room for it in memory".to_owned());
+        return Err(NO_ROOM.to_owned());
     }
     let packed = match place.range() {
         None => table_image::fetch(search, layer, place.max_len()).await?,
@@ -79,13 +79,12 @@ async fn from_place(
         },
     };
     let layer = layer.clone();
-    let made = tokio::task::spawn_blocking(move || {
-        // A table says nothing of the blob's compression; its kind does.
-        let facts = |compression| facts_of(&layer, compression);
-        let gzip = place.index(&packed, &facts(Compression::detect(&packed)));
-        gzip.map(|table| table.index).map_err(|e| e.to_string())
-    });
-    made.await.map_err(|_| "reading it was interrupted".to_owned())?
+    let make = move || {
+        // A table says nothing of the blob's compression, but it is compressed as the blob is.
+        let facts = facts_of(&layer, Compression::detect(&packed));
+        place.index(&packed, &facts).map(|table| table.index).map_err(|e| e.to_string())
+    };
+    search.make(make).await?
 }
 
 /// Bytes `range` of a blob out of `bytes`, which start at `start` of it.
