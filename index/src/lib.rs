@@ -32,6 +32,8 @@ mod id;
 mod inflate;
 mod pipeline;
 mod reader;
+mod rfc3339;
+pub mod soci;
 mod source;
 mod span;
 mod stream;

@@ -3,6 +3,7 @@
 
 pub(crate) mod make;
 pub(crate) mod told;
+pub(crate) mod ztoc;
 
 use std::io::{self, Cursor};
 
