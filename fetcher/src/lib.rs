@@ -10,6 +10,8 @@ mod auth;
 mod client;
 mod error;
 mod fetch;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod manifest;
 mod platform;
 mod reference;
