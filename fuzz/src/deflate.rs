@@ -80,7 +80,10 @@ fn deflate(content: &[u8], piece: usize, level: u8, flush: bool, blob: &mut Vec<
             blob.reserve(input.len() + 1024);
             let status = deflater.compress_vec(input, blob, flush).expect("deflate takes anything");
             let finishing = flush == FlushCompress::Finish && status != Status::StreamEnd;
-            if (deflater.total_in() - start) as usize == piece.len() && !finishing && blob.len() < blob.capacity() {
+            if (deflater.total_in() - start) as usize == piece.len()
+                && !finishing
+                && blob.len() < blob.capacity()
+            {
                 break;
             }
         }

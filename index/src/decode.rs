@@ -13,12 +13,12 @@ use crate::{Compression, IndexError, StreamOptions};
 pub(crate) enum Entrance {
     /// The blob bytes are the layer-file bytes.
     Plain,
-    /// At a gzip member's header.
-    GzipMember,
+    /// At a gzip member's header; `skip` decoded bytes come before the span.
+    GzipMember { skip: u64 },
     /// At a deflate block: the last `bits` bits of the first byte belong to it; `window` was decoded before.
     Deflate { bits: u8, window: Vec<u8> },
-    /// At the start of a zstd frame.
-    ZstdFrame,
+    /// At the start of a zstd frame; `skip` decoded bytes come before the span.
+    ZstdFrame { skip: u64 },
     /// Nowhere: the span can only be reached from the one before.
     None,
 }
@@ -145,7 +145,7 @@ fn gzip(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) 
         }
         inflater.reset().map_err(|reason| gzip::corrupt(end, reason))?;
         if cutter.due(end) {
-            cutter.cut(output, end, end, Entrance::GzipMember)?;
+            cutter.cut(output, end, end, Entrance::GzipMember { skip: 0 })?;
         }
     }
 }
@@ -254,7 +254,7 @@ fn zstd(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) 
             return Ok(offset);
         }
         if between && cutter.due(offset) {
-            cutter.cut(output, offset, offset, Entrance::ZstdFrame)?;
+            cutter.cut(output, offset, offset, Entrance::ZstdFrame { skip: 0 })?;
         }
         let input = cutter.cap(offset, source.fill()?);
         let (consumed, produced, frame_end) =

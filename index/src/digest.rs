@@ -37,6 +37,25 @@ impl Digest {
         &self.0
     }
 
+    /// A digest from its 64 lower-case hexadecimal digits; `None` if that is not what `hex` is.
+    #[must_use]
+    pub fn from_hex(hex: &str) -> Option<Self> {
+        let nibble = |c: u8| match c {
+            b'0'..=b'9' => Some(c - b'0'),
+            b'a'..=b'f' => Some(c - b'a' + 10),
+            _ => None,
+        };
+        let hex = hex.as_bytes();
+        if hex.len() != 64 {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
+            *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+        }
+        Some(Self(bytes))
+    }
+
     /// The 64 lower-case hexadecimal digits, without the `sha256:` in front.
     #[must_use]
     pub fn hex(&self) -> String {
@@ -67,21 +86,8 @@ impl FromStr for Digest {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         // An over-long text comes from outside: do not carry all of it in the error.
-        let fail = || ParseDigestError { text: text.chars().take(100).collect() };
-        let hex = text.strip_prefix("sha256:").ok_or_else(fail)?.as_bytes();
-        if hex.len() != 64 {
-            return Err(fail());
-        }
-        let nibble = |c: u8| match c {
-            b'0'..=b'9' => Ok(c - b'0'),
-            b'a'..=b'f' => Ok(c - b'a' + 10),
-            _ => Err(fail()),
-        };
-        let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
-            *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
-        }
-        Ok(Self(bytes))
+        let digest = text.strip_prefix("sha256:").and_then(Self::from_hex);
+        digest.ok_or_else(|| ParseDigestError { text: text.chars().take(100).collect() })
     }
 }
 

@@ -4,12 +4,12 @@ use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::decode::Entrance;
-use crate::{Compression, EntryKind};
+use crate::{Compression, DigestOf, EntryKind, Layout};
 
 /// First bytes of every index.
 pub(crate) const MAGIC: [u8; 8] = *b"LZRINDEX";
 /// Newest version this code reads, and the one it writes.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Entry records in a full segment.
 pub(crate) const ENTRY_SEGMENT: usize = 4096;
 /// Span records in a full segment.
@@ -24,7 +24,9 @@ pub(crate) struct HeaderRecord {
     pub(crate) magic: [u8; 8],
     pub(crate) version: U32,
     pub(crate) compression: u8,
-    pub(crate) zero: [u8; 3],
+    /// Zero in version 1, which only knows tar layer files.
+    pub(crate) layout: u8,
+    pub(crate) zero: [u8; 2],
     pub(crate) blob_digest: [u8; 32],
     pub(crate) diff_id: [u8; 32],
     pub(crate) blob_size: U64,
@@ -91,14 +93,19 @@ pub(crate) struct SpanRecord {
     pub(crate) len: U64,
     pub(crate) blob_offset: U64,
     pub(crate) blob_len: U64,
-    /// Where the compressed window lies in the body.
+    /// Deflate: where the compressed window lies in the body. Member and frame starts, from version 2 on: decoded
+    /// bytes to throw away first.
     pub(crate) window: U64,
     pub(crate) window_len: U32,
     /// Length of the window once decompressed.
     pub(crate) window_size: U32,
     pub(crate) entrance: u8,
     pub(crate) bits: u8,
-    pub(crate) zero: [u8; 6],
+    /// Bits 0 and 1: what the digest is of.
+    pub(crate) flags: u8,
+    pub(crate) zero: u8,
+    pub(crate) pad: U16,
+    pub(crate) zeros: [u8; 2],
     pub(crate) digest: [u8; 32],
 }
 
@@ -115,6 +122,40 @@ pub(crate) fn compression_of(code: u8) -> Option<Compression> {
         0 => Compression::None,
         1 => Compression::Gzip,
         2 => Compression::Zstd,
+        _ => return None,
+    })
+}
+
+pub(crate) fn layout_code(layout: Layout) -> u8 {
+    match layout {
+        Layout::Tar => 0,
+        Layout::Table => 1,
+    }
+}
+
+pub(crate) fn layout_of(code: u8) -> Option<Layout> {
+    Some(match code {
+        0 => Layout::Tar,
+        1 => Layout::Table,
+        _ => return None,
+    })
+}
+
+/// The span flags for what its digest is of.
+pub(crate) fn digest_code(digest_of: DigestOf) -> u8 {
+    match digest_of {
+        DigestOf::Decoded => 0,
+        DigestOf::Blob => 1,
+        DigestOf::Nothing => 2,
+    }
+}
+
+/// What the digest is of, out of a span's flags.
+pub(crate) fn digest_of(flags: u8) -> Option<DigestOf> {
+    Some(match flags {
+        0 => DigestOf::Decoded,
+        1 => DigestOf::Blob,
+        2 => DigestOf::Nothing,
         _ => return None,
     })
 }
@@ -154,9 +195,9 @@ pub(crate) fn entrance_code(entrance: &Entrance) -> u8 {
     match entrance {
         Entrance::None => ENTRANCE_NONE,
         Entrance::Plain => ENTRANCE_PLAIN,
-        Entrance::GzipMember => ENTRANCE_GZIP_MEMBER,
+        Entrance::GzipMember { .. } => ENTRANCE_GZIP_MEMBER,
         Entrance::Deflate { .. } => ENTRANCE_DEFLATE,
-        Entrance::ZstdFrame => ENTRANCE_ZSTD_FRAME,
+        Entrance::ZstdFrame { .. } => ENTRANCE_ZSTD_FRAME,
     }
 }
 

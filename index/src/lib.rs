@@ -18,12 +18,17 @@
 //! # Ok::<(), lazyrun_index::IndexError>(())
 //! ```
 
+mod builder;
 mod decode;
 mod digest;
 mod error;
 mod format;
 mod gzip;
+mod id;
 mod inflate;
+#[cfg(fuzzing)]
+mod inline;
+#[cfg_attr(fuzzing, allow(dead_code, reason = "`inline` stands in for it"))]
 mod pipeline;
 mod reader;
 mod source;
@@ -35,10 +40,13 @@ mod validate;
 mod window;
 mod writer;
 
+pub use builder::{IndexBuilder, LayerFacts, NewEntrance, NewEntry, NewSpan};
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use error::{IndexError, Name};
+pub use id::{LayerId, ParseLayerIdError};
 pub use reader::{EntryRef, LayerIndex};
 pub use stream::{hydrate_layer, index_layer};
 pub use types::{
-    Compression, EntryKind, Extent, LayerSink, SpanInfo, StreamOptions, StreamSummary, Timestamp,
+    Compression, DigestOf, EntryKind, Extent, LayerSink, Layout, SpanInfo, StreamOptions, StreamSummary,
+    Timestamp,
 };

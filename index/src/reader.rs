@@ -10,10 +10,13 @@ use crate::decode::Entrance;
 use crate::format::{
     ENTRANCE_DEFLATE, ENTRANCE_GZIP_MEMBER, ENTRANCE_NONE, ENTRANCE_PLAIN, ENTRANCE_ZSTD_FRAME,
     ENTRY_SEGMENT, EntryRecord, ExtentRecord, FLAG_CONTENT, FLAG_SPARSE, HeaderRecord, SPAN_SEGMENT,
-    SpanRecord, XattrRecord, kind_of,
+    SpanRecord, XattrRecord, digest_of, kind_of,
 };
 use crate::validate::{Checked, check};
-use crate::{Compression, Digest, EntryKind, Extent, Hasher, IndexError, SpanInfo, Timestamp};
+use crate::{
+    Compression, Digest, DigestOf, EntryKind, Extent, Hasher, IndexError, LayerId, Layout, SpanInfo,
+    Timestamp,
+};
 
 /// The index of one layer: what the layer contains and where its bytes are in the blob.
 ///
@@ -69,12 +72,32 @@ impl LayerIndex {
         Self::new(Bytes::Owned(bytes))
     }
 
+    /// The bytes of an index that is in memory; a mapped one is copied.
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        match self.bytes {
+            Bytes::Owned(bytes) => bytes,
+            Bytes::Mapped(map) => map.to_vec(),
+        }
+    }
+
     fn new(bytes: Bytes) -> Result<Self, IndexError> {
         let checked = check(&bytes)?;
         Ok(Self { bytes, checked })
     }
 
-    /// sha256 of the layer file.
+    /// How the layer file is laid out.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        self.checked.layout
+    }
+
+    /// The name of the layer file in stores.
+    #[must_use]
+    pub fn id(&self) -> LayerId {
+        LayerId { diff_id: self.diff_id(), layout: self.layout() }
+    }
+
+    /// sha256 of the layer's uncompressed tar, which is the layer file of [`Layout::Tar`].
     #[must_use]
     pub fn diff_id(&self) -> Digest {
         Digest::from_bytes(self.checked.header.diff_id)
@@ -147,7 +170,10 @@ impl LayerIndex {
             blob_len: record.blob_len.get(),
             offset: record.offset.get(),
             len: record.len.get(),
+            pad: record.pad.get(),
             digest: Digest::from_bytes(record.digest),
+            // `check` has refused other flags.
+            digest_of: digest_of(record.flags).unwrap_or_default(),
             restartable: record.entrance != ENTRANCE_NONE,
         }
     }
@@ -169,9 +195,10 @@ impl LayerIndex {
         after(offset).saturating_sub(1)..after(end - 1)
     }
 
-    /// Decodes span `i` into `out`, replacing what is there, and checks the digest.
+    /// Decodes span `i` into `out`, replacing what is there, and checks the digest if there is one.
     ///
-    /// `compressed` is exactly the blob's bytes from `blob_offset`, `blob_len` of them. On an error `out` is empty.
+    /// `compressed` is exactly the blob's bytes from `blob_offset`, `blob_len` of them. `out` gets all `len` bytes,
+    /// padding included. On an error `out` is empty.
     pub fn decode_span(&self, i: usize, compressed: &[u8], out: &mut Vec<u8>) -> Result<(), IndexError> {
         out.clear();
         if i >= self.span_count() {
@@ -188,11 +215,19 @@ impl LayerIndex {
                 actual: compressed.len() as u64,
             });
         }
+        if span.digest_of == DigestOf::Blob {
+            check_digest(&span, Digest::of(compressed))?;
+        }
         let entrance = self.entrance(i)?;
-        // `check` has bounded the length of restartable spans.
+        // `check` has bounded the length of restartable spans, and padding is shorter than its span.
         out.resize(span.len as usize, 0);
-        let decoded = crate::span::decode_span(&span, &entrance, compressed, out)
-            .and_then(|()| check_digest(&span, Digest::of(out)));
+        let held = &mut out[..(span.len - u64::from(span.pad)) as usize];
+        let decoded = crate::span::decode_span(&span, &entrance, compressed, held).and_then(|()| match span
+            .digest_of
+        {
+            DigestOf::Decoded => check_digest(&span, Digest::of(held)),
+            DigestOf::Blob | DigestOf::Nothing => Ok(()),
+        });
         if decoded.is_err() {
             out.clear();
         }
@@ -203,8 +238,8 @@ impl LayerIndex {
         let record = self.span_record(i);
         Ok(match record.entrance {
             ENTRANCE_PLAIN => Entrance::Plain,
-            ENTRANCE_GZIP_MEMBER => Entrance::GzipMember,
-            ENTRANCE_ZSTD_FRAME => Entrance::ZstdFrame,
+            ENTRANCE_GZIP_MEMBER => Entrance::GzipMember { skip: self.skip(record) },
+            ENTRANCE_ZSTD_FRAME => Entrance::ZstdFrame { skip: self.skip(record) },
             ENTRANCE_DEFLATE => {
                 let at = record.window.get() as usize;
                 let packed = &self.body()[at..at + record.window_len.get() as usize];
@@ -223,6 +258,12 @@ impl LayerIndex {
             }
             _ => Entrance::None,
         })
+    }
+
+    /// Decoded bytes to throw away before a span that starts at a member or frame.
+    fn skip(&self, record: &SpanRecord) -> u64 {
+        // Version 1 left something else in this place.
+        if self.checked.header.version.get() >= 2 { record.window.get() } else { 0 }
     }
 
     fn body(&self) -> &[u8] {
@@ -246,7 +287,7 @@ impl LayerIndex {
     }
 }
 
-/// Compares the digest of decoded bytes with the span's.
+/// Compares the digest of what a span's digest is of with it.
 pub(crate) fn check_digest(span: &SpanInfo, actual: Digest) -> Result<(), IndexError> {
     if actual == span.digest {
         return Ok(());

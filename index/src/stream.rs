@@ -4,12 +4,17 @@ use std::io::{Read, Seek, Write};
 
 use crate::decode::{Cutter, Entrance};
 use crate::format::SPAN_LEN_MAX;
-use crate::pipeline::{Consumer, Passed, run};
+#[cfg(fuzzing)]
+use crate::inline::run;
+#[cfg(not(fuzzing))]
+use crate::pipeline::run;
+use crate::pipeline::{Consumer, Passed};
 use crate::reader::{SpanHasher, check_digest};
 use crate::tar::{Entry, Parser, TarSink};
 use crate::writer::IndexWriter;
 use crate::{
-    Compression, Digest, Hasher, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary,
+    Compression, Digest, DigestOf, Hasher, IndexError, LayerIndex, LayerSink, Layout, SpanInfo,
+    StreamOptions, StreamSummary,
 };
 
 /// Reads a layer blob once, from its first to its last byte, and writes its index into `out`.
@@ -29,7 +34,7 @@ pub fn index_layer<R: Read + Send, W: Write + Seek>(
     let mut builder = Builder {
         sink,
         parser: Parser::new(),
-        writer: IndexWriter::new(out)?,
+        writer: IndexWriter::new(out, Layout::Tar)?,
         diff_id: Hasher::new(),
         span_hasher: SpanHasher::new(),
         at: 0,
@@ -79,7 +84,7 @@ struct Builder<'a, W> {
 
 impl<W: Write + Seek> TarSink for IndexWriter<W> {
     fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
-        Self::entry(self, entry)
+        Self::entry(self, &entry.view(&entry.xattr_refs()))
     }
 }
 
@@ -87,8 +92,8 @@ impl<W: Write + Seek> Consumer for Builder<'_, W> {
     fn begin(&mut self, compression: Compression) -> Result<(), IndexError> {
         self.entrance = match compression {
             Compression::None => Entrance::Plain,
-            Compression::Gzip => Entrance::GzipMember,
-            Compression::Zstd => Entrance::ZstdFrame,
+            Compression::Gzip => Entrance::GzipMember { skip: 0 },
+            Compression::Zstd => Entrance::ZstdFrame { skip: 0 },
         };
         Ok(())
     }
@@ -116,7 +121,9 @@ impl<W: Write + Seek> Consumer for Builder<'_, W> {
             blob_len: end - self.span_blob,
             offset: self.span_start,
             len: self.at - self.span_start,
+            pad: 0,
             digest: self.span_hasher.take(),
+            digest_of: DigestOf::Decoded,
             restartable: self.entrance != Entrance::None,
         };
         self.writer.span(&span, &self.entrance)?;

@@ -27,6 +27,29 @@ impl Compression {
     }
 }
 
+/// How the layer file is laid out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Layout {
+    /// The uncompressed tar; its sha256 is the diffID.
+    #[default]
+    Tar,
+    /// Contents of regular files in the order of a foreign table (eStargz, zstd:chunked), each file's start at a
+    /// multiple of 512 bytes. No tar headers: the diffID names the layer but is not this file's digest.
+    Table,
+}
+
+/// What a span's digest is the sha256 of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DigestOf {
+    /// The decoded bytes without padding.
+    #[default]
+    Decoded,
+    /// The compressed bytes `blob_offset..blob_offset + blob_len` (SOCI).
+    Blob,
+    /// Nothing is known; the digest is all zero.
+    Nothing,
+}
+
 /// What an entry of a layer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EntryKind {
@@ -71,7 +94,8 @@ pub struct Extent {
 pub struct SpanInfo {
     /// Number of the span, counted from 0.
     pub index: u32,
-    /// First byte of the blob that decoding needs. Neighbouring gzip spans may share one byte.
+    /// First byte of the blob that decoding needs. Neighbouring gzip spans of a tar layer file may share one byte;
+    /// in a table layer file blob ranges may overlap and be in any order.
     pub blob_offset: u64,
     /// Number of blob bytes that decoding needs.
     pub blob_len: u64,
@@ -79,8 +103,13 @@ pub struct SpanInfo {
     pub offset: u64,
     /// Number of bytes in the layer file, never 0.
     pub len: u64,
-    /// sha256 of the decoded bytes.
+    /// Zero bytes at the end of `len` that the blob does not hold and the digest does not cover (table layer
+    /// files only: up to the next multiple of 512).
+    pub pad: u16,
+    /// sha256 of what `digest_of` says.
     pub digest: Digest,
+    /// What `digest` is of.
+    pub digest_of: DigestOf,
     /// Whether the span can be decoded on its own. Otherwise its bytes only come by streaming.
     pub restartable: bool,
 }

@@ -3,19 +3,20 @@
 use zerocopy::FromBytes;
 
 use crate::format::{
-    ENTRANCE_DEFLATE, ENTRANCE_NONE, ENTRY_SEGMENT, EntryRecord, ExtentRecord, FLAG_CONTENT, FLAG_SPARSE,
-    HeaderRecord, MAGIC, SPAN_LEN_MAX, SPAN_SEGMENT, SpanRecord, VERSION, XattrRecord, compression_of,
-    entrance_fits, kind_of,
+    ENTRANCE_DEFLATE, ENTRANCE_GZIP_MEMBER, ENTRANCE_NONE, ENTRANCE_ZSTD_FRAME, ENTRY_SEGMENT, EntryRecord,
+    ExtentRecord, FLAG_CONTENT, FLAG_SPARSE, HeaderRecord, MAGIC, SPAN_LEN_MAX, SPAN_SEGMENT, SpanRecord,
+    VERSION, XattrRecord, compression_of, digest_of, entrance_fits, kind_of, layout_of,
 };
 use crate::inflate::WINDOW;
 use crate::reader::record;
-use crate::tar::check_clean;
-use crate::{Compression, EntryKind, IndexError};
+use crate::tar::{BLOCK, check_clean};
+use crate::{Compression, DigestOf, EntryKind, IndexError, Layout};
 
 /// What the check found, in native types.
 pub(crate) struct Checked {
     pub(crate) header: HeaderRecord,
     pub(crate) compression: Compression,
+    pub(crate) layout: Layout,
     pub(crate) body_len: usize,
     pub(crate) entries: usize,
     pub(crate) spans: usize,
@@ -42,11 +43,15 @@ pub(crate) fn check(bytes: &[u8]) -> Result<Checked, IndexError> {
     if crc32c::crc32c(&bytes[..head_len - 4]) != header.header_crc.get() {
         return Err(bad("the checksum of its header is wrong"));
     }
-    if header.version.get() != VERSION {
+    if header.version.get() == 0 {
         return Err(bad(format!("there is no format version {}", header.version)));
     }
     let compression =
         compression_of(header.compression).ok_or_else(|| bad("its compression is not known"))?;
+    let layout = layout_of(header.layout).ok_or_else(|| bad("its layout is not known"))?;
+    if header.version.get() == 1 && layout != Layout::Tar {
+        return Err(bad("format version 1 only has tar layouts"));
+    }
     let body_len = usize::try_from(header.body_len.get()).ok().filter(|n| *n <= rest.len());
     let body_len = body_len.ok_or_else(|| bad("it is cut off"))?;
     let (body, directory) = rest.split_at(body_len);
@@ -59,6 +64,7 @@ pub(crate) fn check(bytes: &[u8]) -> Result<Checked, IndexError> {
     let mut checked = Checked {
         header: *header,
         compression,
+        layout,
         body_len,
         entries: 0,
         spans: 0,
@@ -128,29 +134,58 @@ fn spans(checked: &Checked, body: &[u8]) -> Result<(), Fault> {
             return Err(format!("span {i} does not start where the one before ends"));
         }
         offset = offset.checked_add(len).ok_or("the spans are too long")?;
-        if span.blob_offset.get() < blob {
-            return Err(format!("span {i} lies before its predecessor in the blob"));
-        }
-        blob = range(span.blob_offset.get(), span.blob_len.get(), checked.header.blob_size.get())
+        let start = range(span.blob_offset.get(), span.blob_len.get(), checked.header.blob_size.get())
             .map_err(|_| format!("span {i} points outside the blob"))?;
-        let restartable = span.entrance != ENTRANCE_NONE;
-        if !entrance_fits(span.entrance, checked.compression) || span.bits > 7 {
-            return Err(format!("the entrance of span {i} is not known"));
-        }
-        if restartable && (len > SPAN_LEN_MAX || usize::try_from(span.blob_len.get()).is_err()) {
-            return Err(format!("span {i} is too long"));
-        }
-        if span.entrance == ENTRANCE_DEFLATE {
-            range(span.window.get(), span.window_len.get().into(), body.len() as u64)?;
-            if span.window_size.get() as usize > WINDOW {
-                return Err(format!("the window of span {i} is too long"));
+        if checked.layout == Layout::Tar {
+            // A byte that a deflate block starts inside of belongs to both spans.
+            if start.saturating_add(1) < blob {
+                return Err(format!("span {i} overlaps its predecessor in the blob"));
             }
+            blob = blob.max(start + span.blob_len.get());
         }
+        span_fields(checked, body, span).map_err(|fault| format!("span {i}: {fault}"))?;
     }
     if offset != checked.header.layer_size.get() {
         return Err("its spans do not make up the layer file".into());
     }
     Ok(())
+}
+
+/// The checks of a span that need no neighbour.
+fn span_fields(checked: &Checked, body: &[u8], span: &SpanRecord) -> Result<(), Fault> {
+    let len = span.len.get();
+    if !entrance_fits(span.entrance, checked.compression) || span.bits > 7 {
+        return Err("its entrance is not known".into());
+    }
+    let restartable = span.entrance != ENTRANCE_NONE;
+    if restartable && (len > SPAN_LEN_MAX || usize::try_from(span.blob_len.get()).is_err()) {
+        return Err("it is too long".into());
+    }
+    if span.entrance == ENTRANCE_DEFLATE {
+        range(span.window.get(), span.window_len.get().into(), body.len() as u64)?;
+        if span.window_size.get() as usize > WINDOW {
+            return Err("its window is too long".into());
+        }
+    }
+    if checked.header.version.get() == 1 {
+        let zero = span.flags == 0 && span.pad.get() == 0;
+        return if zero { Ok(()) } else { Err("it has flags that its format version does not know".into()) };
+    }
+    let skips = matches!(span.entrance, ENTRANCE_GZIP_MEMBER | ENTRANCE_ZSTD_FRAME);
+    if skips && span.window.get().checked_add(len).is_none_or(|end| end > SPAN_LEN_MAX) {
+        return Err("too much has to be decoded before it".into());
+    }
+    let pad = u64::from(span.pad.get());
+    if pad != 0 && (checked.layout == Layout::Tar || pad >= len || pad >= BLOCK as u64) {
+        return Err("its padding is impossible".into());
+    }
+    match digest_of(span.flags) {
+        None => Err("what its digest is of is not known".into()),
+        Some(DigestOf::Nothing) if span.digest != [0; 32] => {
+            Err("it has a digest that is said to be of nothing".into())
+        }
+        Some(_) => Ok(()),
+    }
 }
 
 fn entries(checked: &Checked, body: &[u8]) -> Result<(), Fault> {

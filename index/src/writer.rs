@@ -1,17 +1,17 @@
 //! Writes an index as the layer passes: everything goes out at once, only one segment of records of each kind
 //! and the places of the segments stay in memory.
 
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Cursor, Seek, SeekFrom, Write};
 
 use zerocopy::IntoBytes;
 
+use crate::builder::NewEntry;
 use crate::decode::Entrance;
 use crate::format::{
     ENTRY_SEGMENT, EntryRecord, ExtentRecord, FLAG_CONTENT, FLAG_SPARSE, HeaderRecord, MAGIC, SPAN_SEGMENT,
-    SpanRecord, VERSION, XattrRecord, compression_code, entrance_code, kind_code,
+    SpanRecord, VERSION, XattrRecord, compression_code, digest_code, entrance_code, kind_code, layout_code,
 };
-use crate::tar::Entry;
-use crate::{EntryKind, IndexError, SpanInfo, StreamSummary};
+use crate::{EntryKind, IndexError, Layout, SpanInfo, StreamSummary};
 
 const BUFFER: usize = 128 * 1024;
 /// Windows compress well at this level and cost little next to inflating.
@@ -19,13 +19,14 @@ const WINDOW_LEVEL: i32 = 6;
 
 pub(crate) struct IndexWriter<W> {
     out: W,
+    layout: Layout,
     buffer: Vec<u8>,
     /// Bytes of the body handed to `out` or the buffer.
     body_len: u64,
     body_crc: u32,
     entries: Table,
     spans: Table,
-    compressor: zstd::bulk::Compressor<'static>,
+    compressor: Option<zstd::bulk::Compressor<'static>>,
 }
 
 /// Records of one kind, collected to segments.
@@ -50,17 +51,23 @@ impl Table {
 }
 
 impl<W: Write + Seek> IndexWriter<W> {
-    pub(crate) fn new(mut out: W) -> Result<Self, IndexError> {
+    pub(crate) fn new(mut out: W, layout: Layout) -> Result<Self, IndexError> {
         out.seek(SeekFrom::Start(size_of::<HeaderRecord>() as u64)).map_err(IndexError::writing)?;
-        Ok(Self {
+        Ok(Self::behind_header(out, layout))
+    }
+
+    /// A writer whose `out` stands behind the place for the header.
+    fn behind_header(out: W, layout: Layout) -> Self {
+        Self {
             out,
+            layout,
             buffer: Vec::with_capacity(BUFFER),
             body_len: 0,
             body_crc: 0,
             entries: Table::new(ENTRY_SEGMENT * size_of::<EntryRecord>()),
             spans: Table::new(SPAN_SEGMENT * size_of::<SpanRecord>()),
-            compressor: zstd::bulk::Compressor::new(WINDOW_LEVEL).map_err(IndexError::writing)?,
-        })
+            compressor: None,
+        }
     }
 
     pub(crate) fn entry_count(&self) -> u64 {
@@ -71,12 +78,13 @@ impl<W: Write + Seek> IndexWriter<W> {
         self.spans.count
     }
 
-    pub(crate) fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+    /// Appends an entry whose values were checked already.
+    pub(crate) fn entry(&mut self, entry: &NewEntry<'_>) -> Result<(), IndexError> {
         let heap = self.body_len;
-        self.append(&entry.path)?;
-        self.append(&entry.link)?;
+        self.append(entry.path)?;
+        self.append(entry.link)?;
         let xattrs = self.body_len;
-        for (name, value) in &entry.xattrs {
+        for (name, value) in entry.xattrs {
             let head = XattrRecord {
                 name_len: narrow::<u16>(name.len())?.into(),
                 value_len: narrow::<u32>(value.len())?.into(),
@@ -86,10 +94,10 @@ impl<W: Write + Seek> IndexWriter<W> {
             self.append(value)?;
         }
         let xattrs_len = self.body_len - xattrs;
-        let whole = matches!(&entry.extents[..], [one] if one.file_offset == 0 && one.len == entry.size);
+        let whole = matches!(entry.extents, [one] if one.file_offset == 0 && one.len == entry.size);
         let sparse = !whole && (entry.size > 0 || !entry.extents.is_empty());
         if sparse {
-            for extent in &entry.extents {
+            for extent in entry.extents {
                 let record = ExtentRecord {
                     file_offset: extent.file_offset.into(),
                     layer_offset: extent.layer_offset.into(),
@@ -119,7 +127,8 @@ impl<W: Write + Seek> IndexWriter<W> {
             gid: entry.gid.into(),
             xattrs_len: narrow::<u32>(xattrs_len as usize)?.into(),
             extents: if sparse { narrow::<u32>(entry.extents.len())?.into() } else { 0.into() },
-            mode: entry.mode.into(),
+            // Checked or parsed to be at most 07777.
+            mode: (entry.mode as u16).into(),
             path_len: narrow::<u16>(entry.path.len())?.into(),
             link_len: narrow::<u16>(entry.link.len())?.into(),
             kind: kind_code(entry.kind),
@@ -134,10 +143,14 @@ impl<W: Write + Seek> IndexWriter<W> {
             Entrance::Deflate { bits, window } => (*bits, &window[..]),
             _ => (0, &[][..]),
         };
-        let at = self.body_len;
+        let at = match entrance {
+            Entrance::GzipMember { skip } | Entrance::ZstdFrame { skip } => *skip,
+            Entrance::Deflate { .. } => self.body_len,
+            Entrance::Plain | Entrance::None => 0,
+        };
         let mut window_len = 0;
         if !window.is_empty() {
-            let packed = self.compressor.compress(window).map_err(IndexError::writing)?;
+            let packed = self.pack(window).map_err(IndexError::writing)?;
             window_len = narrow::<u32>(packed.len())?;
             self.append(&packed)?;
         }
@@ -151,14 +164,22 @@ impl<W: Write + Seek> IndexWriter<W> {
             window_size: narrow::<u32>(window.len())?.into(),
             entrance: entrance_code(entrance),
             bits,
-            zero: [0; 6],
+            flags: digest_code(span.digest_of),
+            zero: 0,
+            pad: span.pad.into(),
+            zeros: [0; 2],
             digest: *span.digest.as_bytes(),
         };
         if self.spans.push(record.as_bytes()) { self.flush_spans() } else { Ok(()) }
     }
 
-    /// Writes what is left and the header. `summary.index_size` is set here.
-    pub(crate) fn finish(mut self, summary: &mut StreamSummary) -> Result<(), IndexError> {
+    /// Bytes of the body so far, without the segments that are being collected.
+    pub(crate) fn body_len(&self) -> u64 {
+        self.body_len
+    }
+
+    /// Writes what is left and the header, and gives `out` back. `summary.index_size` is set here.
+    pub(crate) fn finish(mut self, summary: &mut StreamSummary) -> Result<W, IndexError> {
         if !self.entries.segment.is_empty() {
             self.flush_entries()?;
         }
@@ -179,7 +200,8 @@ impl<W: Write + Seek> IndexWriter<W> {
             magic: MAGIC,
             version: VERSION.into(),
             compression: compression_code(summary.compression),
-            zero: [0; 3],
+            layout: layout_code(self.layout),
+            zero: [0; 2],
             blob_digest: *summary.blob_digest.as_bytes(),
             diff_id: *summary.diff_id.as_bytes(),
             blob_size: summary.blob_size.into(),
@@ -198,7 +220,15 @@ impl<W: Write + Seek> IndexWriter<W> {
         self.out.write_all(header.as_bytes()).map_err(IndexError::writing)?;
         self.out.flush().map_err(IndexError::writing)?;
         summary.index_size = (size_of::<HeaderRecord>() + directory.len()) as u64 + body_len;
-        Ok(())
+        Ok(self.out)
+    }
+
+    /// A window as it is stored.
+    fn pack(&mut self, window: &[u8]) -> std::io::Result<Vec<u8>> {
+        if let Some(compressor) = &mut self.compressor {
+            return compressor.compress(window);
+        }
+        self.compressor.insert(zstd::bulk::Compressor::new(WINDOW_LEVEL)?).compress(window)
     }
 
     fn flush_entries(&mut self) -> Result<(), IndexError> {
@@ -234,6 +264,15 @@ impl<W: Write + Seek> IndexWriter<W> {
 
     fn body_crc_now(&self) -> u32 {
         crc32c::crc32c_append(self.body_crc, &self.buffer)
+    }
+}
+
+impl IndexWriter<Cursor<Vec<u8>>> {
+    /// A writer into memory.
+    pub(crate) fn in_memory(layout: Layout) -> Self {
+        let mut out = Cursor::new(vec![0; size_of::<HeaderRecord>()]);
+        out.set_position(size_of::<HeaderRecord>() as u64);
+        Self::behind_header(out, layout)
     }
 }
 

@@ -74,15 +74,21 @@ pub(super) fn device(block: &[u8; BLOCK], flavor: Flavor) -> Result<(u32, u32), 
     if flavor == Flavor::V7 {
         return Err("it is a device without device numbers".into());
     }
-    let part = |range: std::ops::Range<usize>, what, limit: i64| {
+    let part = |range: std::ops::Range<usize>, what| {
         let value = number(&block[range], what)?;
-        match u32::try_from(value) {
-            Ok(part) if value < limit => Ok(part),
-            _ => Err(format!("the {what} {value} is out of range")),
-        }
+        u32::try_from(value).map_err(|_| format!("the {what} {value} is out of range"))
     };
-    // Linux has 12 bits of major and 20 bits of minor number.
-    Ok((part(329..337, "device major", 1 << 12)?, part(337..345, "device minor", 1 << 20)?))
+    let rdev = (part(329..337, "device major")?, part(337..345, "device minor")?);
+    check_device(rdev).map(|()| rdev)
+}
+
+/// Whether Linux can hold a device number: 12 bits of major, 20 bits of minor number.
+pub(crate) fn check_device((major, minor): (u32, u32)) -> Result<(), String> {
+    match (major >> 12, minor >> 20) {
+        (0, 0) => Ok(()),
+        (0, _) => Err(format!("the device minor {minor} is out of range")),
+        _ => Err(format!("the device major {major} is out of range")),
+    }
 }
 
 /// A text field up to its NUL.

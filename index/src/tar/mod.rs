@@ -13,9 +13,13 @@ mod sparse;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use parser::{Parser, TarSink};
-pub(crate) use path::check_clean;
+pub(crate) use header::check_device;
+pub(crate) use parser::{FILE_MAX, Parser, TarSink};
+pub(crate) use path::{TARGET_MAX, check_clean, clean};
+pub(crate) use pax::{XATTR_NAME_MAX, XATTR_VALUE_MAX, XATTRS_MAX};
+pub(crate) use sparse::PIECES_MAX;
 
+use crate::builder::NewEntry;
 use crate::{Digest, EntryKind, Extent, Timestamp};
 
 /// Size of headers and the unit that bodies are padded to.
@@ -36,4 +40,29 @@ pub(crate) struct Entry {
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     pub(crate) extents: Vec<Extent>,
     pub(crate) content: Option<Digest>,
+}
+
+impl Entry {
+    /// The extended attributes for [`Entry::view`].
+    pub(crate) fn xattr_refs(&self) -> Vec<(&[u8], &[u8])> {
+        self.xattrs.iter().map(|(name, value)| (&name[..], &value[..])).collect()
+    }
+
+    /// The entry as writers and comparers take it.
+    pub(crate) fn view<'a>(&'a self, xattrs: &'a [(&'a [u8], &'a [u8])]) -> NewEntry<'a> {
+        NewEntry {
+            path: &self.path,
+            kind: self.kind,
+            mode: self.mode.into(),
+            uid: self.uid,
+            gid: self.gid,
+            mtime: self.mtime,
+            size: self.size,
+            link: &self.link,
+            rdev: self.rdev,
+            xattrs,
+            extents: &self.extents,
+            content: self.content,
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::{EntryKind, Extent, IndexError, Timestamp};
 /// Longest extended header or long name; Go's limit too.
 const META_MAX: u64 = 1 << 20;
 /// Largest file: ext4's limit, and far beyond any layer.
-const FILE_MAX: i64 = 1 << 44;
+pub(crate) const FILE_MAX: i64 = 1 << 44;
 
 /// Takes the entries, in archive order.
 pub(crate) trait TarSink {

@@ -3,11 +3,11 @@
 use crate::Timestamp;
 
 /// Most extended attributes an entry may have.
-const XATTRS_MAX: usize = 1024;
+pub(crate) const XATTRS_MAX: usize = 1024;
 /// Longest attribute name (XATTR_NAME_MAX).
-const XATTR_NAME_MAX: usize = 255;
+pub(crate) const XATTR_NAME_MAX: usize = 255;
 /// Longest attribute value (XATTR_SIZE_MAX).
-const XATTR_VALUE_MAX: usize = 64 * 1024;
+pub(crate) const XATTR_VALUE_MAX: usize = 64 * 1024;
 
 /// What the records of one extended header say. Absent and empty values leave the header's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

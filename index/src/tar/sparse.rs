@@ -6,7 +6,7 @@ use super::pax::decimal;
 use crate::{Digest, Extent, Hasher};
 
 /// Most pieces a sparse file may have: bounds memory against hostile maps.
-const PIECES_MAX: usize = 1 << 18;
+pub(crate) const PIECES_MAX: usize = 1 << 18;
 /// Holes beyond this are not hashed: a header of a few bytes could keep the hasher busy for years.
 const HASHED_HOLES_MAX: u64 = 64 << 20;
 

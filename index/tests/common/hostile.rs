@@ -5,15 +5,18 @@ use lazyrun_index::LayerIndex;
 /// Length of an index's header.
 const HEADER: usize = 152;
 
-/// Makes magic, version and all checksums right, so that the checks behind them are reached. Does nothing to
-/// what is shorter than a header.
-pub(crate) fn seal(index: &mut [u8]) {
-    if index.len() < HEADER {
-        return;
+/// Makes magic, version and checksums right, so that the checks behind them are reached.
+pub(crate) fn admit(index: &mut [u8]) {
+    if index.len() >= HEADER {
+        let version: u32 = if index[8] == 1 { 1 } else { 2 };
+        index[..8].copy_from_slice(b"LZRINDEX");
+        index[8..12].copy_from_slice(&version.to_le_bytes());
+        seal(index);
     }
-    index[..8].copy_from_slice(b"LZRINDEX");
-    index[8] = 1;
-    index[9..12].fill(0);
+}
+
+/// Makes all checksums right. Panics on what is shorter than a header.
+pub(crate) fn seal(index: &mut [u8]) {
     let mut body_len = [0; 8];
     body_len.copy_from_slice(&index[112..120]);
     let end = usize::try_from(u64::from_le_bytes(body_len)).ok().and_then(|len| len.checked_add(HEADER));
