@@ -114,6 +114,38 @@ pub enum FetchError {
         /// What it asked to wait.
         retry_after: Option<Duration>,
     },
+    /// The registry does not take what should be written.
+    #[error("{host} refused {what} ({status}): {reason}")]
+    Rejected {
+        /// Host.
+        host: String,
+        /// HTTP status.
+        status: u16,
+        /// What should be written.
+        what: String,
+        /// The registry's words.
+        reason: String,
+    },
+    /// The registry does not delete.
+    #[error(
+        "registry {host} does not allow to delete manifests, so {digest} stays; remove it by the registry's own means"
+    )]
+    Undeletable {
+        /// Host.
+        host: String,
+        /// The manifest.
+        digest: Digest,
+    },
+    /// An index artifact that cannot be used or made.
+    #[error("index artifact {artifact} of {image} cannot be used: {reason}")]
+    Artifact {
+        /// Familiar name of the image.
+        image: String,
+        /// Digest of the artifact's manifest.
+        artifact: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// An answer that breaks the protocol.
     #[error("{host} answered {what} in a way that cannot be used: {reason}")]
     Protocol {
@@ -304,7 +336,9 @@ impl FetchError {
             | FetchError::Stalled { .. }
             | FetchError::Broken { .. }
             | FetchError::RateLimited { .. } => true,
-            FetchError::Server { status, .. } => matches!(status, 408 | 425 | 500 | 502 | 503 | 504),
+            FetchError::Server { status, .. } | FetchError::Rejected { status, .. } => {
+                matches!(status, 408 | 425 | 500 | 502 | 503 | 504)
+            }
             _ => false,
         }
     }

@@ -6,8 +6,10 @@
 //!
 //! The crate reads no environment and prints nothing; what it has to say goes to `tracing`.
 
+mod artifact;
 mod auth;
 mod client;
+mod discover;
 mod error;
 mod fetch;
 #[cfg(fuzzing)]
@@ -17,8 +19,15 @@ mod platform;
 mod reference;
 mod stats;
 mod store;
+mod trust;
 
-pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient};
+pub use artifact::{
+    Descriptor, IndexArtifact, IndexSource, IndexedLayer, OWN_ARTIFACT_TYPE, OWN_LAYER_INDEX,
+    OWN_LAYER_INDEX_ZSTD, PushOptions, PushReport, SOCI_V1_ARTIFACT_TYPE, SOCI_V2_ARTIFACT_TYPE,
+    delete_index, list_indexes, push_indexes,
+};
+pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient, Uploaded};
+pub use discover::{ClaimedIndex, DiscoverOptions, FoundIndexes, discover, discover_with, pull_index};
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
 pub use manifest::{LayerDescriptor, ResolvedImage};
@@ -26,3 +35,4 @@ pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
 pub use stats::{ClientStats, FetchStats};
 pub use store::{Layer, LayerStore};
+pub use trust::{IndexPolicy, Origin, OriginKind, ParseTrustError, Trust, TrustMode};

@@ -1,13 +1,19 @@
 //! Manifests, manifest lists and configs: Docker schema 2 and OCI image-spec.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use lazyrun_index::Digest;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::error::FetchError;
 use crate::platform::Platform;
 use crate::reference::Reference;
 
+/// Media type of an OCI image manifest.
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Media type of an OCI image index.
+pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// Media types offered when asking for a manifest.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -31,6 +37,8 @@ pub struct LayerDescriptor {
     pub media_type: String,
     /// Digest of the uncompressed tar.
     pub diff_id: Digest,
+    /// Annotations by the manifest: some layer formats tell there where their table is, and its digest.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// An image whose manifest and config were fetched and verified.
@@ -48,6 +56,8 @@ pub struct ResolvedImage {
     pub config: Bytes,
     /// Layers, bottom first.
     pub layers: Vec<LayerDescriptor>,
+    /// The manifest list or OCI index, byte for byte, that the manifest was chosen from, if it was.
+    pub list: Option<Bytes>,
 }
 
 impl ResolvedImage {
@@ -75,7 +85,23 @@ impl ResolvedImage {
             manifest,
             config,
             layers,
+            list: None,
         })
+    }
+
+    /// The same image with the list that its manifest was chosen from.
+    ///
+    /// # Errors
+    /// When `list` does not name the manifest.
+    pub fn with_list(self, list: Bytes) -> Result<Self, FetchError> {
+        let named = match parse(&self.reference, &list)? {
+            Document::List(entries) => entries.iter().any(|e| e.digest == self.manifest_digest),
+            Document::Image(_) => false,
+        };
+        if !named {
+            return Err(invalid(&self.reference, "manifest", "it is not in the list it should come from"));
+        }
+        Ok(ResolvedImage { list: Some(list), ..self })
     }
 }
 
@@ -91,6 +117,8 @@ pub(crate) enum Document {
 pub(crate) struct ListEntry {
     pub(crate) digest: Digest,
     pub(crate) platform: Option<Platform>,
+    /// What it is, if it is not an image: an index or a signature may lie in the same list.
+    pub(crate) artifact_type: Option<String>,
 }
 
 /// The parts of an image manifest that matter here.
@@ -103,6 +131,7 @@ struct BlobRef {
     digest: Digest,
     size: u64,
     media_type: String,
+    annotations: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
@@ -122,6 +151,21 @@ struct RawDescriptor {
     digest: String,
     size: Option<u64>,
     platform: Option<RawPlatform>,
+    artifact_type: Option<String>,
+    #[serde(default, deserialize_with = "annotations")]
+    annotations: BTreeMap<String, String>,
+}
+
+/// Reads annotations; those whose value is not a text are left out, as they mean nothing here.
+pub(crate) fn annotations<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
+    let raw = Option::<BTreeMap<String, serde_json::Value>>::deserialize(deserializer)?;
+    let texts = raw.unwrap_or_default().into_iter().filter_map(|(key, value)| match value {
+        serde_json::Value::String(text) => Some((key, text)),
+        _ => None,
+    });
+    Ok(texts.collect())
 }
 
 #[derive(Deserialize)]
@@ -179,7 +223,7 @@ fn parse_list(reference: &Reference, manifests: Vec<RawDescriptor>) -> Result<Ve
                 architecture: p.architecture,
                 variant: p.variant.filter(|v| !v.is_empty()),
             });
-            Ok(ListEntry { digest, platform })
+            Ok(ListEntry { digest, platform, artifact_type: raw.artifact_type.filter(|t| !t.is_empty()) })
         })
         .collect()
 }
@@ -226,7 +270,8 @@ fn parse_layer(reference: &Reference, raw: RawDescriptor) -> Result<BlobRef, Fet
     }
     let size =
         raw.size.ok_or_else(|| invalid(reference, "manifest", &format!("layer {shown} has no size")))?;
-    Ok(BlobRef { digest: parse_digest(reference, "manifest", &raw.digest)?, size, media_type })
+    let digest = parse_digest(reference, "manifest", &raw.digest)?;
+    Ok(BlobRef { digest, size, media_type, annotations: raw.annotations })
 }
 
 /// Pairs the manifest's layers with the config's diffIDs.
@@ -252,6 +297,7 @@ fn join_layers(
                 size: layer.size,
                 media_type: layer.media_type,
                 diff_id: parse_digest(reference, "config", &diff_id)?,
+                annotations: layer.annotations,
             })
         })
         .collect()
@@ -264,11 +310,12 @@ pub(crate) fn choose(
     platform: &Platform,
 ) -> Result<Digest, FetchError> {
     let mut best: Option<(u32, Digest)> = None;
-    for entry in list {
+    let images: Vec<&ListEntry> = list.iter().filter(|e| e.artifact_type.is_none()).collect();
+    for entry in &images {
         // A list of one with no platform is what single-platform builders write.
         let rank = match &entry.platform {
             Some(offered) => platform.rank(offered),
-            None => (list.len() == 1).then_some(0),
+            None => (images.len() == 1).then_some(0),
         };
         if let Some(rank) = rank
             && best.is_none_or(|(held, _)| rank > held)
@@ -277,7 +324,7 @@ pub(crate) fn choose(
         }
     }
     best.map(|(_, digest)| digest).ok_or_else(|| {
-        let mut offers: Vec<String> = list
+        let mut offers: Vec<String> = images
             .iter()
             .filter_map(|e| e.platform.as_ref())
             .filter(|p| p.os != "unknown")
@@ -380,8 +427,11 @@ mod tests {
         let entry = |n, p: Option<&str>| ListEntry {
             digest: Digest::of(&[n]),
             platform: p.map(|p| p.parse().unwrap()),
+            artifact_type: None,
         };
+        let artifact = |n, p| ListEntry { artifact_type: Some("application/x".into()), ..entry(n, p) };
         let list = [
+            artifact(5, Some("linux/amd64")),
             entry(1, Some("linux/arm/v6")),
             entry(2, Some("linux/arm/v7")),
             entry(3, Some("linux/amd64")),
@@ -393,5 +443,7 @@ mod tests {
         let error = pick("linux/s390x").unwrap_err().to_string();
         assert!(error.contains("linux/amd64") && !error.contains("unknown/"), "{error}");
         assert!(choose(&reference(), &[entry(9, None)], &Platform::host()).is_ok());
+        let with_index = [artifact(5, None), entry(9, None)];
+        assert_eq!(choose(&reference(), &with_index, &Platform::host()).unwrap(), Digest::of(&[9]));
     }
 }

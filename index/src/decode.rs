@@ -219,7 +219,7 @@ fn gzip_member(
 }
 
 /// Largest zstd window accepted: that of `zstd --ultra -22` and `--long`, and zstd's own default limit.
-const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+pub(crate) const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
 pub(crate) fn zstd_corrupt(offset: u64, source: &std::io::Error) -> IndexError {
     IndexError::BlobCorrupt { format: "zstd", offset, reason: source.to_string() }

@@ -4,12 +4,19 @@ use std::fmt;
 use std::io;
 
 use crate::Digest;
+use crate::compare::Mismatch;
 
 /// A name out of an archive, shown with escapes and cut to a bearable length.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Name(Vec<u8>);
 
 impl Name {
+    /// The name as it is.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     pub(crate) fn new(bytes: &[u8]) -> Self {
         Self(bytes.to_vec())
     }
@@ -163,6 +170,12 @@ pub enum IndexError {
         /// Newest version this code reads.
         known: u32,
     },
+    /// The blob is what it should be, but the index that came from elsewhere does not tell the truth about it.
+    #[error("the layer index does not tell the truth about its layer: {0}")]
+    Lie(#[from] Mismatch),
+    /// A layer file in table order was to be filled from a stream.
+    #[error("a layer file in table order cannot be filled by streaming its blob, only span by span")]
+    TableLayout,
     /// A thread of the pipeline panicked: a defect of lazyrun.
     #[error("internal error: the {thread} thread of the layer decoder died")]
     Internal {

@@ -19,9 +19,13 @@
 //! ```
 
 mod builder;
+pub mod chunked;
+mod claims;
+mod compare;
 mod decode;
 mod digest;
 mod error;
+pub mod estargz;
 mod format;
 mod gzip;
 mod id;
@@ -34,6 +38,7 @@ mod reader;
 mod source;
 mod span;
 mod stream;
+mod table;
 mod tar;
 mod types;
 mod validate;
@@ -41,11 +46,13 @@ mod window;
 mod writer;
 
 pub use builder::{IndexBuilder, LayerFacts, NewEntrance, NewEntry, NewSpan};
+pub use compare::{Mismatch, compare};
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use error::{IndexError, Name};
 pub use id::{LayerId, ParseLayerIdError};
 pub use reader::{EntryRef, LayerIndex};
-pub use stream::{hydrate_layer, index_layer};
+pub use stream::{hydrate_layer, index_layer, prove_layer};
+pub use table::{Table, TableError, TocInfo, TocPlace};
 pub use types::{
     Compression, DigestOf, EntryKind, Extent, LayerSink, Layout, SpanInfo, StreamOptions, StreamSummary,
     Timestamp,

@@ -45,13 +45,15 @@ pub(crate) struct Passed {
     pub(crate) data_end: u64,
 }
 
-/// Runs a blob through decoder and consumer.
+/// Runs a blob through decoder and consumer. `tap` sees the blob's own bytes, on another thread, before they are
+/// decoded.
 ///
 /// After an error this returns as soon as the read that is under way does.
 pub(crate) fn run<R: Read + Send>(
     blob: R,
     cutter: Cutter,
     consumer: &mut impl Consumer,
+    tap: impl FnMut(&[u8]) + Send,
 ) -> Result<Passed, IndexError> {
     thread::scope(|scope| {
         let (piece_tx, piece_rx) = sync_channel(DEPTH);
@@ -63,7 +65,7 @@ pub(crate) fn run<R: Read + Send>(
 
         let reader = thread::Builder::new()
             .name("layer-read".into())
-            .spawn_scoped(scope, move || read(blob, &piece_tx, &piece_back_rx))
+            .spawn_scoped(scope, move || read(blob, tap, &piece_tx, &piece_back_rx))
             .map_err(spawn)?;
         let decoder = thread::Builder::new()
             .name("layer-decode".into())
@@ -79,7 +81,7 @@ pub(crate) fn run<R: Read + Send>(
                     let n = source.fill()?.len();
                     source.consume(n);
                 }
-                Ok((compression, end))
+                Ok::<_, IndexError>((compression, end))
             })
             .map_err(spawn)?;
 
@@ -117,7 +119,12 @@ fn consume(
 }
 
 /// The reader: full buffers to the decoder, and the blob's digest and length.
-fn read(mut blob: impl Read, pieces: &SyncSender<Piece>, used: &Receiver<Vec<u8>>) -> (Digest, u64) {
+fn read(
+    mut blob: impl Read,
+    mut tap: impl FnMut(&[u8]),
+    pieces: &SyncSender<Piece>,
+    used: &Receiver<Vec<u8>>,
+) -> (Digest, u64) {
     let mut hasher = Hasher::new();
     let mut offset = 0;
     loop {
@@ -141,6 +148,7 @@ fn read(mut blob: impl Read, pieces: &SyncSender<Piece>, used: &Receiver<Vec<u8>
             break;
         }
         hasher.update(&buffer);
+        tap(&buffer);
         offset += len as u64;
         if pieces.send(Ok(buffer)).is_err() || len < BUFFER {
             break;

@@ -11,7 +11,9 @@ pub(crate) use challenge::{Challenge, parse as parse_challenges};
 #[cfg(fuzzing)]
 pub(crate) use config::holds;
 pub(crate) use config::{Credential, CredentialStore};
-pub(crate) use token::{Authorization, TokenCache, TokenRequest, parse_answer, request as token_request};
+pub(crate) use token::{
+    Access, Authorization, TokenCache, TokenKey, TokenRequest, parse_answer, request as token_request,
+};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;

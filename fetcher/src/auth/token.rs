@@ -37,25 +37,58 @@ impl Authorization {
     }
 }
 
-/// Authorizations by (registry, repository), since a token's scope is one repository.
+/// What an authorization is to allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    Pull,
+    Push,
+    Delete,
+}
+
+impl Access {
+    /// The scope to ask for: what the challenge names, and what is needed if it does not name that. (Some
+    /// registries always name `pull`.)
+    pub(crate) fn scope(self, challenged: Option<&str>, repository: &str) -> String {
+        let (needed, actions) = match self {
+            Access::Pull => ("pull", "pull"),
+            Access::Push => ("push", "pull,push"),
+            Access::Delete => ("delete", "pull,push,delete"),
+        };
+        let challenged = challenged.unwrap_or_default().trim();
+        let allows = |scope: &str| {
+            let named = scope.rsplit(':').next().unwrap_or_default();
+            named.split(',').any(|a| a == needed || a == "*")
+        };
+        // For reading the registry knows best: it may name a catalog or another repository.
+        if !challenged.is_empty() && (self == Access::Pull || challenged.split(' ').any(allows)) {
+            return challenged.to_owned();
+        }
+        format!("repository:{repository}:{actions}")
+    }
+}
+
+/// Registry, repository and what is allowed: a token's scope is one repository.
+pub(crate) type TokenKey = (String, String, Access);
+
+/// The authorizations that worked.
 #[derive(Default)]
 pub(crate) struct TokenCache {
-    entries: Mutex<HashMap<(String, String), Authorization>>,
+    entries: Mutex<HashMap<TokenKey, Authorization>>,
 }
 
 impl TokenCache {
-    pub(crate) fn get(&self, key: &(String, String)) -> Option<Authorization> {
+    pub(crate) fn get(&self, key: &TokenKey) -> Option<Authorization> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.get(key).filter(|a| a.is_fresh()).cloned()
     }
 
-    pub(crate) fn put(&self, key: (String, String), authorization: Authorization) {
+    pub(crate) fn put(&self, key: TokenKey, authorization: Authorization) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.retain(|_, a| a.is_fresh());
         entries.insert(key, authorization);
     }
 
-    pub(crate) fn forget(&self, key: &(String, String)) {
+    pub(crate) fn forget(&self, key: &TokenKey) {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
     }
 }
@@ -232,9 +265,21 @@ mod tests {
     }
 
     #[test]
+    fn scopes_hold_what_is_needed() {
+        let scope = |access: Access, challenged| access.scope(challenged, "a/b");
+        assert_eq!(scope(Access::Pull, None), "repository:a/b:pull");
+        assert_eq!(scope(Access::Pull, Some("repository:x:pull")), "repository:x:pull");
+        assert_eq!(scope(Access::Push, Some("repository:a/b:pull")), "repository:a/b:pull,push");
+        assert_eq!(scope(Access::Push, Some("repository:a/b:push,pull")), "repository:a/b:push,pull");
+        assert_eq!(scope(Access::Push, Some("repository:a/b:*")), "repository:a/b:*");
+        assert_eq!(scope(Access::Delete, Some("")), "repository:a/b:pull,push,delete");
+        assert_eq!(scope(Access::Delete, Some("repository:a/b:delete")), "repository:a/b:delete");
+    }
+
+    #[test]
     fn cache_drops_what_ran_out() {
         let cache = TokenCache::default();
-        let key = ("r".to_owned(), "a".to_owned());
+        let key = ("r".to_owned(), "a".to_owned(), Access::Pull);
         cache.put(key.clone(), Authorization::new("x".into(), Some(Duration::ZERO)));
         assert!(cache.get(&key).is_none());
         cache.put(key.clone(), Authorization::new("y".into(), None));

@@ -180,13 +180,8 @@ impl BlobReader {
 
     async fn open(&mut self) -> Result<Body, FetchError> {
         let from_start = self.whole && self.position == 0;
-        let call = Call {
-            repository: &self.source.repository,
-            resource: format!("blobs/{}", self.digest),
-            accept: None,
-            range: (!from_start).then_some((self.position, self.end)),
-            blob: Some(self.digest),
-        };
+        let mut call = Call::blob(&self.source.repository, self.digest);
+        call.range = (!from_start).then_some((self.position, self.end));
         let began = Instant::now();
         let response = self.source.transport.send(&call).await?;
         self.first_byte = Some(began.elapsed());

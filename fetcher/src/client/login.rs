@@ -16,7 +16,7 @@ impl Transport {
         response: Response,
         stale: Option<Authorization>,
     ) -> Result<Authorization, FetchError> {
-        let key = call.repository.key();
+        let key = call.token_key();
         let registry = response.url().clone();
         let values = response.headers().get_all(WWW_AUTHENTICATE);
         let challenges = auth::parse_challenges(values.iter().filter_map(|v| v.to_str().ok()));
@@ -36,10 +36,9 @@ impl Transport {
             Challenge::Basic => None,
         });
         let authorization = if let Some((realm, service, scope)) = bearer {
-            let default_scope = format!("repository:{}:pull", call.repository.path);
-            let scope = scope.as_deref().filter(|s| !s.is_empty()).unwrap_or(&default_scope);
+            let scope = call.access().scope(scope.as_deref(), &call.repository.path);
             let request =
-                auth::token_request(&registry, realm, service.as_deref(), scope, credential.as_ref())?;
+                auth::token_request(&registry, realm, service.as_deref(), &scope, credential.as_ref())?;
             self.policy().run(|| self.fetch_token(call, &request)).await?
         } else if challenges.contains(&Challenge::Basic) {
             match credential {

@@ -1,9 +1,13 @@
-//! The registry client: distribution-spec over HTTP, pull side only.
+//! The registry client: distribution-spec over HTTP. Images are only read; artifacts that refer to them are
+//! also written.
 
 mod blob;
+mod call;
 mod login;
+mod push;
 mod range;
 mod redirect;
+mod referrers;
 mod retry;
 mod transport;
 
@@ -22,6 +26,8 @@ use crate::platform::Platform;
 use crate::reference::Reference;
 use crate::stats::ClientStats;
 use transport::{Call, Repository, Transport, host_of};
+
+pub use push::Uploaded;
 
 /// Lists inside lists are followed this deep.
 const MAX_LIST_DEPTH: usize = 2;
@@ -100,15 +106,21 @@ impl RegistryClient {
         let repository = Repository::of(reference);
         let mut bytes =
             self.manifest(reference, &repository, &reference.manifest_name(), reference.digest).await?;
+        let mut list_bytes = None;
         for _ in 0..=MAX_LIST_DEPTH {
             match manifest::parse(reference, &bytes)? {
                 Document::Image(image) => {
-                    let config = self.config(&repository, image.config_digest).await?;
-                    return ResolvedImage::from_parts(reference.clone(), bytes, config);
+                    let what = "config";
+                    let config = self.small_blob(&repository, image.config_digest, what, MAX_CONFIG).await?;
+                    let mut image = ResolvedImage::from_parts(reference.clone(), bytes, config)?;
+                    image.list = list_bytes;
+                    return Ok(image);
                 }
                 Document::List(list) => {
                     let digest = manifest::choose(reference, &list, platform)?;
-                    bytes = self.manifest(reference, &repository, &digest.to_string(), Some(digest)).await?;
+                    let chosen =
+                        self.manifest(reference, &repository, &digest.to_string(), Some(digest)).await?;
+                    list_bytes = Some(std::mem::replace(&mut bytes, chosen));
                 }
             }
         }
@@ -127,13 +139,21 @@ impl RegistryClient {
         name: &str,
         want: Option<Digest>,
     ) -> Result<Bytes, FetchError> {
-        let call = Call {
-            repository,
-            resource: format!("manifests/{name}"),
-            accept: Some(manifest::ACCEPT),
-            range: None,
-            blob: None,
-        };
+        match self.find_manifest(repository, name, want, manifest::ACCEPT).await? {
+            Some(bytes) => Ok(bytes),
+            None => Err(self.why_missing(reference, repository).await),
+        }
+    }
+
+    /// As `manifest`, for any kind of manifest; `None` when there is none of that name.
+    async fn find_manifest(
+        &self,
+        repository: &Repository,
+        name: &str,
+        want: Option<Digest>,
+        accept: &'static str,
+    ) -> Result<Option<Bytes>, FetchError> {
+        let call = Call { accept: Some(accept), ..Call::get(repository, format!("manifests/{name}")) };
         let policy = self.transport.policy();
         let fetched = policy
             .run(|| async {
@@ -146,47 +166,66 @@ impl RegistryClient {
             })
             .await;
         let (body, claimed, host) = match fetched {
-            Err(FetchError::Server { status: 404, .. }) => {
-                return Err(self.why_missing(reference, repository).await);
-            }
+            Err(FetchError::Server { status: 404, .. }) => return Ok(None),
             other => other?,
         };
         let got = Digest::of(&body);
         match want.or(claimed) {
             Some(want) if want != got => Err(FetchError::WrongDigest { host, what: "manifest", want, got }),
-            _ => Ok(body),
+            _ => Ok(Some(body)),
         }
     }
 
-    async fn config(&self, repository: &Repository, digest: Digest) -> Result<Bytes, FetchError> {
-        let call = Call {
-            repository,
-            resource: format!("blobs/{digest}"),
-            accept: None,
-            range: None,
-            blob: Some(digest),
-        };
+    /// The manifest of an artifact, verified; `None` when the repository does not have it.
+    ///
+    /// # Errors
+    /// When it cannot be had, is larger than 4 MiB or does not have its digest.
+    pub async fn artifact_manifest(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<Option<Bytes>, FetchError> {
+        let repository = Repository::of(reference);
+        self.find_manifest(&repository, &digest.to_string(), Some(digest), manifest::ACCEPT).await
+    }
+
+    /// A whole blob of at most `limit` bytes, verified. `what` names it in errors.
+    ///
+    /// # Errors
+    /// When it cannot be had, is larger or does not have its digest.
+    pub async fn blob(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        what: &'static str,
+        limit: u64,
+    ) -> Result<Bytes, FetchError> {
+        self.small_blob(&Repository::of(reference), digest, what, limit).await
+    }
+
+    async fn small_blob(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        what: &'static str,
+        limit: u64,
+    ) -> Result<Bytes, FetchError> {
+        let call = Call::blob(repository, digest);
         let policy = self.transport.policy();
         let (body, host) = policy
             .run(|| async {
                 let response = self.transport.send(&call).await?;
                 let host = host_of(response.url());
-                Ok((self.transport.body(response, "the config", MAX_CONFIG).await?, host))
+                Ok((self.transport.body(response, &format!("the {what}"), limit).await?, host))
             })
             .await?;
         let got = Digest::of(&body);
-        if got == digest {
-            Ok(body)
-        } else {
-            Err(FetchError::WrongDigest { host, what: "config", want: digest, got })
-        }
+        if got == digest { Ok(body) } else { Err(FetchError::WrongDigest { host, what, want: digest, got }) }
     }
 
     /// Tells a missing repository from a missing tag.
     async fn why_missing(&self, reference: &Reference, repository: &Repository) -> FetchError {
-        let call =
-            Call { repository, resource: "tags/list?n=1".to_owned(), accept: None, range: None, blob: None };
-        match self.transport.send(&call).await {
+        match self.transport.send(&Call::get(repository, "tags/list?n=1".to_owned())).await {
             Ok(_) => FetchError::TagNotFound {
                 image: Reference { tag: None, digest: None, ..reference.clone() }.familiar(),
                 tag: reference.manifest_name(),

@@ -1,67 +1,28 @@
 //! One request to a registry: connection, authorization, redirects, statuses.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use lazyrun_index::Digest;
-use reqwest::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE};
 use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::ClientOptions;
+use super::call::UploadProgress;
+pub(crate) use super::call::{Call, Repository};
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
 use super::retry::{Gates, RetryPolicy, retry_after};
 use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
 use crate::manifest::printable;
-use crate::reference::Reference;
 use crate::stats::ClientCounters;
 
 /// Largest token answer or error body that is read, in bytes.
 pub(super) const MAX_SMALL_BODY: u64 = 256 << 10;
-
-/// A repository and how to talk about it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Repository {
-    pub(crate) registry: String,
-    pub(crate) endpoint: String,
-    pub(crate) path: String,
-}
-
-impl Repository {
-    pub(crate) fn of(reference: &Reference) -> Self {
-        Repository {
-            registry: reference.registry.clone(),
-            endpoint: reference.endpoint().to_owned(),
-            path: reference.repository.clone(),
-        }
-    }
-
-    pub(crate) fn name(&self) -> String {
-        format!("{}/{}", self.registry, self.path)
-    }
-
-    pub(super) fn key(&self) -> (String, String) {
-        (self.registry.clone(), self.path.clone())
-    }
-}
-
-/// What is asked of a repository.
-#[derive(Clone, Debug)]
-pub(crate) struct Call<'a> {
-    pub(crate) repository: &'a Repository,
-    /// `manifests/latest`, `blobs/sha256:…`
-    pub(crate) resource: String,
-    pub(crate) accept: Option<&'static str>,
-    /// First byte and byte after the last.
-    pub(crate) range: Option<(u64, u64)>,
-    /// The blob, whose final URL is then remembered.
-    pub(crate) blob: Option<Digest>,
-}
 
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
@@ -76,6 +37,10 @@ pub(crate) struct Transport {
     pub(super) tokens: TokenCache,
     /// One token request at a time per registry: a hundred blobs must not ask for a hundred tokens.
     pub(super) token_turn: tokio::sync::Mutex<()>,
+    /// One change of a list of referrers at a time: a registry has no way to change it safely.
+    pub(super) referrers_turn: tokio::sync::Mutex<()>,
+    /// Registries (by endpoint) that are known to have the referrers API.
+    pub(super) referrers_api: Mutex<HashSet<String>>,
     redirects: RedirectCache,
     pub(super) gates: Gates,
 }
@@ -94,6 +59,8 @@ impl Transport {
             plain: Mutex::default(),
             tokens: TokenCache::default(),
             token_turn: tokio::sync::Mutex::default(),
+            referrers_turn: tokio::sync::Mutex::default(),
+            referrers_api: Mutex::default(),
             redirects: RedirectCache::default(),
             gates: Gates::default(),
         }
@@ -112,15 +79,12 @@ impl Transport {
         if let Some(response) = self.send_to_known_place(call).await? {
             return Ok(response);
         }
-        let key = call.repository.key();
+        let key = call.token_key();
         let mut authorization = self.tokens.get(&key);
         for answered in [false, true] {
             let base = self.base_url(&call.repository.endpoint).await?;
-            let url = base
-                .join(&format!("/v2/{}/{}", call.repository.path, call.resource))
-                .map_err(|e| self.protocol(&call.repository.endpoint, call, &e.to_string()))?;
-            let response = self.follow(url.clone(), call, authorization.as_ref()).await?;
-            if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &url) {
+            let response = self.follow(&base, call, authorization.as_ref()).await?;
+            if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &base) {
                 return self.check(response, call).await;
             }
             if answered {
@@ -158,30 +122,43 @@ impl Transport {
         }
     }
 
-    /// Sends to `url` and wherever it redirects; the authorization goes only to where it belongs.
+    /// Sends to the call's place and wherever it redirects; the authorization goes only to `base`, the
+    /// registry. What writes is not sent anew somewhere else unless the status says so (307, 308).
     async fn follow(
         &self,
-        start: Url,
+        base: &Url,
         call: &Call<'_>,
         authorization: Option<&Authorization>,
     ) -> Result<Response, FetchError> {
-        let mut url = start.clone();
+        let fail = |reason: &str| self.protocol(&host_of(base), call, reason);
+        let mut url = match &call.place {
+            Some(place) => place.clone(),
+            None => base
+                .join(&format!("/v2/{}/{}", call.repository.path, call.resource))
+                .map_err(|e| fail(&e.to_string()))?,
+        };
         for _ in 0..=MAX_HOPS {
-            let shown = authorization.filter(|_| same_origin(&start, &url));
+            let shown = authorization.filter(|_| same_origin(base, &url));
             let response = self.exchange(&url, call, shown).await?;
-            if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
+            let status = response.status();
+            if !status.is_redirection() || status == StatusCode::NOT_MODIFIED {
                 if let Some(digest) = call.blob
-                    && !same_origin(&start, &url)
-                    && response.status().is_success()
+                    && !same_origin(base, &url)
+                    && status.is_success()
                 {
                     self.redirects.put(&call.repository.name(), digest, url);
                 }
                 return Ok(response);
             }
+            if call.action.writes()
+                && !matches!(status, StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT)
+            {
+                return Err(fail("it redirects what should be written"));
+            }
             let location = response.headers().get(LOCATION).and_then(|v| v.to_str().ok());
-            url = next_hop(&url, location).map_err(|reason| self.protocol(&host_of(&start), call, reason))?;
+            url = next_hop(&url, location).map_err(fail)?;
         }
-        Err(self.protocol(&host_of(&start), call, "too many redirects"))
+        Err(fail("too many redirects"))
     }
 
     /// One HTTP exchange up to the response's header.
@@ -193,7 +170,7 @@ impl Transport {
     ) -> Result<Response, FetchError> {
         let host = host_of(url);
         self.gates.wait(&host).await;
-        let mut request = self.client_for(url)?.get(url.clone()).header(ACCEPT_ENCODING, "identity");
+        let (mut request, progress) = call.request(self.client_for(url)?, url);
         if let Some(accept) = call.accept {
             request = request.header(ACCEPT, accept);
         }
@@ -203,7 +180,10 @@ impl Transport {
         if let Some(authorization) = authorization {
             request = request.header(AUTHORIZATION, sensitive(&authorization.value)?);
         }
-        let response = self.timed(&host, &call.resource, request.send()).await?;
+        let response = match progress {
+            None => self.timed(&host, &call.resource, request.send()).await?,
+            Some(progress) => self.timed_upload(&host, &call.resource, request.send(), &progress).await?,
+        };
         if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
             && let Some(wait) = retry_after(response.headers())
         {
@@ -225,6 +205,31 @@ impl Transport {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(classify(host, what, error)),
             Err(_) => Err(FetchError::Stalled { host: host.to_owned(), what: what.to_owned(), after: limit }),
+        }
+    }
+
+    /// As `timed`, for a request with a long body: it may take as long as bytes of it keep leaving.
+    async fn timed_upload(
+        &self,
+        host: &str,
+        what: &str,
+        exchange: impl Future<Output = Result<Response, reqwest::Error>>,
+        progress: &UploadProgress,
+    ) -> Result<Response, FetchError> {
+        self.counters.requests.fetch_add(1, Relaxed);
+        let limit = self.options.stall_timeout;
+        let mut exchange = std::pin::pin!(exchange);
+        loop {
+            let deadline = progress.last() + limit;
+            match tokio::time::timeout_at(deadline.into(), &mut exchange).await {
+                Ok(Ok(response)) => return Ok(response),
+                Ok(Err(error)) => return Err(classify(host, what, error)),
+                Err(_) if progress.last() + limit > deadline => {}
+                Err(_) => {
+                    let (host, what) = (host.to_owned(), what.to_owned());
+                    return Err(FetchError::Stalled { host, what, after: limit });
+                }
+            }
         }
     }
 
@@ -274,6 +279,7 @@ impl Transport {
         let status = response.status();
         let host = host_of(response.url());
         match status {
+            _ if call.action.writes() && status.is_success() => Ok(response),
             StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
                 let html = response
                     .headers()
@@ -291,6 +297,20 @@ impl Transport {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 let detail = self.error_detail(response).await;
                 Err(denied(call, detail.as_deref().unwrap_or("no permission")))
+            }
+            // Without the registry's words a refused manifest would be a riddle.
+            _ if call.action.writes()
+                && status.is_client_error()
+                && status != StatusCode::TOO_MANY_REQUESTS =>
+            {
+                let reason =
+                    self.error_detail(response).await.unwrap_or_else(|| "it gives no reason".to_owned());
+                Err(FetchError::Rejected {
+                    host,
+                    status: status.as_u16(),
+                    what: call.resource.clone(),
+                    reason,
+                })
             }
             StatusCode::NOT_FOUND | StatusCode::GONE => match call.blob {
                 Some(digest) => Err(FetchError::BlobNotFound { host, digest }),
@@ -333,7 +353,7 @@ impl Transport {
     }
 
     /// `http://host/` or `https://host/` for a registry; learns which for insecure ones.
-    async fn base_url(&self, endpoint: &str) -> Result<Url, FetchError> {
+    pub(super) async fn base_url(&self, endpoint: &str) -> Result<Url, FetchError> {
         let parse = |scheme: &str| {
             Url::parse(&format!("{scheme}://{endpoint}/")).map_err(|e| FetchError::Unreachable {
                 host: endpoint.to_owned(),
@@ -402,7 +422,7 @@ impl Transport {
         result.map_err(|e| deepest(&e))
     }
 
-    fn protocol(&self, host: &str, call: &Call<'_>, reason: &str) -> FetchError {
+    pub(super) fn protocol(&self, host: &str, call: &Call<'_>, reason: &str) -> FetchError {
         FetchError::Protocol { host: host.to_owned(), what: call.resource.clone(), reason: reason.to_owned() }
     }
 }

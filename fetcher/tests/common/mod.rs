@@ -1,6 +1,8 @@
 //! Images made on the fly, a real registry and a server that misbehaves on demand.
 #![allow(dead_code, unreachable_pub)] // each test binary uses its own part
 
+pub mod artifacts;
+pub mod fake;
 pub mod registry;
 pub mod server;
 

@@ -101,6 +101,15 @@ impl Registry {
         assert_eq!(done.status(), StatusCode::CREATED, "{}", done.text().await.unwrap());
     }
 
+    /// A manifest as it lies there.
+    pub async fn manifest(&self, repository: &str, name: &str) -> bytes::Bytes {
+        let url = format!("http://{}/v2/{repository}/manifests/{name}", self.address);
+        let accept = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json";
+        let got = client().get(url).header("accept", accept).send().await.unwrap();
+        assert_eq!(got.status(), StatusCode::OK);
+        got.bytes().await.unwrap()
+    }
+
     /// Stops it for good, to show what works without.
     pub fn stop(mut self) {
         self.kill();

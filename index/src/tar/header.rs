@@ -17,21 +17,21 @@ pub(super) enum Flavor {
 
 /// The fields of a header, numbers decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(crate) struct Header {
     pub(super) flavor: Flavor,
-    pub(super) name: Vec<u8>,
+    pub(crate) name: Vec<u8>,
     pub(super) mode: u16,
     pub(super) uid: i64,
     pub(super) gid: i64,
-    pub(super) size: i64,
+    pub(crate) size: i64,
     pub(super) mtime: i64,
-    pub(super) flag: u8,
+    pub(crate) flag: u8,
     pub(super) link: Vec<u8>,
 }
 
 impl Header {
     /// Decodes `block` after checking its checksum.
-    pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Self, String> {
+    pub(crate) fn parse(block: &[u8; BLOCK]) -> Result<Self, String> {
         check_sum(block)?;
         let flavor = match &block[257..265] {
             b"ustar  \0" => Flavor::Gnu,

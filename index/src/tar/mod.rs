@@ -13,7 +13,7 @@ mod sparse;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use header::check_device;
+pub(crate) use header::{Header, check_device};
 pub(crate) use parser::{FILE_MAX, Parser, TarSink};
 pub(crate) use path::{TARGET_MAX, check_clean, clean};
 pub(crate) use pax::{XATTR_NAME_MAX, XATTR_VALUE_MAX, XATTRS_MAX};

@@ -3,6 +3,7 @@
 
 pub(crate) mod hostile;
 pub(crate) mod make;
+pub(crate) mod told;
 
 use std::io::{self, Cursor};
 
