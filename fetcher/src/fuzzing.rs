@@ -5,6 +5,7 @@ use bytes::Bytes;
 use lazyrun_index::Digest;
 use reqwest::Url;
 
+use crate::artifact::{ArtifactDocument, Candidate, candidates_in_list, parse_descriptors};
 use crate::auth::{Challenge, holds, parse_answer, parse_challenges, token_request};
 use crate::manifest::{Document, choose, parse};
 use crate::{Platform, Reference, ResolvedImage};
@@ -32,6 +33,36 @@ pub fn manifest(bytes: &[u8]) -> Vec<String> {
         Ok(Document::Image(_)) => Vec::new(),
         Err(error) => vec![error.to_string()],
     }
+}
+
+/// An image with one layer, beside which index artifacts may lie.
+fn image_with(list: Option<Vec<u8>>) -> Result<ResolvedImage, crate::FetchError> {
+    let (layer, diff_id) = (Digest::of(b"layer"), Digest::of(b"diff"));
+    let config = format!(r#"{{"rootfs": {{"diff_ids": ["{diff_id}"]}}}}"#);
+    let manifest = format!(
+        r#"{{"schemaVersion": 2, "config": {{"digest": "{}"}}, "layers": [{{"digest": "{layer}", "size": 1}}]}}"#,
+        Digest::of(config.as_bytes())
+    );
+    let mut resolved = ResolvedImage::from_parts(image(), manifest.into(), config.into())?;
+    resolved.list = list.map(Bytes::from);
+    Ok(resolved)
+}
+
+/// The manifest of an index artifact, or a list of descriptors as referrers and image indexes are. The words `@M`, `@L`
+/// and `@D` stand for digests of the image: its manifest, its layer and the layer's diffID.
+pub fn artifact(bytes: &[u8]) -> Vec<String> {
+    let Ok(image) = image_with(None) else { return Vec::new() };
+    let text = String::from_utf8_lossy(bytes)
+        .replace("@M", &image.manifest_digest.to_string())
+        .replace("@L", &image.layers[0].digest.to_string())
+        .replace("@D", &image.layers[0].diff_id.to_string());
+    let document = ArtifactDocument::parse(text.as_bytes(), &image);
+    let _ = parse_descriptors(text.as_bytes());
+    if let Ok(image) = image_with(Some(text.into_bytes())) {
+        let found = candidates_in_list(&image);
+        assert!(found.is_sorted_by(|a, b| Candidate::order(a, b).is_le()));
+    }
+    document.err().into_iter().collect()
 }
 
 /// A config, with a manifest of three layers that names it.

@@ -12,7 +12,7 @@ use lazyrun_index::{Compression, StreamOptions, index_layer};
 const MAX: usize = 16 << 10;
 
 /// Inputs that begin with the byte telling what they are.
-const OCI: [&str; 12] = [
+const OCI: [&str; 15] = [
     r#"hBearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:a/b:pull""#,
     r#"hNegotiate, basic realm="a\"b" , BEARER realm = https://a.example/x?y=z ,scope="""#,
     r#"t{"token":"abc","access_token":"def","expires_in":300,"issued_at":"2020-01-01T00:00:00Z"}"#,
@@ -25,6 +25,15 @@ const OCI: [&str; 12] = [
     r#"c{"rootfs":{"type":"layers","diff_ids":["sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"]}}"#,
     r#"m{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{"mediaType":"application/vnd.docker.container.image.v1+json","size":1,"digest":"sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},"layers":[{"mediaType":"application/vnd.docker.image.rootfs.diff.tar.gzip","size":1,"digest":"sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"}]}"#,
     r#"m{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":1,"digest":"sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef","platform":{"os":"linux","architecture":"arm","variant":"v7"}}]}"#,
+    r#"a{"schemaVersion":2,"artifactType":"application/vnd.lazyrun.index.v1+json","config":{"mediaType":"application/vnd.oci.empty.v1+json","size":2,"digest":"@L"},"layers":[{"mediaType":"application/vnd.lazyrun.layer-index.v2+zstd","size":9,"digest":"@D","annotations":{"org.lazyrun.index.layer":"@L","org.lazyrun.index.diff-id":"@D"}}],"subject":{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":9,"digest":"@M"},"annotations":{"org.lazyrun.index.format":"2","org.lazyrun.index.span-size":"524288"}}"#,
+    r#"a{"schemaVersion":2,"artifactType":"application/vnd.amazon.soci.index.v1+json","config":{"mediaType":"application/vnd.amazon.soci.index.v1+json","size":2,"digest":"@L"},"layers":[{"mediaType":"application/octet-stream","size":9,"digest":"@D","annotations":{"com.amazon.soci.image-layer-digest":"@L","com.amazon.soci.image-layer-mediaType":"application/vnd.oci.image.layer.v1.tar+gzip"}}],"subject":{"size":9,"digest":"@M"}}"#,
+    r#"a{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":1,"digest":"@D","artifactType":"application/vnd.amazon.soci.index.v2+json","annotations":{"com.amazon.soci.image-manifest-digest":"@M","org.lazyrun.index.format":"1","org.opencontainers.image.created":"2026-01-01T00:00:00Z"}},{"size":1,"digest":"@L","artifactType":"application/vnd.lazyrun.index.v1+json"}]}"#,
+];
+
+/// What tables of contents hold.
+const TABLES: [&str; 2] = [
+    r#"j{"version":1,"entries":[{"name":"a/","type":"dir","modtime":"2020-01-02T03:04:05.6Z","mode":493,"uid":1,"gid":2,"xattrs":{"user.x":"eQ=="}},{"name":"a/f","type":"reg","size":9000,"mode":420,"offset":100,"digest":"sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef","chunkSize":4000,"chunkDigest":"sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},{"name":"a/f","type":"chunk","offset":900,"chunkOffset":4000,"chunkSize":5000,"chunkType":"zeros"},{"name":"a/l","type":"symlink","linkName":"f"},{"name":"a/h","type":"hardlink","linkName":"a/f"},{"name":"n","type":"char","devMajor":1,"devMinor":3},{"name":"p","type":"fifo"},{"name":".prefetch.landmark","type":"reg","size":1,"offset":2000,"chunkSize":1}]}"#,
+    r#"j{"version":1,"entries":[{"name":"s","type":"reg","size":300000,"mode":420,"offset":50,"endOffset":99,"chunkSize":100000,"innerOffset":7},{"name":"s","type":"chunk","offset":99,"chunkOffset":100000,"chunkSize":200000,"chunkType":"zeros"},{"name":"e","type":"reg","size":0}],"tarSplitDigest":"sha256:00"}"#,
 ];
 
 /// Entries of PAX headers: see `pax::archive`.
@@ -49,6 +58,24 @@ fn main() -> io::Result<()> {
     }
     for (i, bytes) in PAX.iter().enumerate() {
         put("tar", &format!("pax-{i}"), &[bytes])?;
+    }
+    for (i, text) in TABLES.iter().enumerate() {
+        put("estargz", &i.to_string(), &[text.as_bytes()])?;
+        put("chunked", &i.to_string(), &[text.as_bytes()])?;
+    }
+    put("chunked", "position", &[b"a12577:3008:29347:1"])?;
+    for file in fs::read_dir(root.join("../index/tests/data/tables"))? {
+        let file = file?;
+        let (name, blob) = (file.file_name(), fs::read(file.path())?);
+        let target = match Compression::detect(&blob) {
+            Compression::Gzip => "estargz",
+            Compression::Zstd => "chunked",
+            Compression::None => continue,
+        };
+        let name = name.to_string_lossy();
+        put(target, &name, &[b"b", &blob])?;
+        let tail = &blob[blob.len().saturating_sub(72)..];
+        put(target, &format!("tail-{name}"), &[b"t", &(blob.len() as u64).to_le_bytes(), tail])?;
     }
     for blob in fs::read_dir(root.join("../tests/oddlayers/layout/blobs/sha256"))? {
         let blob = blob?;

@@ -89,3 +89,8 @@ fn deflate(content: &[u8], piece: usize, level: u8, flush: bool, blob: &mut Vec<
         }
     }
 }
+
+/// One member of stored blocks.
+pub(crate) fn stored(content: &[u8]) -> Vec<u8> {
+    compressed(content, 0, 0)
+}

@@ -7,12 +7,14 @@ mod deflate;
 #[cfg(fuzzing)]
 mod oci;
 mod pax;
+mod tables;
 mod zstd_frames;
 
-use lazyrun_index::{LayerIndex, StreamOptions};
+use lazyrun_index::{LayerIndex, StreamOptions, prove_layer};
 
 #[cfg(fuzzing)]
 pub use oci::oci;
+pub use tables::{chunked, estargz};
 
 /// Two blocks of zeros: a whole archive, after which anything may follow.
 pub const EMPTY_TAR: [u8; 1024] = [0; 1024];
@@ -26,6 +28,9 @@ fn layer(blob: &[u8]) -> Option<Vec<u8>> {
     let indexed = common::index_blob_within(LAYER_MAX, blob, &options).ok()?;
     common::prove(blob, &indexed);
     common::hostile::visit(&indexed.index);
+    let mut again = std::io::Cursor::new(Vec::new());
+    prove_layer(&indexed.index, blob, &mut (), &mut again, &options).expect("an index proves itself");
+    assert_eq!(again.into_inner().len() as u64, indexed.index.index_size(), "and is made again");
     Some(indexed.layer)
 }
 

@@ -4,7 +4,7 @@ use lazyrun_fetcher::Reference;
 use lazyrun_fetcher::fuzzing;
 
 /// The first byte tells what the rest is: `m`anifest or list, `c`onfig, `h`eader with a challenge, `t`oken answer,
-/// `r`eference, `d`ocker configuration.
+/// `r`eference, `d`ocker configuration, manifest of an `a`rtifact or list of descriptors.
 pub fn oci(bytes: &[u8]) {
     let Some((kind, rest)) = bytes.split_first() else { return };
     let said = match kind {
@@ -13,6 +13,7 @@ pub fn oci(bytes: &[u8]) {
         b'h' => fuzzing::challenge(&String::from_utf8_lossy(rest)),
         b't' => fuzzing::token_answer(rest),
         b'r' => reference(&String::from_utf8_lossy(rest)),
+        b'a' => fuzzing::artifact(rest),
         b'd' => fuzzing::docker_config(rest),
         _ => Vec::new(),
     };

@@ -36,9 +36,21 @@ pub(crate) fn archive(entries: &[u8]) -> Vec<u8> {
     tar
 }
 
+/// An archive of one file.
+pub(crate) fn file(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut tar = Vec::new();
+    push_named(&mut tar, name, b'0', content);
+    tar.resize(tar.len() + 2 * BLOCK, 0);
+    tar
+}
+
 fn push(tar: &mut Vec<u8>, kind: u8, body: &[u8]) {
+    push_named(tar, "name", kind, body);
+}
+
+fn push_named(tar: &mut Vec<u8>, name: &str, kind: u8, body: &[u8]) {
     let mut header = [0; BLOCK];
-    header[..4].copy_from_slice(b"name");
+    header[..name.len()].copy_from_slice(name.as_bytes());
     header[100..107].copy_from_slice(b"0000644");
     header[124..135].copy_from_slice(format!("{:011o}", body.len()).as_bytes());
     header[156] = kind;

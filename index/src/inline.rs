@@ -16,9 +16,11 @@ pub(crate) fn run<R: Read + Send>(
     mut blob: R,
     cutter: Cutter,
     consumer: &mut impl Consumer,
+    mut tap: impl FnMut(&[u8]) + Send,
 ) -> Result<Passed, IndexError> {
     let mut bytes = Vec::new();
     blob.read_to_end(&mut bytes).map_err(|source| IndexError::Read { offset: 0, source })?;
+    bytes.chunks(PIECE).for_each(&mut tap);
     let mut source = Pieces(SliceSource::new(&bytes, 0));
     let compression = Compression::detect(source.fill()?);
     consumer.begin(compression)?;
