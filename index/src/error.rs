@@ -159,6 +159,14 @@ pub enum IndexError {
         /// What is wrong.
         reason: String,
     },
+    /// A table of contents in somebody else's format cannot be made an index.
+    #[error("the {format} is not usable: {reason}")]
+    BadTable {
+        /// "SOCI zTOC", "eStargz TOC" and the like.
+        format: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
     /// The index file was written by a newer lazyrun.
     #[error(
         "the layer index has format version {found}, this lazyrun knows up to version {known}: \

@@ -35,6 +35,8 @@ mod inline;
 #[cfg_attr(fuzzing, allow(dead_code, reason = "`inline` stands in for it"))]
 mod pipeline;
 mod reader;
+mod rfc3339;
+pub mod soci;
 mod source;
 mod span;
 mod stream;

@@ -16,6 +16,8 @@ use crate::{EntryKind, IndexError, Layout, SpanInfo, StreamSummary};
 const BUFFER: usize = 128 * 1024;
 /// Windows compress well at this level and cost little next to inflating.
 const WINDOW_LEVEL: i32 = 6;
+/// For indexes built from foreign tables: a start waits for them.
+const FAST_LEVEL: i32 = 1;
 
 pub(crate) struct IndexWriter<W> {
     out: W,
@@ -26,6 +28,7 @@ pub(crate) struct IndexWriter<W> {
     body_crc: u32,
     entries: Table,
     spans: Table,
+    level: i32,
     compressor: Option<zstd::bulk::Compressor<'static>>,
 }
 
@@ -66,6 +69,7 @@ impl<W: Write + Seek> IndexWriter<W> {
             body_crc: 0,
             entries: Table::new(ENTRY_SEGMENT * size_of::<EntryRecord>()),
             spans: Table::new(SPAN_SEGMENT * size_of::<SpanRecord>()),
+            level: WINDOW_LEVEL,
             compressor: None,
         }
     }
@@ -228,7 +232,7 @@ impl<W: Write + Seek> IndexWriter<W> {
         if let Some(compressor) = &mut self.compressor {
             return compressor.compress(window);
         }
-        self.compressor.insert(zstd::bulk::Compressor::new(WINDOW_LEVEL)?).compress(window)
+        self.compressor.insert(zstd::bulk::Compressor::new(self.level)?).compress(window)
     }
 
     fn flush_entries(&mut self) -> Result<(), IndexError> {
@@ -272,7 +276,7 @@ impl IndexWriter<Cursor<Vec<u8>>> {
     pub(crate) fn in_memory(layout: Layout) -> Self {
         let mut out = Cursor::new(vec![0; size_of::<HeaderRecord>()]);
         out.set_position(size_of::<HeaderRecord>() as u64);
-        Self::behind_header(out, layout)
+        Self { level: FAST_LEVEL, ..Self::behind_header(out, layout) }
     }
 }
 

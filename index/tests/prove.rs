@@ -4,7 +4,7 @@ mod common;
 
 use std::io::{self, Cursor};
 
-use common::make::{DEFAULT, gzip, text, zstd};
+use common::make::{DEFAULT, gzip, zoo, zstd};
 use common::told::{Claim, Told};
 use common::{Keep, index_blob, small_spans};
 use lazyrun_index::{
@@ -12,55 +12,8 @@ use lazyrun_index::{
     StreamSummary, compare, hydrate_layer, prove_layer,
 };
 
-/// An archive with one entry of every kind, some files in it large enough for several spans.
-fn archive() -> Vec<u8> {
-    let mut tar = tar::Builder::new(Vec::new());
-    let header = |kind, size| {
-        let mut header = tar::Header::new_ustar();
-        header.set_entry_type(kind);
-        header.set_size(size);
-        header.set_mode(0o755);
-        header.set_uid(5);
-        header.set_gid(6);
-        header.set_mtime(1_700_000_000);
-        header
-    };
-    let pax = |tar: &mut tar::Builder<Vec<u8>>, records: &[(&str, &[u8])]| {
-        tar.append_pax_extensions(records.iter().copied()).unwrap();
-    };
-    let mut add = |path: &str, kind, data: &[u8], link: &str, records: &[(&str, &[u8])]| {
-        if !records.is_empty() {
-            pax(&mut tar, records);
-        }
-        let mut header = header(kind, data.len() as u64);
-        if matches!(kind, tar::EntryType::Char) {
-            header.set_device_major(1).unwrap();
-            header.set_device_minor(3).unwrap();
-        }
-        if link.is_empty() {
-            tar.append_data(&mut header, path, data).unwrap();
-        } else {
-            tar.append_link(&mut header, path, link).unwrap();
-        }
-    };
-    use tar::EntryType as T;
-    add("bin/", T::Directory, b"", "", &[]);
-    let attributes: [(&str, &[u8]); 3] =
-        [("mtime", b"1600000000.7"), ("SCHILY.xattr.user.a", b"1"), ("SCHILY.xattr.user.b", b"2")];
-    add("bin/tool", T::Regular, &text(90_000, 1), "", &attributes);
-    add("bin/alias", T::Symlink, b"", "tool", &[]);
-    add("bin/second", T::Link, b"", "bin/tool", &[]);
-    add("null", T::Char, b"", "", &[]);
-    add("pipe", T::Fifo, b"", "", &[]);
-    for i in 0..40 {
-        add(&format!("lib/{i}"), T::Regular, &text(9000, 10 + i), "", &[]);
-    }
-    add("empty", T::Regular, b"", "", &[]);
-    tar.into_inner().unwrap()
-}
-
 fn blobs() -> [Vec<u8>; 3] {
-    let tar = archive();
+    let tar = zoo();
     let frames = tar.chunks(30_000).flat_map(|piece| zstd(piece, 3)).collect();
     [gzip(&tar, 6, DEFAULT), frames, tar]
 }
@@ -143,7 +96,7 @@ impl LayerSink for First {
 /// header as SOCI's do; those without digests only at the end.
 #[test]
 fn spans_are_told_as_soon_as_they_are_proven() {
-    let mut tar = archive();
+    let mut tar = zoo();
     tar.truncate(tar.len() - 1024);
     let more: Vec<u8> = (0..20).flat_map(|_| tar.clone()).collect();
     let blob = gzip(&more, 6, DEFAULT);
@@ -207,7 +160,7 @@ const LIES: [Lie; 17] = [
 
 #[test]
 fn every_lie_about_an_entry_is_found() {
-    let blob = gzip(&archive(), 6, DEFAULT);
+    let blob = gzip(&zoo(), 6, DEFAULT);
     let own = index_blob(&blob, &small_spans()).unwrap();
     for (what, tell) in LIES {
         for truth in [Claim::of(&own.index), Claim::table(&own.index)] {
@@ -226,7 +179,7 @@ fn every_lie_about_an_entry_is_found() {
 
 #[test]
 fn extents_and_order_of_a_tar_are_compared() {
-    let blob = gzip(&archive(), 6, DEFAULT);
+    let blob = gzip(&zoo(), 6, DEFAULT);
     let own = index_blob(&blob, &small_spans()).unwrap();
     let lies: [fn(&mut Claim); 4] = [
         // The right digest, but another file's bytes.
@@ -299,7 +252,7 @@ impl LayerSink for Reports {
 /// SOCI's tables do not know of padding behind the archive.
 #[test]
 fn the_length_of_the_layer_file() {
-    let mut tar = archive();
+    let mut tar = zoo();
     tar.resize(tar.len() + 9000, 0);
     let own = index_blob(&tar, &small_spans()).unwrap();
     let mut claim = Claim::of(&own.index).with_digests(DigestOf::Blob, &tar);

@@ -16,7 +16,7 @@ mod tests;
 pub(crate) use header::{Header, check_device};
 pub(crate) use parser::{FILE_MAX, Parser, TarSink};
 pub(crate) use path::{TARGET_MAX, check_clean, clean};
-pub(crate) use pax::{XATTR_NAME_MAX, XATTR_VALUE_MAX, XATTRS_MAX};
+pub(crate) use pax::{Pax, XATTR_NAME_MAX, XATTR_VALUE_MAX, XATTRS_MAX};
 pub(crate) use sparse::PIECES_MAX;
 
 use crate::builder::NewEntry;

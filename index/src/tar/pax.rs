@@ -11,20 +11,20 @@ pub(crate) const XATTR_VALUE_MAX: usize = 64 * 1024;
 
 /// What the records of one extended header say. Absent and empty values leave the header's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Pax {
+pub(crate) struct Pax {
     pub(super) path: Option<Vec<u8>>,
     pub(super) link: Option<Vec<u8>>,
     pub(super) size: Option<i64>,
     pub(super) uid: Option<i64>,
     pub(super) gid: Option<i64>,
-    pub(super) mtime: Option<Timestamp>,
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) mtime: Option<Timestamp>,
+    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     pub(super) sparse: PaxSparse,
 }
 
 /// The `GNU.sparse.*` records.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct PaxSparse {
+pub(crate) struct PaxSparse {
     pub(super) major: Option<i64>,
     pub(super) minor: Option<i64>,
     pub(super) name: Option<Vec<u8>>,
@@ -37,11 +37,22 @@ pub(super) struct PaxSparse {
 impl Pax {
     /// Parses the body of an extended header.
     pub(super) fn parse(mut body: &[u8]) -> Result<Self, String> {
-        let mut pax = Self::default();
-        let mut libarchive = Vec::new();
+        let mut records = Vec::new();
         while !body.is_empty() {
             let (key, value, rest) = record(body)?;
             body = rest;
+            records.push((key, value));
+        }
+        Self::from_records(records)
+    }
+
+    /// What keys and values say, in their order.
+    pub(crate) fn from_records<'a>(
+        records: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
+    ) -> Result<Self, String> {
+        let mut pax = Self::default();
+        let mut libarchive = Vec::new();
+        for (key, value) in records {
             pax.set(key, value, &mut libarchive)?;
         }
         // The same attributes in both spellings: SCHILY's, which containerd reads, wins.

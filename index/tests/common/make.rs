@@ -75,3 +75,50 @@ pub(crate) fn archive(files: usize, max: usize, seed: u64) -> Vec<u8> {
     }
     tar.into_inner().unwrap()
 }
+
+/// An archive with one entry of every kind, some files in it large enough for several spans.
+pub(crate) fn zoo() -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    let header = |kind, size| {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(kind);
+        header.set_size(size);
+        header.set_mode(0o755);
+        header.set_uid(5);
+        header.set_gid(6);
+        header.set_mtime(1_700_000_000);
+        header
+    };
+    let pax = |tar: &mut tar::Builder<Vec<u8>>, records: &[(&str, &[u8])]| {
+        tar.append_pax_extensions(records.iter().copied()).unwrap();
+    };
+    let mut add = |path: &str, kind, data: &[u8], link: &str, records: &[(&str, &[u8])]| {
+        if !records.is_empty() {
+            pax(&mut tar, records);
+        }
+        let mut header = header(kind, data.len() as u64);
+        if matches!(kind, tar::EntryType::Char) {
+            header.set_device_major(1).unwrap();
+            header.set_device_minor(3).unwrap();
+        }
+        if link.is_empty() {
+            tar.append_data(&mut header, path, data).unwrap();
+        } else {
+            tar.append_link(&mut header, path, link).unwrap();
+        }
+    };
+    use tar::EntryType as T;
+    add("bin/", T::Directory, b"", "", &[]);
+    let attributes: [(&str, &[u8]); 3] =
+        [("mtime", b"1600000000.7"), ("SCHILY.xattr.user.a", b"1"), ("SCHILY.xattr.user.b", b"2")];
+    add("bin/tool", T::Regular, &text(90_000, 1), "", &attributes);
+    add("bin/alias", T::Symlink, b"", "tool", &[]);
+    add("bin/second", T::Link, b"", "bin/tool", &[]);
+    add("null", T::Char, b"", "", &[]);
+    add("pipe", T::Fifo, b"", "", &[]);
+    for i in 0..40 {
+        add(&format!("lib/{i}"), T::Regular, &text(9000, 10 + i), "", &[]);
+    }
+    add("empty", T::Regular, b"", "", &[]);
+    tar.into_inner().unwrap()
+}

@@ -4,6 +4,7 @@
 pub(crate) mod hostile;
 pub(crate) mod make;
 pub(crate) mod told;
+pub(crate) mod ztoc;
 
 use std::io::{self, Cursor};
 
