@@ -117,12 +117,10 @@ impl Bench {
     /// Ends keeper and daemon, and with them all mounts they hold.
     fn stop(&self) {
         let info = self.instance.info().expect("info");
-        for name in ["keeper_pid", "daemon_pid"] {
-            let Some(pid) =
-                info[name].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 0)
-            else {
-                continue;
-            };
+        let daemon = info["daemon_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+        let Some(daemon) = daemon.filter(|pid| *pid > 0) else { return };
+        // The keeper first: it would start another daemon.
+        for pid in [parent(daemon), daemon] {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             support::wait_for("a process to end", Duration::from_secs(10), || {
                 (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())
@@ -137,6 +135,13 @@ impl Bench {
             fs::remove_file(view.expect("read a directory").path()).expect("delete a view");
         }
     }
+}
+
+fn parent(pid: i32) -> i32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the daemon's state");
+    // The name before it may hold anything, also spaces and brackets.
+    let (_, rest) = stat.rsplit_once(')').expect("a name");
+    rest.split_ascii_whitespace().nth(1).and_then(|pid| pid.parse().ok()).expect("the keeper's process id")
 }
 
 fn count(dir: &Path) -> usize {

@@ -4,7 +4,12 @@ mod common;
 mod tables_common;
 
 use common::make::{DEFAULT, gzip, text};
-use lazyrun_index::{Digest, DigestOf, LayerIndex, TableError, TocPlace, estargz};
+use std::io::Cursor;
+
+use lazyrun_index::{
+    Digest, DigestOf, IndexError, LayerIndex, StreamOptions, TableError, TocPlace, compare, estargz,
+    prove_layer,
+};
 use tables_common::{
     Times, claim, decode, facts, fixture, fixtures, footer, header, pack, padding, same_as_tar, stargz_footer,
 };
@@ -20,6 +25,45 @@ fn real_layers_are_what_their_tar_says() {
         for entry in index.entries() {
             assert!(entry.extents().all(|e| e.layer_offset % 512 == e.file_offset % 512), "{entry:?}");
         }
+    }
+}
+
+#[test]
+fn real_layers_are_proven_by_their_blob() {
+    for fixture in fixtures() {
+        let index = claim(&fixture.place(), fixture.packed(), &fixture.facts()).unwrap();
+        let mut out = Cursor::new(Vec::new());
+        let proven = prove_layer(&index, &fixture.blob[..], &mut (), &mut out, &StreamOptions::default());
+        assert_eq!(proven.expect(&fixture.file).diff_id, fixture.diff_id);
+        compare(&index, &LayerIndex::from_bytes(out.into_inner()).unwrap()).expect(&fixture.file);
+    }
+}
+
+#[test]
+fn a_table_that_lies_about_its_layer_is_found_out() {
+    let a = text(5000, 1);
+    let true_layer = layer(&[("a", &a), ("b", b"b"), ("none", b"")], &["a", "b"], 2048);
+    let end = stargz_footer(true_layer.data.len());
+    true_layer.proven(&end);
+    let digest = Digest::of(b"b").to_string();
+    for (path, from, to) in [
+        ("a", r#""mode":420"#, r#""mode":2541"#),
+        ("b", r#""name":"b","type":"reg","size":1,"#, r#""name":"b","type":"fifo","#),
+        ("b", r#""name":"b","#, r#""name":"b","uid":1000,"#),
+        ("none", r#""name":"none","#, r#""name":"none","modtime":"2020-01-01T00:00:00Z","#),
+        ("b", r#""name":"b""#, r#""name":"c""#),
+        ("b", &*format!(r#""chunkDigest":"{digest}""#), &*format!(r#""digest":"{}""#, Digest::of(b"c"))),
+        ("none", r#",{"name":"none","type":"reg","mode":420}"#, ""),
+    ] {
+        let lie = Layer { data: true_layer.data.clone(), json: true_layer.json.replacen(from, to, 1) };
+        assert_ne!(lie.json, true_layer.json, "{from}");
+        let (place, packed, blob) = lie.with_footer(&end);
+        let diff_id = common::index_blob(&blob, &common::small_spans()).unwrap().summary.diff_id;
+        let index = claim(&place, &packed, &facts(&blob, diff_id)).unwrap();
+        let out = Cursor::new(Vec::new());
+        let found = prove_layer(&index, &blob[..], &mut (), out, &StreamOptions::default());
+        let Err(IndexError::Lie(mismatch)) = found else { panic!("{to}: {found:?}") };
+        assert_eq!(mismatch.path(), Some(path.as_bytes()), "{mismatch}");
     }
 }
 

@@ -7,7 +7,7 @@ use super::{TableError, TocInfo};
 use crate::builder::{IndexBuilder, LayerFacts, NewEntrance, NewEntry, NewSpan};
 use crate::format::SPAN_LEN_MAX;
 use crate::tar::BLOCK;
-use crate::{Compression, Digest, DigestOf, EntryKind, Extent, Layout};
+use crate::{Compression, Digest, DigestOf, EntryKind, Extent, IndexError, Layout};
 
 /// Shortest run of zeros that becomes a hole; shorter ones are fetched like data, which costs less than the pieces
 /// that a file with many holes falls into.
@@ -37,6 +37,24 @@ pub(super) fn check(table: &Entries) -> Result<(), TableError> {
         }
         if known.insert(&entry.path, entry).is_some() {
             return fail("the table has two entries with this name".into());
+        }
+    }
+    only_directories_have_children(table)
+}
+
+/// Looking up the parents of every entry would take long for deep paths; this looks for children instead.
+fn only_directories_have_children(table: &Entries) -> Result<(), TableError> {
+    let mut sorted: Vec<&[u8]> = table.entries.iter().map(|e| &*e.path).collect();
+    sorted.sort_unstable();
+    let mut inside = Vec::new();
+    for entry in table.entries.iter().filter(|e| e.kind != EntryKind::Directory) {
+        inside.clear();
+        inside.extend_from_slice(&entry.path);
+        inside.push(b'/');
+        let first = sorted.partition_point(|path| *path < &inside[..]);
+        if let Some(child) = sorted.get(first).filter(|path| path.starts_with(&inside)) {
+            let parent = entry.path.escape_ascii();
+            return Err(TableError::entry(child, format!("it lies in \"{parent}\", which is no directory")));
         }
     }
     Ok(())
@@ -119,7 +137,7 @@ pub(super) fn build(
             builder.span(span)?;
         }
         let xattrs: Vec<_> = entry.xattrs.iter().map(|(name, value)| (&name[..], &value[..])).collect();
-        builder.entry(&NewEntry {
+        let new = NewEntry {
             path: &entry.path,
             kind: entry.kind,
             mode: entry.mode,
@@ -132,6 +150,10 @@ pub(super) fn build(
             xattrs: &xattrs,
             extents: &file.extents,
             content: entry.content,
+        };
+        builder.entry(&new).map_err(|e| match e {
+            IndexError::Entry { name, reason } => TableError::Entry { name, reason },
+            other => TableError::Index(other),
         })?;
         info.entries += 1;
         info.spans += file.spans.len() as u64;
