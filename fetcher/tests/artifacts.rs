@@ -329,3 +329,26 @@ async fn all_of_it_can_be_spawned() {
     });
     assert_eq!(task.await.unwrap(), (1, 2, true));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn indexes_longer_than_their_layer_are_left_out() {
+    let registry = Registry::start().await;
+    // Empty files: a tar of headers packs well, records of entries do not.
+    let made = TestImage::new(vec![TestLayer::gzip(tar(195, 45_000, 0)), TestLayer::gzip(tar(196, 3, 5000))]);
+    let name = registry.push(&made, "team/app", "v1").await;
+    let bench = Bench::new();
+    let image = bench.resolve(&name).await;
+    let given = indexes(&image, &made);
+    let report = push_indexes(&bench.client, &image, &given, &PushOptions::default()).await.unwrap();
+    assert_eq!(report.layers, 1);
+    assert_eq!(report.left_out, [image.layers[0].digest]);
+    // And are not taken from others.
+    let long = index_of(&made.layers[0]);
+    assert!(long.len() > 4 << 20);
+    let long = put_own(&registry, &image, &image.layers[0], long, |_| {}).await;
+    put_referrers(&registry, &image, &[long]).await;
+    let want: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+    let found = discover(&bench.client, &image, &want, &REPOSITORY).await;
+    assert!(found.layers.is_empty());
+    assert!(found.warnings[0].contains("cannot have"), "{:?}", found.warnings);
+}

@@ -96,6 +96,18 @@ pub(crate) fn parse_descriptors(bytes: &[u8]) -> Option<Vec<Descriptor>> {
     Some(raw.manifests.unwrap_or_default().into_iter().filter_map(RawDescriptor::check).collect())
 }
 
+#[derive(Deserialize)]
+struct RawLayers {
+    #[serde(default)]
+    layers: Option<Vec<RawDescriptor>>,
+}
+
+/// The layers of an image manifest, whatever they are; none if it is something else.
+pub(crate) fn parse_layers(bytes: &[u8]) -> Vec<Descriptor> {
+    let raw = serde_json::from_slice(bytes).unwrap_or(RawLayers { layers: None });
+    raw.layers.unwrap_or_default().into_iter().filter_map(RawDescriptor::check).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

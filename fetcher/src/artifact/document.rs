@@ -7,8 +7,8 @@ use serde::Deserialize;
 
 use super::descriptor::{Descriptor, RawDescriptor, parse_descriptors};
 use super::{
-    CREATED, FORMAT, LAYER_DIFF_ID, LAYER_DIGEST, MAX_BLOBS, MAX_INDEX, OWN_LAYER_INDEX,
-    OWN_LAYER_INDEX_ZSTD, SOCI_INDEX_DIGEST, SOCI_LAYER_DIGEST, SOCI_MANIFEST_DIGEST, SPAN_SIZE, kind_of,
+    CREATED, FORMAT, LAYER_DIFF_ID, LAYER_DIGEST, MAX_BLOBS, OWN_LAYER_INDEX, OWN_LAYER_INDEX_ZSTD,
+    SOCI_INDEX_DIGEST, SOCI_LAYER_DIGEST, SOCI_MANIFEST_DIGEST, SPAN_SIZE, index_limit, kind_of,
 };
 use crate::manifest::{LayerDescriptor, OCI_MANIFEST, ResolvedImage, printable};
 use crate::trust::{OriginKind, Trust};
@@ -211,7 +211,7 @@ fn match_layer(
     {
         return Err(format!("it gives layer {} a diffID that the image's config does not", layer.digest));
     }
-    if blob.size == 0 || blob.size > MAX_INDEX {
+    if blob.size == 0 || blob.size > index_limit(layer.size) {
         return Err(format!("the index of layer {} cannot have {} bytes", layer.digest, blob.size));
     }
     Ok(Some(layer.clone()))

@@ -12,7 +12,7 @@ mod push;
 pub use admin::{IndexArtifact, IndexedLayer, delete_index, list_indexes};
 pub(crate) use admin::{bad, candidates_of_referrers, load_document};
 pub use descriptor::Descriptor;
-pub(crate) use descriptor::parse_descriptors;
+pub(crate) use descriptor::{parse_descriptors, parse_layers};
 pub(crate) use document::{ArtifactDocument, Candidate, candidates_in_list, pinned_by_manifest};
 pub(crate) use own::decode_blob;
 pub use push::{IndexSource, PushOptions, PushReport, push_indexes};
@@ -48,9 +48,17 @@ pub(crate) const SOCI_MANIFEST_DIGEST: &str = "com.amazon.soci.image-manifest-di
 pub(crate) const SOCI_LAYER_DIGEST: &str = "com.amazon.soci.image-layer-digest";
 
 /// Largest index of one layer that is read, in bytes, also after decompression.
-pub(crate) const MAX_INDEX: u64 = 256 << 20;
+const MAX_INDEX: u64 = 256 << 20;
+/// An index may be this long, in bytes, however small its layer's blob is.
+const SMALL_INDEX: u64 = 4 << 20;
 /// Most blobs an artifact may have.
 pub(crate) const MAX_BLOBS: usize = 512;
+
+/// Longest index, in bytes, of a layer whose blob has `blob_size` bytes: one that is longer than the blob saves
+/// nothing. What foreign bytes unpack to is bounded by this.
+pub(crate) fn index_limit(blob_size: u64) -> u64 {
+    blob_size.clamp(SMALL_INDEX, MAX_INDEX)
+}
 
 /// The kind of index artifact behind an artifact type.
 pub(crate) fn kind_of(artifact_type: &str) -> Option<OriginKind> {

@@ -7,7 +7,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use lazyrun_index::Digest;
 
 use super::own::{About, EMPTY_CONFIG, OwnBlob, make_blob, make_manifest};
-use super::{Descriptor, MAX_INDEX};
+use super::{Descriptor, index_limit};
 use crate::client::{RegistryClient, Uploaded};
 use crate::error::FetchError;
 use crate::manifest::{LayerDescriptor, ResolvedImage};
@@ -52,6 +52,8 @@ pub struct PushReport {
     pub artifact: Digest,
     /// Layers of the image whose index it holds.
     pub layers: usize,
+    /// Digests of layers whose index is left out, as it is longer than the layer's blob and saves nothing.
+    pub left_out: Vec<Digest>,
     /// Bytes of its manifest and its blobs.
     pub size: u64,
     /// Bytes of blobs that the registry did not have yet.
@@ -87,9 +89,14 @@ pub async fn push_indexes(
     }
     let config = Bytes::from_static(EMPTY_CONFIG);
     client.upload_blob(&image.reference, Digest::of(&config), config).await?;
+    let mut left_out: Vec<Digest> = chosen.iter().map(|(layer, _)| layer.digest).collect();
     let uploads: Vec<_> =
         chosen.into_iter().map(|(layer, source)| upload(client, image, layer, source)).collect();
-    let blobs: Vec<(Descriptor, u32, u64)> = stream::iter(uploads).buffered(PARALLEL).try_collect().await?;
+    let uploaded: Vec<Option<(Descriptor, u32, u64)>> =
+        stream::iter(uploads).buffered(PARALLEL).try_collect().await?;
+    let mut kept = uploaded.iter().map(Option::is_none);
+    left_out.retain(|_| kept.next().unwrap_or_default());
+    let blobs: Vec<(Descriptor, u32, u64)> = uploaded.into_iter().flatten().collect();
     let about = About {
         // Who reads it must know all of its indexes' formats, and prefers the artifact with the best worst.
         format: blobs.iter().map(|(_, format, _)| *format).min().unwrap_or_default(),
@@ -101,25 +108,28 @@ pub async fn push_indexes(
     let (artifact, bytes) = make_manifest(image, &descriptors, &about);
     let size = artifact.size + descriptors.iter().map(|d| d.size).sum::<u64>();
     client.put_artifact(&image.reference, image.manifest_digest, &artifact, bytes).await?;
-    Ok(PushReport { artifact: artifact.digest, layers: descriptors.len(), size, sent })
+    Ok(PushReport { artifact: artifact.digest, layers: descriptors.len(), left_out, size, sent })
 }
 
-/// Uploads one index; gives its descriptor, its format version and the bytes that were sent.
+/// Uploads one index; gives its descriptor, its format version and the bytes that were sent, or nothing if the
+/// index is too long to be of use.
 async fn upload(
     client: &RegistryClient,
     image: &ResolvedImage,
     layer: &LayerDescriptor,
     source: &IndexSource,
-) -> Result<(Descriptor, u32, u64), FetchError> {
+) -> Result<Option<(Descriptor, u32, u64)>, FetchError> {
     let (of, source) = (layer.clone(), source.clone());
     let made = tokio::task::spawn_blocking(move || {
         let index = match source {
-            IndexSource::File(path) => read(&path)?,
-            IndexSource::Memory(bytes) => Vec::from(bytes),
+            IndexSource::File(path) => read(&path, index_limit(of.size))?,
+            IndexSource::Memory(bytes) => Some(Vec::from(bytes)),
         };
-        Ok::<_, FetchError>(make_blob(&of, index))
+        let index = index.filter(|i| i.len() as u64 <= index_limit(of.size));
+        Ok::<_, FetchError>(index.map(|index| make_blob(&of, index)))
     });
     let made = made.await.map_err(|_| FetchError::Interrupted { what: "packing an index" })??;
+    let Some(made) = made else { return Ok(None) };
     let OwnBlob { descriptor, bytes, format } = made.map_err(|reason| FetchError::Invalid {
         image: image.reference.familiar(),
         what: "index",
@@ -129,15 +139,14 @@ async fn upload(
         Uploaded::Sent => descriptor.size,
         Uploaded::Existed => 0,
     };
-    Ok((descriptor, format, sent))
+    Ok(Some((descriptor, format, sent)))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, FetchError> {
+/// A file of at most `limit` bytes; nothing if it is longer.
+fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, FetchError> {
     let fail = |e| FetchError::store("reading", path, e);
-    let length = std::fs::metadata(path).map_err(fail)?.len();
-    if length > MAX_INDEX {
-        let what = format!("a file of {length} bytes is no index: more than {MAX_INDEX}");
-        return Err(fail(std::io::Error::other(what)));
+    if std::fs::metadata(path).map_err(fail)?.len() > limit {
+        return Ok(None);
     }
-    std::fs::read(path).map_err(fail)
+    std::fs::read(path).map(Some).map_err(fail)
 }

@@ -189,6 +189,16 @@ impl RegistryClient {
         self.find_manifest(&repository, &digest.to_string(), Some(digest), manifest::ACCEPT).await
     }
 
+    /// A manifest of any kind by tag or digest, verified by `want` or by the digest that the registry claims.
+    pub(crate) async fn manifest_named(
+        &self,
+        reference: &Reference,
+        name: &str,
+        want: Option<Digest>,
+    ) -> Result<Option<Bytes>, FetchError> {
+        self.find_manifest(&Repository::of(reference), name, want, manifest::ACCEPT).await
+    }
+
     /// A whole blob of at most `limit` bytes, verified. `what` names it in errors.
     ///
     /// # Errors

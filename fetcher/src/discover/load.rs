@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures_util::future::join_all;
 
-use super::{ClaimedIndex, Search};
+use super::{ClaimedIndex, NO_ROOM, Search};
 use crate::artifact::{ArtifactDocument, Candidate, Descriptor, bad, decode_blob};
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
@@ -63,7 +63,7 @@ pub(super) async fn take(search: &Search<'_>, candidate: &Candidate, document: A
 async fn load(search: &Search<'_>, origin: &Origin, blob: &Descriptor, layer: &LayerDescriptor) -> Loaded {
     let of = |reason: &str| format!("the index of layer {}: {reason}", layer.digest);
     if !search.reserve(blob.size) {
-        return Loaded::Missed(of("there is no room for it in memory"));
+        return Loaded::Missed(of(NO_ROOM));
     }
     let fetched = {
         let _turn = search.gate.acquire().await;
@@ -80,14 +80,13 @@ async fn load(search: &Search<'_>, origin: &Origin, blob: &Descriptor, layer: &L
         Err(error) => return Loaded::Missed(of(&error.to_string())),
     };
     let (kind, media_type, layer_of) = (origin.kind, blob.media_type.clone(), layer.clone());
-    let decoded = tokio::task::spawn_blocking(move || decode(kind, bytes, &media_type, &layer_of)).await;
-    match decoded {
+    match search.make(move || decode(kind, bytes, &media_type, &layer_of)).await {
         Ok(Ok(index)) => {
             search.keep(layer.diff_id, ClaimedIndex { bytes: index, origin: origin.clone() });
             Loaded::Taken
         }
         Ok(Err(reason)) => Loaded::Bad(of(&reason)),
-        Err(_) => Loaded::Missed(of("reading it was interrupted")),
+        Err(reason) => Loaded::Missed(of(&reason)),
     }
 }
 

@@ -5,6 +5,7 @@
 //! a valid index. What fails is left out with a warning; an image without index still starts.
 
 mod load;
+mod table_image;
 mod tables;
 
 use std::collections::{HashMap, HashSet};
@@ -12,10 +13,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lazyrun_index::Digest;
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 
 use crate::artifact::{
-    ArtifactDocument, Candidate, bad, candidates_in_list, candidates_of_referrers, load_document,
+    ArtifactDocument, Candidate, Descriptor, bad, candidates_in_list, candidates_of_referrers, load_document,
     pinned_by_manifest,
 };
 use crate::client::RegistryClient;
@@ -25,10 +26,13 @@ use crate::trust::{IndexPolicy, Origin, OriginKind, Trust, TrustMode};
 
 /// Requests at a time.
 const PARALLEL: usize = 6;
+/// Indexes that are unpacked or made at a time: each may take as much memory as it is long, twice.
+const DECODERS: usize = 2;
 /// Artifacts that are tried, best first.
 const MAX_CANDIDATES: usize = 8;
 /// Bytes of indexes that one discovery holds in memory.
 const MAX_BYTES: u64 = 512 << 20;
+const NO_ROOM: &str = "there is no room for it in memory";
 
 /// Bounds of a discovery.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +93,8 @@ pub async fn discover_with(
         policy,
         refused: &options.refused,
         gate: Semaphore::new(PARALLEL),
+        decoders: Semaphore::new(DECODERS),
+        table_image: OnceCell::new(),
         state: Mutex::new(State::new(image, want)),
     };
     if policy.trust == TrustMode::Proven {
@@ -130,6 +136,9 @@ struct Search<'a> {
     policy: &'a IndexPolicy,
     refused: &'a HashSet<Digest>,
     gate: Semaphore,
+    decoders: Semaphore,
+    /// Layers of the image that holds eStargz tables, once somebody needs them.
+    table_image: OnceCell<Result<Vec<Descriptor>, String>>,
     /// Outside of the futures, so that what was found stays when time is up.
     state: Mutex<State>,
 }
@@ -252,6 +261,21 @@ impl Search<'_> {
         let left = state.room.checked_sub(bytes);
         state.room = left.unwrap_or(state.room);
         left.is_some()
+    }
+
+    /// Makes an index of foreign bytes, aside from the tasks and few at a time. Room is made for what it takes; the
+    /// outer error is that there is none left.
+    async fn make<F>(&self, make: F) -> Result<Result<Vec<u8>, String>, String>
+    where
+        F: FnOnce() -> Result<Vec<u8>, String> + Send + 'static,
+    {
+        let _turn = self.decoders.acquire().await;
+        let made = tokio::task::spawn_blocking(make).await;
+        let made = made.map_err(|_| "reading it was interrupted".to_owned())?;
+        match made {
+            Ok(index) if !self.reserve(index.len() as u64) => Err(NO_ROOM.to_owned()),
+            other => Ok(other),
+        }
     }
 
     fn keep(&self, diff_id: Digest, claimed: ClaimedIndex) {

@@ -121,7 +121,7 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
     filter("gzip", &["-n", "-c"], bytes)
 }
 
-fn filter(program: &str, args: &[&str], bytes: &[u8]) -> Vec<u8> {
+pub fn filter(program: &str, args: &[&str], bytes: &[u8]) -> Vec<u8> {
     let mut child = Command::new(program)
         .args(args)
         .stdin(Stdio::piped())
