@@ -63,6 +63,9 @@ fn main() -> io::Result<()> {
         put("estargz", &i.to_string(), &[text.as_bytes()])?;
         put("chunked", &i.to_string(), &[text.as_bytes()])?;
     }
+    for (i, bytes) in lazyrun_fuzz::soci_seeds().iter().enumerate() {
+        put("soci", &i.to_string(), &[bytes])?;
+    }
     put("chunked", "position", &[b"a12577:3008:29347:1"])?;
     for file in fs::read_dir(root.join("../index/tests/data/tables"))? {
         let file = file?;

@@ -9,12 +9,14 @@ mod oci;
 mod pax;
 mod tables;
 mod zstd_frames;
+mod ztoc;
 
 use lazyrun_index::{LayerIndex, StreamOptions, prove_layer};
 
 #[cfg(fuzzing)]
 pub use oci::oci;
 pub use tables::{chunked, estargz};
+pub use ztoc::{soci, soci_seeds};
 
 /// Two blocks of zeros: a whole archive, after which anything may follow.
 pub const EMPTY_TAR: [u8; 1024] = [0; 1024];

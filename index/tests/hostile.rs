@@ -71,6 +71,34 @@ fn a_mapped_index_is_the_same() {
     assert!(matches!(LayerIndex::open(&dir.path().join("none")), Err(IndexError::IndexIo { .. })));
 }
 
+#[test]
+fn thousands_of_holes_are_not_hashed() {
+    // An old GNU sparse file that is one hole of 64 MiB costs a header, and hashing it a tenth of a second.
+    const FILES: usize = 5000;
+    let mut tar = Vec::new();
+    for i in 0..FILES {
+        let mut header = [0; 512];
+        let name = format!("hole-{i}");
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[100..107].copy_from_slice(b"0000644");
+        header[124..135].copy_from_slice(b"00000000000");
+        header[156] = b'S';
+        header[257..265].copy_from_slice(b"ustar  \0");
+        header[483..494].copy_from_slice(format!("{:011o}", 64 << 20).as_bytes());
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|&b| u32::from(b)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        tar.extend_from_slice(&header);
+    }
+    tar.extend_from_slice(&[0; 1024]);
+    let indexed = index_blob(&tar, &small_spans()).unwrap();
+    assert_eq!(indexed.index.entry_count(), FILES);
+    assert!(indexed.index.entries().all(|e| e.size() == 64 << 20 && e.extents().len() == 0));
+    let hashed: Vec<_> = indexed.index.entries().filter_map(|e| e.content()).collect();
+    assert_eq!(hashed.len(), 4, "256 MiB of holes and one for each byte of the archive");
+    assert!(hashed.iter().all(|digest| *digest == hashed[0]));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
