@@ -147,6 +147,60 @@ fn kinds_and_their_oddities() {
 }
 
 #[test]
+fn values_at_their_ends() {
+    let base256 = |value: i64, len: usize| {
+        let mut field = vec![if value < 0 { 0xff } else { 0 }; len];
+        field[len - 8..].copy_from_slice(&value.to_be_bytes());
+        field[0] |= 0x80;
+        field
+    };
+    let long: String = ["x".repeat(255).as_str(); 16].join("/") + "/";
+    let target = "t".repeat(4095);
+    let times = |mtime| pax(&[("atime", "1.5"), ("ctime", "2.25"), ("mtime", mtime)]);
+    let tar = [
+        head("id", b'0', 0)
+            .set(108, &base256(0xffff_fffe, 8))
+            .set(116, &base256(0xffff_fffe, 8))
+            .set(136, &base256(-5_000_000_000, 12))
+            .with(b""),
+        pax(&[("uid", "4294967294"), ("gid", "4294967294")]),
+        head("pax-id", b'0', 0).set(136, &base256(1 << 40, 12)).with(b""),
+        times("-1.5"),
+        file("before", b""),
+        times("99999999999.123456789123"),
+        file("after", b""),
+        pax(&[("path", &long), ("size", "3")]),
+        head("p", b'0', 0).with(b"abc"),
+        pax(&[("linkpath", &target)]),
+        head("l", b'2', 0).set(157, b"short").with(b""),
+        meta(b'L', long.as_bytes()),
+        meta(b'K', target.as_bytes()),
+        head("gnu", b'2', 0).gnu().with(b""),
+        head("raw", b'0', 0).set(0, b"\xff\xfe\x01 \n").with(b""),
+        file("raw", b"1"),
+        file("raw", b"2"),
+        head("h", b'1', 0).set(157, b"in/an/earlier/layer").with(b""),
+        end(),
+        b"garbage".to_vec(),
+    ];
+    let got = parse(&tar.concat()).unwrap();
+    let at = |secs, nanos| Timestamp { secs, nanos };
+    for entry in &got[..2] {
+        assert_eq!((entry.uid, entry.gid), (u32::MAX - 1, u32::MAX - 1));
+    }
+    let mtimes: Vec<_> = got[..4].iter().map(|e| e.mtime).collect();
+    let want = [at(-5_000_000_000, 0), at(1 << 40, 0), at(-2, 500_000_000), at(99_999_999_999, 123_456_789)];
+    assert_eq!(mtimes, want);
+    assert_eq!((got[4].path.len(), got[4].size), (4095, 3));
+    assert_eq!((got[5].link.as_slice(), got[6].link.as_slice()), (target.as_bytes(), target.as_bytes()));
+    assert_eq!(got[6].path, got[4].path);
+    assert_eq!(got[7].path, b"\xff\xfe\x01 \n");
+    assert_eq!((&got[8].path, got[8].content), (&got[9].path, Some(Digest::of(b"1"))));
+    assert_eq!((got[10].kind, &got[10].link[..]), (EntryKind::Hardlink, &b"in/an/earlier/layer"[..]));
+    assert_eq!(got.len(), 11);
+}
+
+#[test]
 fn every_sparse_format() {
     let map = b"2\n0\n3\n1000\n2\n";
     let one = pax(&[

@@ -31,6 +31,54 @@ pub(crate) fn gzip(data: &[u8], level: c_int, strategy: c_int) -> Vec<u8> {
     out
 }
 
+/// Deflate data with a flush after every `piece` bytes.
+fn deflate(data: &[u8], piece: usize, flush: c_int) -> Vec<u8> {
+    let mut stream = z::z_stream::default();
+    let size = size_of::<z::z_stream>() as c_int;
+    // SAFETY: a default-initialised stream with its own size; -15 asks for raw deflate.
+    let code = unsafe { z::deflateInit2_(&raw mut stream, 6, 8, -15, 8, 0, z::zlibVersion(), size) };
+    assert_eq!(code, z::Z_OK);
+    let mut out = vec![0; data.len() + data.len() / piece * 100 + 100_000];
+    stream.next_out = out.as_mut_ptr();
+    stream.avail_out = out.len() as u32;
+    for part in data.chunks(piece) {
+        stream.next_in = part.as_ptr();
+        stream.avail_in = part.len() as u32;
+        // SAFETY: the pointers and lengths are those of live slices.
+        assert_eq!(unsafe { z::deflate(&raw mut stream, flush) }, z::Z_OK);
+    }
+    // SAFETY: as above.
+    assert_eq!(unsafe { z::deflate(&raw mut stream, z::Z_FINISH) }, z::Z_STREAM_END);
+    out.truncate(out.len() - stream.avail_out as usize);
+    // SAFETY: the stream was initialised above.
+    unsafe { z::deflateEnd(&raw mut stream) };
+    out
+}
+
+fn framed(data: &[u8], extra: &[u8], deflated: &[u8]) -> Vec<u8> {
+    let mut out = vec![0x1f, 0x8b, 8, if extra.is_empty() { 0 } else { 4 }, 0, 0, 0, 0, 0, 255];
+    if !extra.is_empty() {
+        out.extend((extra.len() as u16).to_le_bytes());
+        out.extend(extra);
+    }
+    out.extend(deflated);
+    // SAFETY: pointer and length are those of a live slice.
+    let crc = unsafe { z::crc32_z(0, data.as_ptr(), data.len()) as u32 };
+    out.extend(crc.to_le_bytes());
+    out.extend((data.len() as u32).to_le_bytes());
+    out
+}
+
+/// One gzip member with an extra field.
+pub(crate) fn gzip_member(data: &[u8], extra: &[u8]) -> Vec<u8> {
+    framed(data, extra, &deflate(data, usize::MAX, 0))
+}
+
+/// One gzip member that is flushed after every `piece` bytes.
+pub(crate) fn gzip_flushed(data: &[u8], piece: usize, flush: c_int) -> Vec<u8> {
+    framed(data, &[], &deflate(data, piece, flush))
+}
+
 /// One zstd frame.
 pub(crate) fn zstd(data: &[u8], level: i32) -> Vec<u8> {
     zstd::bulk::compress(data, level).unwrap()
