@@ -101,8 +101,15 @@ async fn fetch(search: &Search<'_>, layer: &LayerDescriptor, range: Range<u64>) 
 }
 
 /// Turns a SOCI zTOC into an index.
-pub(super) fn ztoc(_bytes: &[u8], _layer: &LayerDescriptor) -> Result<Vec<u8>, String> {
-    Err("SOCI tables cannot be read yet".to_owned())
+pub(super) fn ztoc(bytes: &[u8], layer: &LayerDescriptor) -> Result<Vec<u8>, String> {
+    let compression = match layer.media_type.as_str() {
+        kind if kind.ends_with("zstd") => Compression::Zstd,
+        kind if kind.ends_with("gzip") => Compression::Gzip,
+        "" => Compression::Gzip,
+        _ => Compression::None,
+    };
+    let index = lazyrun_index::soci::ztoc_to_index(bytes, &facts_of(layer, compression));
+    index.map_err(|e| e.to_string())
 }
 
 fn facts_of(layer: &LayerDescriptor, compression: Compression) -> LayerFacts {
