@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use lazyrun_index::{Digest, IndexError};
 
+use crate::trust::OriginKind;
+
 /// Why an image, a blob or a piece of a layer could not be had.
 ///
 /// Each variant's `Display` is one sentence without secrets, fit for a user. Clonable, because one failed
@@ -213,6 +215,34 @@ pub enum FetchError {
     Layer {
         /// Digest of the blob.
         digest: Digest,
+        /// What is wrong with it.
+        source: Arc<IndexError>,
+    },
+    /// An index that somebody published does not tell the truth about its layer.
+    #[error("the {origin} of layer {layer} is a lie: {reason}")]
+    Lie {
+        /// diffID of the layer.
+        layer: Digest,
+        /// What the index was taken from.
+        origin: OriginKind,
+        /// Which entry or span, what was claimed and what is true.
+        reason: String,
+    },
+    /// An index from where a lie came from before.
+    #[error("the {origin} of layer {layer} is not used, because it was found to be a lie: {reason}")]
+    Distrusted {
+        /// diffID of the layer.
+        layer: Digest,
+        /// What the index was taken from.
+        origin: OriginKind,
+        /// What was wrong then.
+        reason: String,
+    },
+    /// An index that somebody published is not one.
+    #[error("the {origin} cannot be used: {source}")]
+    BadClaim {
+        /// What the index was taken from.
+        origin: OriginKind,
         /// What is wrong with it.
         source: Arc<IndexError>,
     },

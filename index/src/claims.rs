@@ -46,8 +46,8 @@ enum News {
     Span(usize, Digest),
 }
 
-/// A follower for the layer file and one for the blob's own bytes. A table's layer file is not what passes, so its
-/// spans are not followed.
+/// A follower for the layer file and one for the blob's own bytes. A table's layer file is not what passes: the
+/// sink gets what does, and its spans are not followed.
 pub(crate) fn follow<'a>(index: &'a LayerIndex, sink: &'a mut dyn LayerSink) -> (Claims<'a>, BlobTap<'a>) {
     let (tell, news) = channel();
     let followed = if index.layout() == Layout::Tar { index.span_count() } else { 0 };
@@ -142,6 +142,7 @@ impl LayerSink for Claims<'_> {
     fn data(&mut self, offset: u64, mut bytes: &[u8]) -> io::Result<()> {
         debug_assert_eq!(offset, self.at);
         if self.index.layout() == Layout::Table {
+            self.sink.data(offset, bytes)?;
             self.at += bytes.len() as u64;
             return Ok(());
         }

@@ -67,7 +67,8 @@ pub fn hydrate_layer<R: Read + Send>(
 /// For a claim of [`Layout::Tar`] `sink` gets the layer file's bytes, also those behind the claimed spans, and the
 /// *claimed* spans: each as soon as its digest fits, those without one once the whole layer is proven. They are
 /// told with the digest of their decoded bytes, so that a span that came through its claimed entrance before can be
-/// compared. For a claim of [`Layout::Table`] `sink` hears of progress only.
+/// compared. For a claim of [`Layout::Table`] `sink` gets the tar's bytes and no spans: the caller copies the contents
+/// from there.
 ///
 /// A blob that is damaged or not the layer's gives the same errors as [`hydrate_layer`]; when the blob is what it
 /// should be and the claim is not, the error is [`IndexError::Lie`]. A table's extents are not looked at:

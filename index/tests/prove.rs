@@ -66,7 +66,10 @@ fn the_truth_is_proven() {
         let mut keep = Keep::default();
         let table = Claim::table(&own.index);
         prove_with(&table, &blob, &mut keep).unwrap();
-        assert!(keep.data.is_empty() && keep.spans.is_empty(), "a table's layer file is another one");
+        assert!(
+            keep.data == own.layer && keep.spans.is_empty(),
+            "the tar passes, not the table's layer file"
+        );
         assert_eq!(keep.progress, blob.len() as u64);
         let refused = hydrate_layer(&table.index(), &blob[..], &mut ());
         assert!(matches!(refused, Err(IndexError::TableLayout)));

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
 use super::views::MountedView;
@@ -29,6 +29,9 @@ pub struct Record {
     pub image_id: Digest,
     /// Its layers, bottom first.
     pub diff_ids: Vec<Digest>,
+    /// The layer files; where they are not recorded, the tars.
+    #[serde(default)]
+    pub layers: Vec<LayerId>,
     /// The mount plan.
     pub plan: String,
     /// What it runs.

@@ -8,12 +8,14 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    ClientOptions, Fetcher, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient,
-    ResolvedImage,
+    BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, IndexPolicy, Layer, LayerDescriptor,
+    Platform, Progress, Reference, RegistryClient, ResolvedImage, discover_with,
 };
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId};
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use super::lies::Lie;
 use super::meta::{ImageRecord, Meta};
 use crate::clock;
 use crate::failure::Failure;
@@ -25,13 +27,15 @@ pub struct Images {
     blobs: PathBuf,
     fetcher: Fetcher,
     clients: Mutex<HashMap<RegistryOptions, RegistryClient>>,
-    hydrating: Mutex<HashMap<Digest, AbortHandle>>,
+    hydrating: Mutex<HashMap<LayerId, AbortHandle>>,
+    lies: mpsc::Sender<Lie>,
 }
 
 impl Images {
-    /// Images recorded in `meta`, their manifests and configs in `blobs`.
-    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher) -> Self {
-        Self { meta, blobs, fetcher, clients: Mutex::default(), hydrating: Mutex::default() }
+    /// Images recorded in `meta`, their manifests and configs in `blobs`. `lies` hears of indexes that are found
+    /// not to tell the truth.
+    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>) -> Self {
+        Self { meta, blobs, fetcher, clients: Mutex::default(), hydrating: Mutex::default(), lies }
     }
 
     /// What moves the bytes.
@@ -166,7 +170,14 @@ impl Images {
         Ok(ResolvedImage::from_parts(reference, read(record.manifest)?, read(record.config)?)?)
     }
 
-    /// The layers of an image, each with an index; layers without one are streamed, all at once.
+    /// Which indexes of others a request admits.
+    pub fn policy(request: &ImageRequest, image: &ResolvedImage) -> IndexPolicy {
+        let _ = request;
+        IndexPolicy::default_for(&image.reference)
+    }
+
+    /// The layers of an image, each with an index: one that is here, one that is found in the registry and that the
+    /// policy admits, or one that is made by streaming the layer; layers are streamed all at once.
     ///
     /// # Errors
     /// When a layer can't be had or isn't what its digest and diffID say.
@@ -174,22 +185,101 @@ impl Images {
         &self,
         image: &ResolvedImage,
         registry: &RegistryOptions,
+        policy: &IndexPolicy,
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Arc<Layer>>> {
-        let source = self.client(registry)?.blobs(&image.reference);
-        let one = |descriptor: LayerDescriptor| {
-            let source = source.clone();
-            async move {
-                match self.fetcher.store().get(descriptor.diff_id)? {
-                    Some(layer) => Ok(layer),
-                    None => self.fetcher.ingest(&descriptor, source, Arc::clone(progress)).await,
-                }
-            }
-        };
+        let client = self.client(registry)?;
+        self.adopt_found(&client, image, policy, progress).await?;
+        let source = client.blobs(&image.reference);
+        let one = |descriptor: LayerDescriptor| self.layer(descriptor, source.clone(), policy, progress);
         let layers = try_join_all(image.layers.iter().cloned().map(one)).await?;
         // Only now is it known that the image is what its manifest says.
         self.record(image, registry)?;
         Ok(layers)
+    }
+
+    async fn layer(
+        &self,
+        descriptor: LayerDescriptor,
+        source: BlobSource,
+        policy: &IndexPolicy,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Arc<Layer>> {
+        if let Some(layer) = self.fetcher.store().get(descriptor.diff_id)? {
+            // One that somebody else's policy admitted has to be proven first.
+            let admitted = layer.origin().is_none_or(|origin| policy.trust.admits(origin.trust));
+            if admitted {
+                return Ok(layer);
+            }
+            match self.prove(&layer, progress).await {
+                Ok(()) => return Ok(layer),
+                Err(error @ FetchError::Lie { .. }) => {
+                    progress.note(&format!("{error}; it is streamed anew"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(self.fetcher.ingest(&descriptor, source, Arc::clone(progress)).await?)
+    }
+
+    // Looks for indexes of the layers that have none here. Whatever goes wrong, the layers can be streamed.
+    async fn adopt_found(
+        &self,
+        client: &RegistryClient,
+        image: &ResolvedImage,
+        policy: &IndexPolicy,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<()> {
+        let store = self.fetcher.store();
+        let mut want = Vec::new();
+        for diff_id in image.layers.iter().map(|l| l.diff_id) {
+            if want.contains(&diff_id) || store.get(diff_id)?.is_some() {
+                continue;
+            }
+            for id in [LayerId::tar(diff_id), LayerId::table(diff_id)] {
+                if let Some(lie) = store.by_id(id)?.and_then(|layer| layer.lie()) {
+                    progress.note(&format!("{lie}; another index is used"));
+                }
+            }
+            want.push(diff_id);
+        }
+        if want.is_empty() {
+            return Ok(());
+        }
+        let options = DiscoverOptions { refused: store.refused_artifacts(), ..DiscoverOptions::default() };
+        let found = discover_with(client, image, &want, policy, &options).await;
+        for warning in &found.warnings {
+            tracing::warn!(image = %image.reference, warning, "an index is not used");
+            progress.note(warning);
+        }
+        for claim in found.layers.into_values() {
+            let store = store.clone();
+            let adopted =
+                tokio::task::spawn_blocking(move || store.adopt(&claim.bytes, &claim.origin)).await?;
+            match adopted {
+                Ok(layer) => tracing::info!(layer = layer.file_name(), "index adopted"),
+                Err(error) => progress.note(&error.to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    // Hydrates a layer, which proves its index; tells of a lie.
+    async fn prove(&self, layer: &Arc<Layer>, progress: &Arc<dyn Progress>) -> Result<(), FetchError> {
+        let result = self.fetcher.hydrate(layer, Arc::clone(progress)).await;
+        if let Err(error @ FetchError::Lie { .. }) = &result {
+            let _ = self.lies.try_send((Arc::clone(layer), error.clone()));
+        }
+        result
+    }
+
+    /// References of the recorded images that have a layer.
+    pub fn names_with(&self, diff_id: Digest) -> Vec<String> {
+        let has = |record: &ImageRecord| {
+            self.load(record).is_ok_and(|image| image.layers.iter().any(|l| l.diff_id == diff_id))
+        };
+        let records = self.records().unwrap_or_default();
+        records.into_iter().filter(has).map(|r| r.reference).collect()
     }
 
     /// Makes all bytes of the layers local.
@@ -197,7 +287,7 @@ impl Images {
     /// # Errors
     /// As [`Images::layers`].
     pub async fn hydrate(&self, layers: &[Arc<Layer>], progress: &Arc<dyn Progress>) -> Result<()> {
-        let jobs = layers.iter().map(|layer| self.fetcher.hydrate(layer, Arc::clone(progress)));
+        let jobs = layers.iter().map(|layer| self.prove(layer, progress));
         try_join_all(jobs).await?;
         Ok(())
     }
@@ -206,28 +296,29 @@ impl Images {
     pub fn hydrate_later(self: &Arc<Self>, layers: &[Arc<Layer>]) {
         let mut hydrating = self.hydrating.lock().unwrap_or_else(PoisonError::into_inner);
         for layer in layers.iter().filter(|l| !l.is_hydrated()) {
-            let diff_id = layer.diff_id();
-            if hydrating.get(&diff_id).is_some_and(|job| !job.is_finished()) {
+            let id = layer.id();
+            if hydrating.get(&id).is_some_and(|job| !job.is_finished()) {
                 continue;
             }
             let (this, layer) = (Arc::clone(self), Arc::clone(layer));
             let job = tokio::spawn(async move {
-                match this.fetcher.hydrate(&layer, Arc::new(Unwatched)).await {
-                    Ok(()) => tracing::info!(layer = %diff_id, "layer hydrated"),
+                let progress: Arc<dyn Progress> = Arc::new(Unwatched);
+                match this.prove(&layer, &progress).await {
+                    Ok(()) => tracing::info!(layer = %id, "layer hydrated"),
                     Err(error) => {
-                        tracing::warn!(layer = %diff_id, %error, "background hydration ended early");
+                        tracing::warn!(layer = %id, %error, "background hydration ended early");
                     }
                 }
             });
-            hydrating.insert(diff_id, job.abort_handle());
+            hydrating.insert(id, job.abort_handle());
         }
     }
 
     /// Stops background hydration of these layers.
-    pub fn stop_hydrating(&self, diff_ids: &[Digest]) {
+    pub fn stop_hydrating(&self, ids: &[LayerId]) {
         let mut hydrating = self.hydrating.lock().unwrap_or_else(PoisonError::into_inner);
-        for diff_id in diff_ids {
-            if let Some(job) = hydrating.remove(diff_id) {
+        for id in ids {
+            if let Some(job) = hydrating.remove(id) {
                 job.abort();
             }
         }

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use lazyrun_fetcher::{Fetcher, Layer};
 use lazyrun_fs::fuse::{LayerFiles, ReadReply};
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId};
 use tokio::runtime::Handle;
 
 use super::profile::Recorder;
@@ -20,12 +20,20 @@ pub struct LayerService {
     pub recorder: Recorder,
 }
 
-/// The inode number of a layer file: the same in every life of the daemon, since the kernel remembers it.
-pub fn inode_of(diff_id: Digest) -> u64 {
+/// The inode number of a layer file by its name: the same in every life of the daemon, since the kernel remembers it.
+pub fn inode_of(file_name: &str) -> u64 {
+    // A tar layer file that was indexed here is named by its diffID, which will do as it is.
+    let plain = format!("sha256:{file_name}").parse::<Digest>();
+    let digest = plain.unwrap_or_else(|_| Digest::of(file_name.as_bytes()));
     let mut first = [0; 8];
-    first.copy_from_slice(&diff_id.as_bytes()[..8]);
+    first.copy_from_slice(&digest.as_bytes()[..8]);
     // 0 is no inode and 1 is the root.
     u64::from_le_bytes(first).max(2)
+}
+
+/// The layer file that a name means: its id, for an adopted one with a part of its index's digest behind it.
+fn id_of(file_name: &str) -> Option<LayerId> {
+    file_name.parse().ok().or_else(|| file_name.rsplit_once('.')?.0.parse().ok())
 }
 
 impl LayerService {
@@ -35,8 +43,8 @@ impl LayerService {
     }
 
     /// Forgets a layer that is no longer in the store.
-    pub fn forget(&self, diff_id: Digest) {
-        self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&inode_of(diff_id));
+    pub fn forget(&self, file_name: &str) {
+        self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&inode_of(file_name));
     }
 
     fn layer(&self, ino: u64) -> Option<Arc<Layer>> {
@@ -44,28 +52,33 @@ impl LayerService {
             return Some(Arc::clone(layer));
         }
         // After a restart the kernel may ask for a file it looked up in an earlier life.
-        let diff_id = self.fetcher.store().list().ok()?.into_iter().find(|d| inode_of(*d) == ino)?;
-        self.open(diff_id)
+        let store = self.fetcher.store();
+        let names = store.list().ok()?.into_iter().filter_map(|id| store.file_name(id));
+        let name = names.into_iter().find(|name| inode_of(name) == ino)?;
+        self.open(&name)
     }
 
-    fn open(&self, diff_id: Digest) -> Option<Arc<Layer>> {
-        let layer = match self.fetcher.store().get(diff_id) {
+    fn open(&self, file_name: &str) -> Option<Arc<Layer>> {
+        let layer = match self.fetcher.store().by_id(id_of(file_name)?) {
             Ok(layer) => layer?,
             Err(error) => {
-                tracing::warn!(layer = %diff_id, %error, "a layer of the store can't be opened");
+                tracing::warn!(layer = file_name, %error, "a layer of the store can't be opened");
                 return None;
             }
         };
+        // With another index it is another file.
+        if layer.file_name() != file_name {
+            return None;
+        }
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        Some(Arc::clone(known.entry(inode_of(diff_id)).or_insert(layer)))
+        Some(Arc::clone(known.entry(inode_of(file_name)).or_insert(layer)))
     }
 }
 
 impl LayerFiles for LayerService {
     fn by_name(&self, name: &[u8]) -> Option<u64> {
         let name = std::str::from_utf8(name).ok()?;
-        let diff_id: Digest = format!("sha256:{name}").parse().ok()?;
-        self.open(diff_id).map(|_| inode_of(diff_id))
+        self.open(name).map(|_| inode_of(name))
     }
 
     fn size(&self, ino: u64) -> Option<u64> {
@@ -80,7 +93,7 @@ impl LayerFiles for LayerService {
             Ok(Some(n)) => return reply.data(&buffer[..n]),
             Ok(None) => {}
             Err(error) => {
-                tracing::error!(layer = %layer.diff_id(), offset, %error, "a local layer file can't be read");
+                tracing::error!(layer = layer.file_name(), offset, %error, "a local layer file can't be read");
                 return reply.error(libc::EIO);
             }
         }
@@ -89,10 +102,31 @@ impl LayerFiles for LayerService {
             match fetcher.read(&layer, offset, len as usize).await {
                 Ok(bytes) => reply.data(&bytes),
                 Err(error) => {
-                    tracing::error!(layer = %layer.diff_id(), offset, len, %error, "a read could not be satisfied");
+                    tracing::error!(layer = layer.file_name(), offset, len, %error, "a read could not be satisfied");
                     reply.error(libc::EIO);
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inodes_follow_the_file_name() {
+        let diff_id = Digest::of(b"x");
+        let (tar, table) = (LayerId::tar(diff_id).to_string(), LayerId::table(diff_id).to_string());
+        let adopted = format!("{tar}.0123456789abcdef");
+        // As it has always been: kernels remember it.
+        assert_eq!(inode_of(&tar).to_le_bytes(), diff_id.as_bytes()[..8]);
+        let others = [inode_of(&tar), inode_of(&table), inode_of(&adopted)];
+        assert!(others[0] != others[1] && others[0] != others[2] && others[1] != others[2]);
+        assert_eq!(id_of(&tar), Some(LayerId::tar(diff_id)));
+        assert_eq!(id_of(&adopted), Some(LayerId::tar(diff_id)));
+        assert_eq!(id_of(&table), Some(LayerId::table(diff_id)));
+        assert_eq!(id_of(&format!("{table}.0123456789abcdef")), Some(LayerId::table(diff_id)));
+        assert_eq!(id_of("../x.table"), None);
     }
 }

@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::Daemon;
 use super::containers::{Container, Record};
 use super::views::chain_id;
+use super::{Daemon, layer_ids};
 use crate::container::config::ShimConfig;
 use crate::container::shim;
 use crate::failure::Failure;
@@ -176,7 +176,7 @@ impl Daemon {
     }
 
     async fn recover_view(self: &Arc<Self>, record: &Record) -> Option<Arc<super::views::MountedView>> {
-        let layers = self.known_layers(&record.diff_ids)?;
+        let layers = self.known_layers(&layer_ids(&record.layers, &record.diff_ids))?;
         self.images.hydrate_later(&layers);
         match self.views.get(layers, record.plan.parse().ok()?, false).await {
             Ok(view) => Some(view),

@@ -3,6 +3,7 @@
 pub mod containers;
 pub mod images;
 pub mod layer_service;
+pub mod lies;
 mod lifecycle;
 pub mod meta;
 pub mod mounts;
@@ -23,7 +24,7 @@ use lazyrun_fetcher::{FetchOptions, Fetcher, Layer, LayerStore};
 use lazyrun_fs::fuse::{self, FuseKind, ServeOptions};
 use lazyrun_fs::mounter::Mounter;
 use lazyrun_fs::plan::{self, Plan, Probes};
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId};
 
 use crate::failure::Failure;
 use crate::keeper::store::Kept;
@@ -36,7 +37,7 @@ use layer_service::LayerService;
 use meta::Meta;
 use mounts::Mounts;
 use profile::Profiles;
-use views::Views;
+use views::{ViewId, Views};
 
 pub use lifecycle::parse_signal;
 
@@ -116,7 +117,8 @@ impl Daemon {
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
         let fetcher = Fetcher::new(layers, FetchOptions::default());
-        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone()));
+        let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
+        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
         images.add_recorded_sources()?;
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
@@ -138,7 +140,10 @@ impl Daemon {
             stop: tokio::sync::Notify::new(),
             flat,
         });
+        lies::watch(&daemon, lies);
         daemon.recover(before).await?;
+        let this = Arc::clone(&daemon);
+        tokio::task::spawn_blocking(move || this.remove_superseded());
         Ok(daemon)
     }
 
@@ -149,8 +154,8 @@ impl Daemon {
         for name in names {
             let Some(tree) = before.remove(&name) else { continue };
             let dev = before.remove(&format!("{name}:dev"));
-            let Some((chain, ..)) = views::parse_kept_name(&name) else { continue };
-            let Some(layers) = self.layers_of_chain(chain)? else { continue };
+            let Some(kept) = views::parse_kept_name(&name) else { continue };
+            let Some(layers) = self.layers_of_view(&kept.id)? else { continue };
             if let Err(error) = self.views.adopt(&name, layers, tree, dev) {
                 tracing::warn!(view = name, %error, "a view can't be taken over");
             }
@@ -159,20 +164,35 @@ impl Daemon {
         self.recover_mounts().await
     }
 
-    fn layers_of_chain(&self, chain: Digest) -> Result<Option<Vec<Arc<Layer>>>> {
+    fn layers_of_view(&self, id: &ViewId) -> Result<Option<Vec<Arc<Layer>>>> {
         for record in self.images.records()? {
             let Ok(image) = self.images.load(&record) else { continue };
             let diff_ids: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
-            if views::chain_id(&diff_ids) == Some(chain) {
-                return Ok(self.known_layers(&diff_ids));
+            if views::chain_id(&diff_ids) == Some(id.chain) {
+                let layers = self.known_layers(&id.layer_ids(&diff_ids));
+                return Ok(layers.filter(|layers| ViewId::of(layers) == *id));
             }
         }
         Ok(None)
     }
 
-    /// These layers, if all have an index here.
-    fn known_layers(&self, diff_ids: &[Digest]) -> Option<Vec<Arc<Layer>>> {
-        diff_ids.iter().map(|d| self.images.fetcher().store().get(*d).ok().flatten()).collect()
+    /// These layer files, if all are here.
+    fn known_layers(&self, ids: &[LayerId]) -> Option<Vec<Arc<Layer>>> {
+        ids.iter().map(|id| self.images.fetcher().store().by_id(*id).ok().flatten()).collect()
+    }
+
+    // Layer files that nothing starts from any more and no view uses.
+    fn remove_superseded(&self) {
+        let busy = self.views.release(|view| view.layers.iter().any(|l| l.adopted_from().is_some()));
+        match self.images.fetcher().store().remove_superseded(|id| busy.contains(&id)) {
+            Ok(removed) => {
+                for name in removed {
+                    self.service.forget(&name);
+                    tracing::info!(layer = name, "superseded layer file removed");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "superseded layer files can't be removed"),
+        }
     }
 
     /// The plan a request gets.
@@ -194,6 +214,14 @@ impl Daemon {
         }
         self.unmount_all();
     }
+}
+
+/// The layer files of a record; early records have no names of files, only diffIDs.
+fn layer_ids(layers: &[LayerId], diff_ids: &[Digest]) -> Vec<LayerId> {
+    if layers.len() == diff_ids.len() {
+        return layers.to_vec();
+    }
+    diff_ids.iter().copied().map(LayerId::tar).collect()
 }
 
 fn serve_flat(

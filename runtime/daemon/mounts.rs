@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
-use super::Daemon;
 use super::views::MountedView;
+use super::{Daemon, layer_ids};
 use crate::names;
 
 /// What is kept of a mount (`mounts/<id>/mount.json`).
@@ -22,6 +22,9 @@ pub struct MountRecord {
     pub image: String,
     /// Its layers, bottom first.
     pub diff_ids: Vec<Digest>,
+    /// The layer files; where they are not recorded, the tars.
+    #[serde(default)]
+    pub layers: Vec<LayerId>,
     /// The mount plan.
     pub plan: String,
 }
@@ -71,6 +74,7 @@ impl Daemon {
             target,
             image: image.to_owned(),
             diff_ids: view.layers.iter().map(|l| l.diff_id()).collect(),
+            layers: view.layers.iter().map(|l| l.id()).collect(),
             plan: view.plan.to_string(),
         };
         let make = || -> Result<()> {
@@ -158,7 +162,10 @@ impl Daemon {
                 let _ = std::fs::remove_dir_all(entry.path());
                 continue;
             };
-            let view = match (self.known_layers(&record.diff_ids), record.plan.parse()) {
+            let view = match (
+                self.known_layers(&layer_ids(&record.layers, &record.diff_ids)),
+                record.plan.parse(),
+            ) {
                 (Some(layers), Ok(plan)) => {
                     self.images.hydrate_later(&layers);
                     self.views.get(layers, plan, false).await.ok()

@@ -14,11 +14,12 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result};
 use futures_util::{StreamExt, stream};
 use lazyrun_fetcher::{Fetcher, Layer};
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId, Layout};
 use serde::{Deserialize, Serialize};
 
-/// Version of the format; other versions are ignored, since a profile only saves time.
-const VERSION: u32 = 1;
+/// Version of the format. Version 1 named no layer files: they were all tars. Other versions are ignored, since a
+/// profile only saves time.
+const VERSION: u32 = 2;
 /// What a touch is rounded to, in bytes of the layer file.
 const BLOCK: u64 = 64 << 10;
 /// Most blocks of a profile: 16 GiB read at a start.
@@ -32,8 +33,26 @@ const PIPELINE: usize = 3;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     version: u32,
+    /// The layer files, bottom first.
+    #[serde(default)]
+    layers: Vec<LayerId>,
     /// Layer (0 at the bottom) and number of the block in its layer file.
     blocks: Vec<(u16, u32)>,
+}
+
+impl Profile {
+    /// Whether it is about these layer files. A block of a tar says nothing about a table.
+    pub fn fits(&self, layers: &[Arc<Layer>]) -> bool {
+        self.is_about(layers.iter().map(|l| l.id()))
+    }
+
+    fn is_about(&self, mut files: impl Iterator<Item = LayerId>) -> bool {
+        if self.version == 1 {
+            files.all(|id| id.layout == Layout::Tar)
+        } else {
+            files.eq(self.layers.iter().copied())
+        }
+    }
 }
 
 /// The profiles of an instance, one a chain.
@@ -55,7 +74,7 @@ impl Profiles {
     /// The profile of a chain, if a usable one is there.
     pub fn load(&self, chain: Digest) -> Option<Profile> {
         let profile: Profile = serde_json::from_slice(&std::fs::read(self.path(chain)).ok()?).ok()?;
-        (profile.version == VERSION && profile.blocks.len() <= MAX_BLOCKS).then_some(profile)
+        ((1..=VERSION).contains(&profile.version) && profile.blocks.len() <= MAX_BLOCKS).then_some(profile)
     }
 
     /// Keeps the profile of a chain.
@@ -143,14 +162,14 @@ pub struct Recorder {
 #[derive(Debug)]
 struct Recording {
     chain: Digest,
-    layers: Vec<u64>,
+    layers: Vec<(u64, LayerId)>,
     seen: HashSet<(u16, u32)>,
     blocks: Vec<(u16, u32)>,
 }
 
 impl Recorder {
-    /// Starts to record the reads of these layers (inode numbers, bottom first); `false` when that goes on already.
-    pub fn start(&self, chain: Digest, layers: Vec<u64>) -> bool {
+    /// Starts to record the reads of these layer files (inode numbers and names, bottom first); `false` when that goes on already.
+    pub fn start(&self, chain: Digest, layers: Vec<(u64, LayerId)>) -> bool {
         let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
         if recordings.iter().any(|r| r.chain == chain) {
             return false;
@@ -168,7 +187,7 @@ impl Recorder {
         let last = offset.saturating_add(u64::from(len) - 1) / BLOCK;
         let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
         for recording in recordings.iter_mut() {
-            let Some(layer) = recording.layers.iter().position(|l| *l == ino) else { continue };
+            let Some(layer) = recording.layers.iter().position(|(l, _)| *l == ino) else { continue };
             for block in offset / BLOCK..=last {
                 let (Ok(layer), Ok(block)) = (u16::try_from(layer), u32::try_from(block)) else { continue };
                 if recording.blocks.len() < MAX_BLOCKS && recording.seen.insert((layer, block)) {
@@ -184,7 +203,12 @@ impl Recorder {
         let at = recordings.iter().position(|r| r.chain == chain)?;
         let recording = recordings.swap_remove(at);
         self.active.store(!recordings.is_empty(), Ordering::Relaxed);
-        (!recording.blocks.is_empty()).then_some(Profile { version: VERSION, blocks: recording.blocks })
+        let layers = recording.layers.into_iter().map(|(_, id)| id).collect();
+        (!recording.blocks.is_empty()).then_some(Profile {
+            version: VERSION,
+            layers,
+            blocks: recording.blocks,
+        })
     }
 }
 
@@ -196,13 +220,16 @@ mod tests {
     fn first_touches_in_order() {
         let (recorder, chain) = (Recorder::default(), Digest::of(b"c"));
         recorder.note(7, 0, 1);
-        assert!(recorder.start(chain, vec![7, 9]) && !recorder.start(chain, vec![7, 9]));
+        let files = [(7, LayerId::tar(chain)), (9, LayerId::table(chain))];
+        assert!(recorder.start(chain, files.to_vec()) && !recorder.start(chain, files.to_vec()));
         recorder.note(9, BLOCK * 5, 1);
         recorder.note(7, BLOCK - 1, 2);
         recorder.note(9, BLOCK * 5 + 100, 4096);
         recorder.note(8, 0, 4096);
         let profile = recorder.finish(chain).expect("profile");
         assert_eq!(profile.blocks, [(1, 5), (0, 0), (0, 1)]);
+        assert!(profile.is_about(files.iter().map(|(_, id)| *id)));
+        assert!(!profile.is_about([LayerId::tar(chain); 2].into_iter()));
         assert_eq!(recorder.finish(chain), None);
     }
 
@@ -211,10 +238,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let (profiles, chain) = (Profiles::new(dir.path().into()), Digest::of(b"c"));
         assert_eq!(profiles.load(chain), None);
-        let profile = Profile { version: VERSION, blocks: vec![(0, 3)] };
+        let profile = Profile { version: VERSION, layers: vec![LayerId::tar(chain)], blocks: vec![(0, 3)] };
         profiles.save(chain, &profile).expect("save");
         assert_eq!(profiles.load(chain), Some(profile));
-        profiles.save(chain, &Profile { version: VERSION + 1, blocks: vec![] }).expect("save");
+        std::fs::write(profiles.path(chain), br#"{"version":1,"blocks":[[0,3]]}"#).expect("write");
+        let old = profiles.load(chain).expect("a profile of the first version");
+        assert!(old.is_about([LayerId::tar(chain)].into_iter()));
+        assert!(!old.is_about([LayerId::table(chain)].into_iter()));
+        let newer = Profile { version: VERSION + 1, ..Profile::default() };
+        profiles.save(chain, &newer).expect("save");
         assert_eq!(profiles.load(chain), None);
         profiles.delete_except(&[]).expect("delete");
         assert!(!profiles.path(chain).exists());

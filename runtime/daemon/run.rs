@@ -15,6 +15,7 @@ use oci_spec::image::ImageConfiguration;
 
 use super::Daemon;
 use super::containers::{Container, Record, write_record};
+use super::images::Images;
 use super::layer_service::inode_of;
 use super::profile::prefetch;
 use super::views::{MountedView, chain_id};
@@ -74,7 +75,8 @@ impl Daemon {
         // The network is made while the image comes.
         let image = async {
             let image = self.images.resolve(&request.image).await?;
-            let layers = self.images.layers(&image, &request.image.registry, progress).await?;
+            let policy = Images::policy(&request.image, &image);
+            let layers = self.images.layers(&image, &request.image.registry, &policy, progress).await?;
             let foreseen = self.foresee(&layers);
             let view = self.views.get(layers, plan, foreseen.is_none()).await?;
             anyhow::Ok((image, view))
@@ -96,7 +98,8 @@ impl Daemon {
         let diff_ids: Vec<_> = layers.iter().map(|l| l.diff_id()).collect();
         let chain = chain_id(&diff_ids)?;
         let (this, layers) = (Arc::clone(self), layers.to_vec());
-        if let Some(profile) = self.profiles.load(chain) {
+        let recorded = self.profiles.load(chain).filter(|profile| profile.fits(&layers));
+        if let Some(profile) = recorded {
             if layers.iter().any(|l| !l.is_hydrated()) {
                 tokio::spawn(async move {
                     prefetch(this.images.fetcher(), &layers, &profile).await;
@@ -106,7 +109,8 @@ impl Daemon {
             return Some(());
         }
         self.images.hydrate_later(&layers);
-        if self.service.recorder.start(chain, layers.iter().map(|l| inode_of(l.diff_id())).collect()) {
+        let files = layers.iter().map(|l| (inode_of(l.file_name()), l.id())).collect();
+        if self.service.recorder.start(chain, files) {
             tokio::spawn(async move {
                 tokio::time::sleep(START).await;
                 this.save_profile(chain);
@@ -202,6 +206,7 @@ impl Daemon {
             image: request.image.reference.clone(),
             image_id: image.config_digest,
             diff_ids: view.layers.iter().map(|l| l.diff_id()).collect(),
+            layers: view.layers.iter().map(|l| l.id()).collect(),
             plan: view.plan.to_string(),
             args,
             created: std::time::SystemTime::now(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lazyrun_fetcher::Progress;
+use lazyrun_fetcher::{Progress, TrustMode};
 use lazyrun_index::Digest;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Daemon;
+use super::images::Images;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, Request};
 use crate::ipc::{fds, frame};
@@ -26,6 +27,10 @@ struct Reporter(mpsc::Sender<Reply>);
 impl Progress for Reporter {
     fn advance(&self, layer: Digest, done: u64, total: u64) {
         let _ = self.0.try_send(Reply::Progress { layer, done, total });
+    }
+
+    fn note(&self, text: &str) {
+        let _ = self.0.try_send(Reply::Note(text.to_owned()));
     }
 }
 
@@ -95,7 +100,8 @@ impl Daemon {
                     .with_progress(stream, |p| async move {
                         let plan = self.plan_for(plan)?;
                         let resolved = self.images.resolve(&image).await?;
-                        let layers = self.images.layers(&resolved, &image.registry, &p).await?;
+                        let policy = Images::policy(&image, &resolved);
+                        let layers = self.images.layers(&resolved, &image.registry, &policy, &p).await?;
                         self.images.hydrate_later(&layers);
                         let view = self.views.get(layers, plan, false).await?;
                         let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
@@ -198,7 +204,15 @@ impl Daemon {
         loop {
             tokio::select! {
                 biased;
-                done = &mut job => return done,
+                done = &mut job => {
+                    // Progress that comes too late is of no interest, a note is.
+                    while let Ok(reply) = queue.try_recv() {
+                        if matches!(reply, Reply::Note(_)) {
+                            frame::send(stream, &reply).await?;
+                        }
+                    }
+                    return done;
+                }
                 Some(reply) = queue.recv() => frame::send(stream, &reply).await?,
                 ready = stream.readable() => {
                     ready?;
@@ -217,7 +231,12 @@ impl Daemon {
         progress: Arc<dyn Progress>,
     ) -> Result<Value> {
         let image = self.images.resolve(&request).await?;
-        let layers = self.images.layers(&image, &request.registry, &progress).await?;
+        let mut policy = Images::policy(&request, &image);
+        if !whole {
+            // The indexes are to be made here.
+            policy.trust = TrustMode::Proven;
+        }
+        let layers = self.images.layers(&image, &request.registry, &policy, &progress).await?;
         if whole {
             self.images.hydrate(&layers, &progress).await?;
         }
@@ -340,17 +359,19 @@ impl Daemon {
             wanted.extend(diff_ids);
         }
         let mut dropped = Vec::new();
-        wanted.extend(self.views.release(|view| !chains.contains(&view.chain)));
+        let busy = self.views.release(|view| !chains.contains(&view.id.chain));
         let store = self.images.fetcher().store();
-        for diff_id in store.list()? {
-            if !wanted.contains(&diff_id) {
-                dropped.push(diff_id);
+        for id in store.list()? {
+            if !wanted.contains(&id.diff_id) && !busy.contains(&id) {
+                dropped.push(id);
             }
         }
         self.images.stop_hydrating(&dropped);
-        for diff_id in dropped {
-            self.service.forget(diff_id);
-            store.remove(diff_id)?;
+        for id in dropped {
+            if let Some(name) = store.file_name(id) {
+                self.service.forget(&name);
+            }
+            store.remove(id)?;
         }
         self.views.delete_except(&chains)?;
         self.profiles.delete_except(&chains)
@@ -367,15 +388,18 @@ impl Daemon {
         for record in &records {
             diff_ids.extend(self.images.load(record)?.layers.iter().map(|l| l.diff_id));
         }
-        self.images.stop_hydrating(&diff_ids);
+        let store = self.images.fetcher().store();
+        let mut ids = store.list()?;
+        ids.retain(|id| diff_ids.contains(&id.diff_id));
+        self.images.stop_hydrating(&ids);
         let busy = self.views.release(|view| view.layers.iter().any(|l| diff_ids.contains(&l.diff_id())));
         let mut freed = 0;
-        for diff_id in diff_ids.into_iter().filter(|d| !busy.contains(d)) {
-            if let Some(layer) = self.images.fetcher().store().get(diff_id)? {
+        for id in ids.into_iter().filter(|id| !busy.contains(id)) {
+            if let Some(layer) = store.by_id(id)? {
                 freed += layer.local_bytes();
                 layer.forget()?;
-                if let Err(error) = self.flat.invalidate(super::layer_service::inode_of(diff_id)) {
-                    tracing::warn!(layer = %diff_id, %error, "cached contents of a dropped layer may remain");
+                if let Err(error) = self.flat.invalidate(super::layer_service::inode_of(layer.file_name())) {
+                    tracing::warn!(layer = %id, %error, "cached contents of a dropped layer may remain");
                 }
             }
         }

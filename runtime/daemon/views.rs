@@ -14,7 +14,7 @@ use lazyrun_fs::mount::{self, OverlayOptions};
 use lazyrun_fs::mounter::{Device, Mounter, Request};
 use lazyrun_fs::plan::Plan;
 use lazyrun_fs::view::View;
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId, Layout};
 
 use super::layer_service::{LayerService, inode_of};
 use super::profile::delete_others;
@@ -23,8 +23,8 @@ use crate::keeper::store::Kept;
 /// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
 #[derive(Debug)]
 pub struct MountedView {
-    /// chainID of the layers.
-    pub chain: Digest,
+    /// Which view it is.
+    pub id: ViewId,
     /// The plan that serves it.
     pub plan: Plan,
     /// Root of the mount.
@@ -45,9 +45,64 @@ pub struct Views {
     service: Arc<LayerService>,
     flat: Arc<OwnedFd>,
     kept: Arc<Kept>,
-    mounted: Mutex<HashMap<(Digest, Plan), Arc<MountedView>>>,
+    mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
     building: tokio::sync::Mutex<()>,
+}
+
+/// Names a view: the chainID of its layers and, unless all are tar layer files that were indexed here, which files
+/// they are. A view of claimed indexes must never be taken for one of the true ones.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ViewId {
+    /// chainID of the layers.
+    pub chain: Digest,
+    // A letter for the layout of each layer, `-`, and a part of the digest of all file names.
+    variant: Option<String>,
+}
+
+impl ViewId {
+    /// The view of these layers, bottom first.
+    pub fn of(layers: &[Arc<Layer>]) -> Self {
+        let diff_ids: Vec<Digest> = layers.iter().map(|l| l.diff_id()).collect();
+        let chain = chain_id(&diff_ids).unwrap_or_else(|| Digest::of(b""));
+        let files: Vec<(LayerId, &str)> = layers.iter().map(|l| (l.id(), l.file_name())).collect();
+        Self { chain, variant: variant_of(&files) }
+    }
+
+    /// The layer files of the view of an image with these diffIDs.
+    pub fn layer_ids(&self, diff_ids: &[Digest]) -> Vec<LayerId> {
+        let letters = self.variant.as_deref().unwrap_or("").bytes().take_while(|b| *b != b'-');
+        let layouts = letters.map(|b| if b == TABLE { Layout::Table } else { Layout::Tar });
+        let layouts = layouts.chain(std::iter::repeat(Layout::Tar));
+        diff_ids.iter().zip(layouts).map(|(diff_id, layout)| LayerId { diff_id: *diff_id, layout }).collect()
+    }
+
+    fn file_stem(&self) -> String {
+        match &self.variant {
+            None => self.chain.hex(),
+            Some(variant) => format!("{}-{variant}", self.chain.hex()),
+        }
+    }
+}
+
+impl std::fmt::Display for ViewId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.file_stem())
+    }
+}
+
+// In a variant: the layout of a layer file.
+const TAR: u8 = b'r';
+const TABLE: u8 = b'b';
+
+fn variant_of(files: &[(LayerId, &str)]) -> Option<String> {
+    if files.iter().all(|(id, name)| id.layout == Layout::Tar && *name == id.to_string()) {
+        return None;
+    }
+    let letters = files.iter().map(|(id, _)| if id.layout == Layout::Table { TABLE } else { TAR });
+    let letters: String = letters.map(char::from).collect();
+    let names: Vec<&str> = files.iter().map(|(_, name)| *name).collect();
+    Some(format!("{letters}-{}", &Digest::of(names.join("\n").as_bytes()).hex()[..16]))
 }
 
 /// The chainID of layers given bottom first (OCI image-spec, "Layer ChainID").
@@ -97,13 +152,15 @@ impl Views {
         tree: OwnedFd,
         dev: Option<OwnedFd>,
     ) -> Result<()> {
-        let Some((chain, plan, direct)) = parse_kept_name(name) else { bail!("odd view name {name}") };
+        let Some(KeptView { id, plan, direct }) = parse_kept_name(name) else {
+            bail!("odd view name {name}")
+        };
         let server = match dev {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
             None => None,
         };
-        let view = MountedView { chain, plan, tree, direct, layers, _server: server };
-        self.lock().insert((chain, plan), Arc::new(view));
+        let view = MountedView { id: id.clone(), plan, tree, direct, layers, _server: server };
+        self.lock().insert((id, plan), Arc::new(view));
         Ok(())
     }
 
@@ -118,47 +175,47 @@ impl Views {
         plan: Plan,
         recorded: bool,
     ) -> Result<Arc<MountedView>> {
-        let diff_ids: Vec<Digest> = layers.iter().map(|l| l.diff_id()).collect();
-        let chain = chain_id(&diff_ids).unwrap_or_else(|| Digest::of(b""));
+        let id = ViewId::of(&layers);
         let _building = self.building.lock().await;
-        if let Some(view) = self.reusable(chain, plan, recorded) {
+        if let Some(view) = self.reusable(&id, plan, recorded) {
             return Ok(view);
         }
         let this = Arc::clone(self);
         let runtime = tokio::runtime::Handle::current();
         let mounted = tokio::task::spawn_blocking(move || match plan {
-            Plan::Erofs => this.mount_erofs(chain, layers, recorded, &runtime),
-            Plan::Overlay => this.mount_fuse(chain, layers),
+            Plan::Erofs => this.mount_erofs(id, layers, recorded, &runtime),
+            Plan::Overlay => this.mount_fuse(id, layers),
             Plan::Fuse => bail!("the mount plan fuse is not available in this version"),
         });
         let view = Arc::new(mounted.await.context("mounting the view")??);
-        self.lock().insert((chain, plan), Arc::clone(&view));
+        self.lock().insert((view.id.clone(), plan), Arc::clone(&view));
         Ok(view)
     }
 
     // A view nobody uses is mounted anew once its layers are whole: then without FUSE.
-    fn reusable(&self, chain: Digest, plan: Plan, recorded: bool) -> Option<Arc<MountedView>> {
+    fn reusable(&self, id: &ViewId, plan: Plan, recorded: bool) -> Option<Arc<MountedView>> {
         if !mount::shares_detached() {
             return None;
         }
         let mut mounted = self.lock();
-        let view = mounted.get(&(chain, plan))?;
+        let key = (id.clone(), plan);
+        let view = mounted.get(&key)?;
         let unused = Arc::strong_count(view) == 1;
         let direct = !recorded && view.layers.iter().all(|l| l.is_hydrated());
         if unused && plan == Plan::Erofs && view.direct != direct {
-            let view = mounted.remove(&(chain, plan))?;
+            let view = mounted.remove(&key)?;
             self.discard(&view);
             return None;
         }
         Some(Arc::clone(view))
     }
 
-    /// Takes down views that nobody uses and for which `which` says yes; returns the layers of those in use.
-    pub fn release(&self, which: impl Fn(&MountedView) -> bool) -> Vec<Digest> {
+    /// Takes down views that nobody uses and for which `which` says yes; returns the layer files of those in use.
+    pub fn release(&self, which: impl Fn(&MountedView) -> bool) -> Vec<LayerId> {
         let mut busy = Vec::new();
         self.lock().retain(|_, view| {
             if Arc::strong_count(view) > 1 {
-                busy.extend(view.layers.iter().map(|l| l.diff_id()));
+                busy.extend(view.layers.iter().map(|l| l.id()));
                 return true;
             }
             let keep = !which(view);
@@ -170,32 +227,35 @@ impl Views {
         busy
     }
 
-    /// Deletes the metadata images of all chains but these. Those still mounted live on until unmounted.
+    /// Deletes the metadata images of all chains but these, and those with adopted indexes that are not mounted. Those
+    /// still mounted live on until unmounted.
     ///
     /// # Errors
     /// When the directory can't be read or a file can't be deleted.
     pub fn delete_except(&self, chains: &[Digest]) -> Result<()> {
+        let mut ids: Vec<ViewId> = chains.iter().map(|c| ViewId { chain: *c, variant: None }).collect();
+        ids.extend(self.lock().keys().map(|(id, _)| id.clone()).filter(|id| chains.contains(&id.chain)));
         let keep: Vec<PathBuf> =
-            chains.iter().flat_map(|c| [self.image_path(*c), self.appendix_path(*c)]).collect();
+            ids.iter().flat_map(|id| [self.image_path(id), self.appendix_path(id)]).collect();
         delete_others(&self.dir, &keep)
     }
 
     fn mount_erofs(
         &self,
-        chain: Digest,
+        id: ViewId,
         layers: Vec<Arc<Layer>>,
         recorded: bool,
         runtime: &tokio::runtime::Handle,
     ) -> Result<MountedView> {
-        let image = self.image_path(chain);
-        let appendix = self.appendix_path(chain);
+        let image = self.image_path(&id);
+        let appendix = self.appendix_path(&id);
         if !image.exists() {
             self.build(&layers, &image, &appendix, runtime)?;
         }
         let direct = !recorded && layers.iter().all(|l| l.is_hydrated());
         let device = |layer: &Arc<Layer>| match direct {
             true => Device::Local(layer.data_path()),
-            false => Device::Flat(layer.diff_id().hex()),
+            false => Device::Flat(layer.file_name().to_owned()),
         };
         let mut devices: Vec<Device> = layers.iter().map(device).collect();
         if appendix.exists() {
@@ -205,18 +265,18 @@ impl Views {
         let tree = self
             .mounter
             .mount(&request, &[self.flat.as_fd()])
-            .with_context(|| format!("mounting the EROFS view of {chain}"))?;
-        self.keep(chain, Plan::Erofs, direct, &tree, None)?;
-        Ok(MountedView { chain, plan: Plan::Erofs, tree, direct, layers, _server: None })
+            .with_context(|| format!("mounting the EROFS view of {}", id.chain))?;
+        self.keep(&id, Plan::Erofs, direct, &tree, None)?;
+        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, _server: None })
     }
 
-    fn mount_fuse(&self, chain: Digest, layers: Vec<Arc<Layer>>) -> Result<MountedView> {
+    fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>) -> Result<MountedView> {
         let mount =
-            fuse::mount(FuseKind::View).with_context(|| format!("mounting the FUSE view of {chain}"))?;
+            fuse::mount(FuseKind::View).with_context(|| format!("mounting the FUSE view of {}", id.chain))?;
         let server = self.serve_view(&layers, &mount.tree, mount.dev, false)?;
-        self.keep(chain, Plan::Overlay, false, &mount.tree, Some(&server.device_fd()?))?;
+        self.keep(&id, Plan::Overlay, false, &mount.tree, Some(&server.device_fd()?))?;
         Ok(MountedView {
-            chain,
+            id,
             plan: Plan::Overlay,
             tree: mount.tree,
             direct: false,
@@ -233,7 +293,7 @@ impl Views {
         adopt: bool,
     ) -> Result<ServerHandle> {
         let view = merge(layers)?;
-        let inodes = layers.iter().map(|l| inode_of(l.diff_id())).collect();
+        let inodes = layers.iter().map(|l| inode_of(l.file_name())).collect();
         let server = fuse::ViewFs::new(Arc::new(view), Arc::clone(&self.service), inodes);
         Ok(fuse::serve(server, tree.as_fd(), dev, ServeOptions { adopt, ..ServeOptions::default() })?)
     }
@@ -248,7 +308,7 @@ impl Views {
         let started = std::time::Instant::now();
         let view = merge(layers)?;
         let devices: Vec<DeviceSpec> =
-            layers.iter().map(|l| DeviceSpec::layer(&l.diff_id(), l.index().layer_size())).collect();
+            layers.iter().map(|l| DeviceSpec::layer(l.file_name(), l.index().layer_size())).collect();
         let content = Content { layers, fetcher: &self.fetcher, runtime };
         let mut image_file = tempfile::NamedTempFile::new_in(&self.dir)?;
         let mut appendix_file = tempfile::NamedTempFile::new_in(&self.dir)?;
@@ -271,23 +331,23 @@ impl Views {
         Ok(())
     }
 
-    fn image_path(&self, chain: Digest) -> PathBuf {
-        self.dir.join(format!("{}.v{BUILDER_VERSION}.erofs", chain.hex()))
+    fn image_path(&self, id: &ViewId) -> PathBuf {
+        self.dir.join(format!("{}.v{BUILDER_VERSION}.erofs", id.file_stem()))
     }
 
-    fn appendix_path(&self, chain: Digest) -> PathBuf {
-        self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", chain.hex()))
+    fn appendix_path(&self, id: &ViewId) -> PathBuf {
+        self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", id.file_stem()))
     }
 
     fn keep(
         &self,
-        chain: Digest,
+        id: &ViewId,
         plan: Plan,
         direct: bool,
         tree: &OwnedFd,
         dev: Option<&OwnedFd>,
     ) -> Result<()> {
-        let name = kept_name(chain, plan, direct);
+        let name = kept_name(id, plan, direct);
         self.kept.keep(&name, tree)?;
         if let Some(dev) = dev {
             self.kept.keep(&format!("{name}:dev"), dev)?;
@@ -296,13 +356,13 @@ impl Views {
     }
 
     fn discard(&self, view: &MountedView) {
-        let name = kept_name(view.chain, view.plan, view.direct);
+        let name = kept_name(&view.id, view.plan, view.direct);
         // A keeper that is gone keeps nothing, which is what is wanted.
         let _ = self.kept.discard(&name);
         let _ = self.kept.discard(&format!("{name}:dev"));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(Digest, Plan), Arc<MountedView>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {
         self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -312,17 +372,32 @@ fn merge(layers: &[Arc<Layer>]) -> Result<View> {
     View::merge(&indexes).context("merging the image's layers")
 }
 
-fn kept_name(chain: Digest, plan: Plan, direct: bool) -> String {
-    format!("view:{}:{plan}:{}", chain.hex(), if direct { "direct" } else { "fuse" })
+fn kept_name(id: &ViewId, plan: Plan, direct: bool) -> String {
+    let name = format!("view:{}:{plan}:{}", id.chain.hex(), if direct { "direct" } else { "fuse" });
+    id.variant.as_ref().map_or_else(|| name.clone(), |variant| format!("{name}:{variant}"))
+}
+
+/// What the name of a kept view says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptView {
+    /// Which view it is.
+    pub id: ViewId,
+    /// The plan that serves it.
+    pub plan: Plan,
+    /// Whether it reads local files without FUSE.
+    pub direct: bool,
 }
 
 /// What a name of a kept view says, and `None` for other names.
-pub fn parse_kept_name(name: &str) -> Option<(Digest, Plan, bool)> {
+pub fn parse_kept_name(name: &str) -> Option<KeptView> {
     let mut parts = name.strip_prefix("view:")?.split(':');
     let chain = format!("sha256:{}", parts.next()?).parse().ok()?;
     let plan = parts.next()?.parse().ok()?;
     let direct = parts.next()? == "direct";
-    parts.next().is_none().then_some((chain, plan, direct))
+    let variant = parts.next().map(str::to_owned);
+    // The descriptor of its FUSE connection is kept under a name of its own.
+    let whole = parts.next().is_none() && variant.as_ref().is_none_or(|v| v.contains('-'));
+    whole.then_some(KeptView { id: ViewId { chain, variant }, plan, direct })
 }
 
 struct Content<'a> {
@@ -358,9 +433,31 @@ mod tests {
 
     #[test]
     fn kept_names_round_trip() {
-        let name = kept_name(Digest::of(b"x"), Plan::Erofs, true);
-        assert_eq!(parse_kept_name(&name), Some((Digest::of(b"x"), Plan::Erofs, true)));
-        assert_eq!(parse_kept_name(&format!("{name}:dev")), None);
+        let (x, y) = (Digest::of(b"x"), Digest::of(b"y"));
+        let files = [(LayerId::tar(x), x.hex()), (LayerId::table(y), LayerId::table(y).to_string())];
+        let files: Vec<_> = files.iter().map(|(id, name)| (*id, name.as_str())).collect();
+        assert_eq!(variant_of(&files[..1]), None);
+        for variant in [None, variant_of(&files)] {
+            let id = ViewId { chain: x, variant };
+            let name = kept_name(&id, Plan::Erofs, true);
+            let kept = KeptView { id, plan: Plan::Erofs, direct: true };
+            assert_eq!(parse_kept_name(&name), Some(kept));
+            assert_eq!(parse_kept_name(&format!("{name}:dev")), None);
+        }
         assert_eq!(parse_kept_name("flat"), None);
+    }
+
+    #[test]
+    fn views_of_adopted_layers_have_names_of_their_own() {
+        let (x, y) = (Digest::of(b"x"), Digest::of(b"y"));
+        let (own, table) = (x.hex(), LayerId::table(y).to_string());
+        let adopted = format!("{own}.0123456789abcdef");
+        let of = |name: &str| variant_of(&[(LayerId::tar(x), name), (LayerId::table(y), &table)]);
+        assert_ne!(of(&own), of(&adopted));
+        assert!(variant_of(&[(LayerId::tar(x), &adopted)]).is_some());
+        let id = ViewId { chain: x, variant: of(&own) };
+        assert_eq!(id.layer_ids(&[x, y]), [LayerId::tar(x), LayerId::table(y)]);
+        let plain = ViewId { chain: x, variant: None };
+        assert_eq!((plain.layer_ids(&[x]), plain.file_stem()), (vec![LayerId::tar(x)], x.hex()));
     }
 }

@@ -1,4 +1,7 @@
 //! Which spans of a layer are being fetched, by whom, and what failed: single flight per span.
+//!
+//! Spans are counted here by their *rank*, their place in the blob's order (see `Layer::span_at`), because a request
+//! is a run of the blob.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -6,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use lazyrun_index::SpanInfo;
 use tokio::sync::Notify;
 
 use super::scheduler::Class;
@@ -16,6 +20,9 @@ use crate::store::Layer;
 /// A fault waits for a background request that will reach the span within so many bytes; for one that is
 /// further away it sends its own request and that span is then fetched twice.
 const WORTH_WAITING: u64 = 1 << 20;
+/// Spans that lie so near each other in the blob are fetched by one request, with what is in between: about what a
+/// request costs.
+const NEAR: u64 = 64 << 10;
 
 /// The fetches of one layer.
 #[derive(Default)]
@@ -36,6 +43,8 @@ struct State {
     stream_failed: Option<(u64, FetchError)>,
     /// The server does not do ranges: only streams help.
     no_ranges: bool,
+    /// A reader waits for what only the stream brings.
+    stream_wanted: bool,
 }
 
 struct Claim {
@@ -45,11 +54,11 @@ struct Claim {
     position: Arc<AtomicU64>,
 }
 
-/// Neighbouring spans claimed for one request. Dropping it gives back what has not come.
+/// Spans of neighbouring ranks claimed for one request. Dropping it gives back what has not come.
 pub(super) struct Run {
     state: Arc<LayerState>,
     id: u64,
-    pub(super) spans: Range<usize>,
+    pub(super) ranks: Range<usize>,
     pub(super) class: Class,
     pub(super) position: Arc<AtomicU64>,
 }
@@ -82,10 +91,16 @@ impl LayerState {
         self.lock().no_ranges = true;
     }
 
+    /// Whether some reader waits for what only the stream of the layer brings.
+    pub(super) fn stream_wanted(&self) -> bool {
+        self.lock().stream_wanted
+    }
+
     pub(super) fn fail_stream(&self, error: FetchError) {
         let mut state = self.lock();
         state.generation += 1;
         state.stream_failed = Some((state.generation, error));
+        state.stream_wanted = false;
         drop(state);
         self.changed.notify_waiters();
     }
@@ -104,11 +119,10 @@ impl LayerState {
         let mut guard = self.lock();
         let state = &mut *guard;
         let mut plan = Plan { runs: Vec::new(), stream: false };
-        let mut ranges: Vec<Range<usize>> = Vec::new();
-        let mut wanted = 0;
-        for span in need.filter(|&i| layer.lacks_span(i)) {
-            let info = layer.index().span(span);
-            if state.no_ranges || !info.restartable {
+        let mut wanted = Vec::new();
+        for number in need.filter(|&i| layer.lacks_span(i)) {
+            let span = layer.index().span(number);
+            if state.no_ranges || !layer.can_fault(&span) {
                 if let Some((at, error)) = &state.stream_failed
                     && *at > since
                 {
@@ -117,27 +131,26 @@ impl LayerState {
                 plan.stream = true;
                 continue;
             }
-            if let Some((at, error)) = state.failed.get(&span)
+            let rank = layer.rank_of(number);
+            if let Some((at, error)) = state.failed.get(&rank)
                 && *at > since
             {
                 return Err(error.clone());
             }
-            if state.claims.get(&span).is_some_and(|claim| !claim.yields(info.blob_offset)) {
-                continue;
-            }
-            wanted += info.blob_len;
-            match ranges.last_mut() {
-                Some(last) if last.end == span => last.end += 1,
-                _ => ranges.push(span..span + 1),
+            if state.claims.get(&rank).is_none_or(|claim| claim.yields(span.blob_offset)) {
+                wanted.push(rank);
             }
         }
-        if let Some(last) = ranges.last_mut() {
+        state.stream_wanted |= plan.stream;
+        let mut runs = together(layer, wanted);
+        if let Some(last) = runs.last_mut() {
             let blob = layer.index().blob_size();
-            let bytes = state.window.ahead(Instant::now(), last.start, wanted, blob, ahead.free, ahead.max);
-            last.end = state.extend(layer, last.end, bytes);
-            state.window.ended(last.end);
+            let bytes =
+                state.window.ahead(Instant::now(), last.ranks.start, last.bytes, blob, ahead.free, ahead.max);
+            last.ranks.end = state.extend(layer, last.ranks.clone(), bytes);
+            state.window.ended(last.ranks.end);
         }
-        plan.runs = ranges.into_iter().map(|spans| state.claim(self, spans, Class::Fault)).collect();
+        plan.runs = runs.into_iter().map(|run| state.claim(self, run.ranks, Class::Fault)).collect();
         Ok(plan)
     }
 
@@ -149,21 +162,22 @@ impl LayerState {
             return None;
         }
         let first = (0..layer.index().span_count()).find(|&i| state.is_free(layer, i))?;
-        let first_len = layer.index().span(first).blob_len;
-        let end = state.extend(layer, first + 1, bytes.saturating_sub(first_len));
+        let first_len = layer.span_at(first).blob_len;
+        let end = state.extend(layer, first..first + 1, bytes.saturating_sub(first_len));
         Some(state.claim(self, first..end, Class::Background))
     }
 
-    /// Claims the first run of missing spans in `range` that nobody fetches.
-    pub(super) fn plan_prefetch(self: &Arc<Self>, layer: &Layer, mut range: Range<usize>) -> Option<Run> {
+    /// Claims the first run of missing spans among these ascending ranks that nobody fetches.
+    pub(super) fn plan_prefetch(self: &Arc<Self>, layer: &Layer, ranks: &[usize]) -> Option<Run> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.no_ranges {
             return None;
         }
-        let first = range.find(|&i| state.is_free(layer, i))?;
-        let len = (first..range.end).take_while(|&i| state.is_free(layer, i)).count();
-        Some(state.claim(self, first..first + len, Class::Background))
+        let free = ranks.iter().copied().skip_while(|&i| !state.is_free(layer, i));
+        let free: Vec<usize> = free.take_while(|&i| state.is_free(layer, i)).collect();
+        let run = together(layer, free).into_iter().next()?;
+        Some(state.claim(self, run.ranks, Class::Background))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -173,32 +187,73 @@ impl LayerState {
 
 impl State {
     /// Whether a span is missing, can be fetched by range and nobody does.
-    fn is_free(&self, layer: &Layer, span: usize) -> bool {
-        layer.lacks_span(span) && !self.claims.contains_key(&span) && layer.index().span(span).restartable
+    fn is_free(&self, layer: &Layer, rank: usize) -> bool {
+        let span = layer.span_at(rank);
+        layer.lacks_span(span.index as usize) && !self.claims.contains_key(&rank) && layer.can_fault(&span)
     }
 
-    /// The end of the run of free spans from `span` on, of at most `bytes`.
-    fn extend(&self, layer: &Layer, mut span: usize, mut bytes: u64) -> usize {
-        let count = layer.index().span_count();
-        while span < count && self.is_free(layer, span) {
-            let len = layer.index().span(span).blob_len;
-            if len > bytes {
+    /// The end of a run when free spans behind it join in that make it longer by at most `bytes` of the blob.
+    fn extend(&self, layer: &Layer, run: Range<usize>, bytes: u64) -> usize {
+        let (count, mut next) = (layer.index().span_count(), run.end);
+        let mut end = run.map(|i| blob_end(&layer.span_at(i))).max().unwrap_or(0);
+        let limit = end.saturating_add(bytes);
+        while next < count && self.is_free(layer, next) {
+            let span = layer.span_at(next);
+            if !is_near(&span, end) || blob_end(&span) > limit {
                 break;
             }
-            bytes -= len;
-            span += 1;
+            end = end.max(blob_end(&span));
+            next += 1;
         }
-        span
+        next
     }
 
-    fn claim(&mut self, owner: &Arc<LayerState>, spans: Range<usize>, class: Class) -> Run {
+    fn claim(&mut self, owner: &Arc<LayerState>, ranks: Range<usize>, class: Class) -> Run {
         self.next_run += 1;
         let (id, position) = (self.next_run, Arc::new(AtomicU64::new(0)));
-        for span in spans.clone() {
-            self.claims.insert(span, Claim { run: id, class, position: Arc::clone(&position) });
+        for rank in ranks.clone() {
+            self.claims.insert(rank, Claim { run: id, class, position: Arc::clone(&position) });
         }
-        Run { state: Arc::clone(owner), id, spans, class, position }
+        Run { state: Arc::clone(owner), id, ranks, class, position }
     }
+}
+
+/// A run in the making.
+struct Wanted {
+    ranks: Range<usize>,
+    /// Bytes of the blob that it takes.
+    bytes: u64,
+}
+
+/// Puts ranks that follow each other, and whose bytes are near each other, together.
+fn together(layer: &Layer, mut ranks: Vec<usize>) -> Vec<Wanted> {
+    ranks.sort_unstable();
+    let mut runs: Vec<Wanted> = Vec::new();
+    let mut end = 0;
+    for rank in ranks {
+        let span = layer.span_at(rank);
+        match runs.last_mut() {
+            Some(last) if last.ranks.end == rank && is_near(&span, end) => {
+                last.ranks.end += 1;
+                last.bytes += blob_end(&span).saturating_sub(end);
+                end = end.max(blob_end(&span));
+            }
+            _ => {
+                runs.push(Wanted { ranks: rank..rank + 1, bytes: span.blob_len });
+                end = blob_end(&span);
+            }
+        }
+    }
+    runs
+}
+
+fn blob_end(span: &SpanInfo) -> u64 {
+    span.blob_offset.saturating_add(span.blob_len)
+}
+
+/// Whether a span starts in front of, at, or little behind a byte of the blob.
+fn is_near(span: &SpanInfo, end: u64) -> bool {
+    span.blob_offset <= end.saturating_add(NEAR)
 }
 
 impl Claim {
@@ -211,16 +266,16 @@ impl Claim {
 
 impl Run {
     /// Whether the span is still this run's to deliver; a fault may have taken it over.
-    pub(super) fn owns(&self, span: usize) -> bool {
-        self.state.lock().claims.get(&span).is_some_and(|c| c.run == self.id)
+    pub(super) fn owns(&self, rank: usize) -> bool {
+        self.state.lock().claims.get(&rank).is_some_and(|c| c.run == self.id)
     }
 
     /// The span is stored.
-    pub(super) fn done(&self, span: usize) {
+    pub(super) fn done(&self, rank: usize) {
         let mut state = self.state.lock();
-        state.failed.remove(&span);
-        if state.claims.get(&span).is_some_and(|c| c.run == self.id) {
-            state.claims.remove(&span);
+        state.failed.remove(&rank);
+        if state.claims.get(&rank).is_some_and(|c| c.run == self.id) {
+            state.claims.remove(&rank);
         }
         drop(state);
         self.state.changed.notify_waiters();
@@ -231,9 +286,9 @@ impl Run {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         state.generation += 1;
-        for span in self.spans.clone() {
-            if state.claims.get(&span).is_some_and(|c| c.run == self.id) {
-                state.failed.insert(span, (state.generation, error.clone()));
+        for rank in self.ranks.clone() {
+            if state.claims.get(&rank).is_some_and(|c| c.run == self.id) {
+                state.failed.insert(rank, (state.generation, error.clone()));
             }
         }
     }
@@ -247,9 +302,9 @@ impl Drop for Run {
     fn drop(&mut self) {
         let mut state = self.state.lock();
         let id = self.id;
-        for span in self.spans.clone() {
-            if state.claims.get(&span).is_some_and(|c| c.run == id) {
-                state.claims.remove(&span);
+        for rank in self.ranks.clone() {
+            if state.claims.get(&rank).is_some_and(|c| c.run == id) {
+                state.claims.remove(&rank);
             }
         }
         drop(state);

@@ -18,9 +18,9 @@ pub(super) async fn read_local(
     let layer = Arc::clone(layer);
     blocking("reading a layer file", move || {
         let mut buffer = vec![0; len];
-        let read = layer
-            .read_local(offset, &mut buffer)
-            .map_err(|e| FetchError::store("reading", &layer.data_path(), e))?;
+        let read = layer.read_local(offset, &mut buffer).map_err(|e| {
+            layer.lie().unwrap_or_else(|| FetchError::store("reading", &layer.data_path(), e))
+        })?;
         Ok(read.map(|n| {
             buffer.truncate(n);
             Bytes::from(buffer)
@@ -36,11 +36,14 @@ pub(super) async fn read(
     offset: u64,
     len: usize,
 ) -> Result<Bytes, FetchError> {
-    let state = inner.state(layer.diff_id());
+    let state = inner.state(layer.id());
     let need = layer.index().spans_covering(offset, len as u64);
     let since = state.generation();
     loop {
         let changed = state.changed.notified();
+        if let Some(lie) = layer.lie() {
+            return Err(lie);
+        }
         // Spans that only wait to be verified after a reboot are neither missing nor usable: reading verifies.
         if !need.clone().any(|i| layer.lacks_span(i))
             && let Some(bytes) = read_local(layer, offset, len).await?

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use lazyrun_index::Digest;
+use lazyrun_index::LayerId;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -13,7 +13,7 @@ type Answer<T> = Option<Result<T, FetchError>>;
 
 /// Work in progress, by layer.
 pub(super) struct Flights<T> {
-    active: Mutex<HashMap<Digest, Weak<Flight<T>>>>,
+    active: Mutex<HashMap<LayerId, Weak<Flight<T>>>>,
 }
 
 impl<T> Default for Flights<T> {
@@ -36,7 +36,7 @@ impl<T> Drop for Flight<T> {
 
 impl<T: Clone + Send + Sync + 'static> Flights<T> {
     /// Joins the work under `key`, or starts it.
-    pub(super) fn join<F>(&self, key: Digest, work: impl FnOnce() -> F) -> Arc<Flight<T>>
+    pub(super) fn join<F>(&self, key: LayerId, work: impl FnOnce() -> F) -> Arc<Flight<T>>
     where
         F: Future<Output = Result<T, FetchError>> + Send + 'static,
     {
@@ -60,7 +60,7 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
     }
 
     /// Joins or starts work that goes on when nobody waits any more.
-    pub(super) fn join_detached<F>(&self, key: Digest, work: impl FnOnce() -> F)
+    pub(super) fn join_detached<F>(&self, key: LayerId, work: impl FnOnce() -> F)
     where
         F: Future<Output = Result<T, FetchError>> + Send + 'static,
     {
@@ -85,8 +85,13 @@ impl<T: Clone> Flight<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lazyrun_index::Digest;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::sync::oneshot;
+
+    fn key() -> LayerId {
+        LayerId::tar(Digest::of(b"a"))
+    }
 
     #[tokio::test]
     async fn many_ask_one_works() {
@@ -94,18 +99,18 @@ mod tests {
         let runs = Arc::new(AtomicUsize::new(0));
         let (go, gate) = oneshot::channel::<()>();
         let counted = Arc::clone(&runs);
-        let first = flights.join(Digest::of(b"a"), || async move {
+        let first = flights.join(key(), || async move {
             counted.fetch_add(1, Ordering::SeqCst);
             let _ = gate.await;
             Ok(7)
         });
-        let second = flights.join(Digest::of(b"a"), || async { Ok(8) });
+        let second = flights.join(key(), || async { Ok(8) });
         go.send(()).unwrap();
         assert_eq!(first.wait("x").await.unwrap(), 7);
         assert_eq!(second.wait("x").await.unwrap(), 7);
         assert_eq!(runs.load(Ordering::SeqCst), 1);
         // Finished work is not joined again.
-        assert_eq!(flights.join(Digest::of(b"a"), || async { Ok(9) }).wait("x").await.unwrap(), 9);
+        assert_eq!(flights.join(key(), || async { Ok(9) }).wait("x").await.unwrap(), 9);
     }
 
     #[tokio::test]
@@ -119,7 +124,7 @@ mod tests {
         let flights = Flights::<u32>::default();
         let (dropped, was_dropped) = oneshot::channel();
         let guard = OnDrop(Some(dropped));
-        let flight = flights.join(Digest::of(b"a"), || async move {
+        let flight = flights.join(key(), || async move {
             let _guard = guard;
             std::future::pending::<()>().await;
             Ok(1)
@@ -131,7 +136,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_an_error() {
         let flights = Flights::<u32>::default();
-        let flight = flights.join(Digest::of(b"a"), || async { panic!("on purpose") });
+        let flight = flights.join(key(), || async { panic!("on purpose") });
         assert!(matches!(flight.wait("x").await, Err(FetchError::Interrupted { what: "x" })));
     }
 }

@@ -2,19 +2,21 @@
 //!
 //! Missing runs come by ranged requests, each short enough that a fault which comes meanwhile is not held up, and
 //! none is started while faults are being served. A layer whose spans cannot be entered, or whose server does
-//! not do ranges, is streamed from its start instead.
+//! not do ranges, is streamed from its start instead. So is one whose adopted index is not proven yet: that is its
+//! proof.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use lazyrun_index::{LayerSink, SpanInfo, hydrate_layer};
+use futures_util::future::BoxFuture;
+use lazyrun_index::{LayerSink, Layout, SpanInfo, hydrate_layer};
 use tokio::task::JoinSet;
 
 use super::claims::LayerState;
-use super::pump::{Failure, pump};
-use super::{Inner, NoProgress, Progress, blocking, ingest, spans};
+use super::pump::{Failure, Pace, pump};
+use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans};
 use crate::error::FetchError;
 use crate::store::Layer;
 
@@ -22,8 +24,19 @@ use crate::store::Layer;
 const PIPELINE: usize = 2;
 /// How long to wait for what others fetch before looking again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Passes over one blob; more would bring nothing that these did not.
+const MAX_STREAMS: u32 = 3;
 /// Streamed spans between two writes of the map.
 const SAVE_EVERY: u32 = 16;
+
+/// [`run`] for those whom it calls itself.
+pub(super) fn boxed(
+    inner: Arc<Inner>,
+    layer: Arc<Layer>,
+    progress: Arc<dyn Progress>,
+) -> BoxFuture<'static, Result<(), FetchError>> {
+    Box::pin(async move { run(&inner, &layer, &progress).await })
+}
 
 pub(super) async fn run(
     inner: &Arc<Inner>,
@@ -37,11 +50,18 @@ pub(super) async fn run(
         })
         .await?;
     }
-    let state = inner.state(layer.diff_id());
+    let state = inner.state(layer.id());
+    if !layer.is_proven() {
+        stream(inner, layer, progress).await?;
+    }
+    let mut streams = 0;
     // Dropping the set aborts what is in it, and the runs give their claims back.
     let mut requests: JoinSet<Result<(), FetchError>> = JoinSet::new();
     while !layer.is_hydrated() {
         let changed = state.changed.notified();
+        if let Some(lie) = layer.lie() {
+            return Err(lie);
+        }
         let mut exhausted = false;
         while requests.len() < PIPELINE && !exhausted {
             let slot = inner.scheduler.background_request().await?;
@@ -58,7 +78,13 @@ pub(super) async fn run(
             Some(Ok(Err(error))) if !state.no_ranges() => return Err(error),
             Some(Ok(Err(_))) => {}
             Some(Err(_)) => return Err(FetchError::Interrupted { what: "hydrating a layer" }),
-            None if needs_stream(layer, &state) => stream(inner, layer, progress).await?,
+            None if needs_stream(layer, &state) => {
+                if streams == MAX_STREAMS {
+                    return Err(FetchError::Interrupted { what: "hydrating a layer" });
+                }
+                streams += 1;
+                stream(inner, layer, progress).await?;
+            }
             // The rest is being fetched for faults.
             None => {
                 let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
@@ -74,12 +100,12 @@ pub(super) async fn run(
 fn needs_stream(layer: &Layer, state: &LayerState) -> bool {
     let all = state.no_ranges();
     (0..layer.index().span_count())
-        .any(|i| layer.lacks_span(i) && (all || !layer.index().span(i).restartable))
+        .any(|i| layer.lacks_span(i) && (all || !layer.can_fault(&layer.index().span(i))))
 }
 
 fn report(layer: &Layer, progress: &Arc<dyn Progress>) {
     let index = layer.index();
-    let done: u64 = if layer.is_hydrated() {
+    let done: u64 = if layer.is_whole() {
         index.blob_size()
     } else {
         let local = (0..index.span_count()).filter(|&i| layer.has_span(i));
@@ -92,7 +118,7 @@ fn report(layer: &Layer, progress: &Arc<dyn Progress>) {
 /// more of it.
 pub(super) fn start_stream(inner: &Arc<Inner>, layer: &Arc<Layer>) {
     let (owned_inner, owned_layer) = (Arc::clone(inner), Arc::clone(layer));
-    inner.streams.join_detached(layer.diff_id(), || async move {
+    inner.streams.join_detached(layer.id(), || async move {
         let progress: Arc<dyn Progress> = Arc::new(NoProgress);
         stream_once(&owned_inner, &owned_layer, &progress).await
     });
@@ -107,7 +133,7 @@ async fn stream(
     let (owned_inner, owned_layer, progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
     let flight = inner
         .streams
-        .join(layer.diff_id(), || async move { stream_once(&owned_inner, &owned_layer, &progress).await });
+        .join(layer.id(), || async move { stream_once(&owned_inner, &owned_layer, &progress).await });
     flight.wait("streaming a layer").await
 }
 
@@ -116,10 +142,15 @@ async fn stream_once(
     layer: &Arc<Layer>,
     progress: &Arc<dyn Progress>,
 ) -> Result<(), FetchError> {
-    let result = stream_from_any(inner, layer, progress).await;
+    // An index that is claimed, or that lacks digests, takes the pass that can do with it.
+    let result = if !layer.is_proven() || layer.lacks_digests() || layer.id().layout == Layout::Table {
+        prove::run(inner, layer, progress).await
+    } else {
+        stream_from_any(inner, layer, progress).await
+    };
     match &result {
         Ok(()) => inner.sync_later(layer),
-        Err(error) => inner.state(layer.diff_id()).fail_stream(error.clone()),
+        Err(error) => inner.state(layer.id()).fail_stream(error.clone()),
     }
     result
 }
@@ -137,7 +168,7 @@ async fn stream_from_any(
         let (feeder, reader) = pump(problem.clone());
         let mut sink = StreamSink {
             layer: Arc::clone(layer),
-            state: inner.state(layer.diff_id()),
+            state: inner.state(layer.id()),
             span: Vec::new(),
             offset: 0,
             unsaved: 0,
@@ -149,12 +180,12 @@ async fn stream_from_any(
             let _ = layer.save_map();
             match result {
                 Ok(_) => Ok(()),
-                Err(_) if layer.is_hydrated() => Ok(()),
+                Err(_) if layer.is_whole() => Ok(()),
                 Err(error) => Err(ingest::layer_error(digest, error, &problem, &layer.data_path())),
             }
         });
         inner.counters.background_requests.fetch_add(1, Relaxed);
-        let feed = feeder.run(source.reader(digest, 0..size, Some(size)), |n| {
+        let feed = feeder.run(source.reader(digest, 0..size, Some(size)), Pace::full(), |n| {
             inner.counters.background_bytes.fetch_add(n, Relaxed);
         });
         let ((), result) = tokio::join!(feed, worker);
@@ -193,7 +224,8 @@ impl LayerSink for StreamSink {
             return Err(io::Error::other("a streamed span is not where its index says"));
         }
         if !self.layer.has_span(span.index as usize) {
-            self.layer.write_span(span, &self.span[..len])?;
+            // The index has all digests here, so what is stored is right.
+            let _ = self.layer.write_span(span, &self.span[..len])?;
             self.state.changed.notify_waiters();
             self.unsaved += 1;
         }
@@ -203,7 +235,7 @@ impl LayerSink for StreamSink {
             self.layer.save_map()?;
             self.unsaved = 0;
         }
-        if self.layer.is_hydrated() {
+        if self.layer.is_whole() {
             // Nothing is missing any more: the rest of the stream would bring nothing new.
             return Err(io::Error::other("done"));
         }

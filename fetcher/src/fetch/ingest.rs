@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use lazyrun_index::{Digest, IndexError, LayerSink, SpanInfo, StreamSummary, index_layer};
+use lazyrun_index::{Digest, IndexError, LayerId, LayerSink, SpanInfo, StreamSummary, index_layer};
 
-use super::pump::{Failure, PumpReader, pump};
+use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking};
 use crate::client::BlobSource;
 use crate::error::FetchError;
@@ -29,12 +29,15 @@ pub(super) async fn run(
 ) -> Result<Arc<Layer>, FetchError> {
     let (store, diff_id) = (inner.store.clone(), layer.diff_id);
     if let Some(found) = blocking("opening a layer", move || store.get(diff_id)).await? {
-        if found.is_hydrated() || found.has_suspects() || inner.sources(&found).is_ok() {
+        let local = found.is_hydrated() || (found.is_proven() && found.has_suspects());
+        if local || inner.sources(&found).is_ok() {
             return Ok(found);
         }
         // The same tar was streamed from another blob, which nobody offers any more: its index leads nowhere.
         let store = inner.store.clone();
-        blocking("removing a layer", move || store.remove(diff_id)).await?;
+        let id = found.id();
+        drop(found);
+        blocking("removing a layer", move || store.remove(id)).await?;
     }
     let _slot = inner.scheduler.stream().await?;
     let mut tries = 1;
@@ -55,7 +58,7 @@ pub(super) async fn run(
 }
 
 /// Whether another try may bring other bytes.
-fn is_damage(error: &FetchError) -> bool {
+pub(super) fn is_damage(error: &FetchError) -> bool {
     match error {
         FetchError::WrongDigest { .. } | FetchError::WrongSize { .. } | FetchError::WrongDiffId { .. } => {
             true
@@ -81,7 +84,7 @@ async fn stream(
         progress: Arc::clone(progress),
     };
     let worker = blocking("streaming a layer", move || job.work(reader));
-    let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), |n| {
+    let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), Pace::full(), |n| {
         inner.counters.stream_bytes.fetch_add(n, Relaxed);
     });
     let ((), result) = tokio::join!(feed, worker);
@@ -101,7 +104,7 @@ impl Job {
     /// On any error, and when the feeding task is dropped, the staging directory goes with this call.
     fn work(self, reader: PumpReader) -> Result<Arc<Layer>, FetchError> {
         let store = &self.inner.store;
-        let staging = store.stage(self.layer.diff_id)?;
+        let staging = store.stage(LayerId::tar(self.layer.diff_id))?;
         let summary = self.index(&staging, reader)?;
         self.check(&summary)?;
         let layer = store.publish(staging, summary.spans as usize)?;
@@ -114,7 +117,8 @@ impl Job {
         let failed = |e| FetchError::store("writing", &data_path, e);
         let data = staging.create(&data_path)?;
         let out = staging.create(&staging.index_path())?;
-        let mut sink = FileSink { data: &data, at: 0, gathered: Vec::with_capacity(WRITE_SIZE), job: self };
+        let progress = |done| self.progress.advance(self.layer.diff_id, done, self.layer.size);
+        let mut sink = FileSink::new(&data, &progress);
         let summary = index_layer(reader, &mut sink, out, &self.inner.options.stream)
             .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
         sink.flush().map_err(failed)?;
@@ -151,16 +155,21 @@ impl Job {
 }
 
 /// Writes the layer file. Nobody reads it before it is proven and published.
-struct FileSink<'a> {
+pub(super) struct FileSink<'a> {
     data: &'a File,
     /// Byte at which `gathered` starts.
     at: u64,
     gathered: Vec<u8>,
-    job: &'a Job,
+    /// Hears how many bytes of the blob are consumed.
+    progress: &'a (dyn Fn(u64) + Sync),
 }
 
-impl FileSink<'_> {
-    fn flush(&mut self) -> io::Result<()> {
+impl<'a> FileSink<'a> {
+    pub(super) fn new(data: &'a File, progress: &'a (dyn Fn(u64) + Sync)) -> Self {
+        FileSink { data, at: 0, gathered: Vec::with_capacity(WRITE_SIZE), progress }
+    }
+
+    pub(super) fn flush(&mut self) -> io::Result<()> {
         self.data.write_all_at(&self.gathered, self.at)?;
         self.at += self.gathered.len() as u64;
         self.gathered.clear();
@@ -190,7 +199,7 @@ impl LayerSink for FileSink<'_> {
     }
 
     fn progress(&mut self, blob_bytes: u64) {
-        self.job.progress.advance(self.job.layer.diff_id, blob_bytes, self.job.layer.size);
+        (self.progress)(blob_bytes);
     }
 }
 

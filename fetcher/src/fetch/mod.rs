@@ -6,9 +6,11 @@ mod flight;
 mod hydrate;
 mod ingest;
 mod prefetch;
+mod prove;
 mod pump;
 mod scheduler;
 mod spans;
+mod table;
 mod window;
 
 use std::collections::HashMap;
@@ -17,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use lazyrun_index::{Digest, StreamOptions};
+use lazyrun_index::{Digest, LayerId, StreamOptions};
 
 use crate::client::BlobSource;
 use crate::error::FetchError;
@@ -32,6 +34,10 @@ use scheduler::Scheduler;
 pub trait Progress: Send + Sync {
     /// `done` of `total` compressed bytes of the layer with this diffID have come (or were there).
     fn advance(&self, layer: Digest, done: u64, total: u64);
+    /// Something that the user should know and that stops nothing, in one sentence.
+    fn note(&self, text: &str) {
+        let _ = text;
+    }
 }
 
 /// Progress that nobody wants to hear of.
@@ -87,7 +93,7 @@ struct Inner {
     counters: FetchCounters,
     scheduler: Scheduler,
     sources: Mutex<HashMap<Digest, Vec<Source>>>,
-    states: Mutex<HashMap<Digest, Arc<LayerState>>>,
+    states: Mutex<HashMap<LayerId, Arc<LayerState>>>,
     ingests: Flights<Arc<Layer>>,
     hydrations: Flights<()>,
     streams: Flights<()>,
@@ -152,7 +158,7 @@ impl Fetcher {
     ) -> Result<Arc<Layer>, FetchError> {
         self.add_source(descriptor.diff_id, descriptor.clone(), blobs.clone());
         let (inner, descriptor) = (Arc::clone(&self.inner), descriptor.clone());
-        let flight = self.inner.ingests.join(descriptor.diff_id, || async move {
+        let flight = self.inner.ingests.join(LayerId::tar(descriptor.diff_id), || async move {
             ingest::run(&inner, &descriptor, &blobs, &progress).await
         });
         flight.wait("streaming a layer").await
@@ -195,17 +201,17 @@ impl Fetcher {
     }
 
     /// Fetches everything of a layer that is not local, at lower priority than faults, or joins the hydration
-    /// under way. Can be dropped at any time; what came stays. Once it returns, the layer is hydrated, and soon
+    /// under way. An adopted index is proven by that: the whole blob is read once, and a lie in the index is the
+    /// error [`FetchError::Lie`], after which the layer is of no use any more. Can be dropped at any time; what came stays. Once it returns, the layer is hydrated, and soon
     /// after so durably that a power cut costs nothing.
     ///
     /// # Errors
     /// When something cannot be had after retries; what came stays.
     pub async fn hydrate(&self, layer: &Arc<Layer>, progress: Arc<dyn Progress>) -> Result<(), FetchError> {
+        let id = layer.id();
         let (inner, layer) = (Arc::clone(&self.inner), Arc::clone(layer));
-        let flight = self
-            .inner
-            .hydrations
-            .join(layer.diff_id(), || async move { hydrate::run(&inner, &layer, &progress).await });
+        let flight =
+            self.inner.hydrations.join(id, || async move { hydrate::run(&inner, &layer, &progress).await });
         flight.wait("hydrating a layer").await
     }
 }
@@ -226,9 +232,9 @@ impl Inner {
         if found.is_empty() { Err(FetchError::NoSource { diff_id: layer.diff_id() }) } else { Ok(found) }
     }
 
-    fn state(&self, diff_id: Digest) -> Arc<LayerState> {
+    fn state(&self, id: LayerId) -> Arc<LayerState> {
         let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(states.entry(diff_id).or_default())
+        Arc::clone(states.entry(id).or_default())
     }
 
     /// Writes a complete layer out and marks it so durably, without anybody waiting for it.
@@ -236,11 +242,11 @@ impl Inner {
         let (inner, layer) = (Arc::clone(self), Arc::clone(layer));
         tokio::spawn(async move {
             let _turn = inner.sync_turn.lock().await;
-            let diff_id = layer.diff_id();
+            let id = layer.id();
             match tokio::task::spawn_blocking(move || layer.sync()).await {
-                Ok(Ok(())) => tracing::debug!(layer = %diff_id, "layer is hydrated and durable"),
-                Ok(Err(error)) => tracing::warn!(layer = %diff_id, %error, "layer could not be written out"),
-                Err(error) => tracing::warn!(layer = %diff_id, %error, "writing a layer out was interrupted"),
+                Ok(Ok(())) => tracing::debug!(layer = %id, "layer is whole and durable"),
+                Ok(Err(error)) => tracing::warn!(layer = %id, %error, "layer could not be written out"),
+                Err(error) => tracing::warn!(layer = %id, %error, "writing a layer out was interrupted"),
             }
         });
     }

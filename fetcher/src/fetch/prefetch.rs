@@ -13,12 +13,14 @@ pub(super) async fn run(
     layer: &Arc<Layer>,
     range: Range<usize>,
 ) -> Result<(), FetchError> {
-    let state = inner.state(layer.diff_id());
-    let mut next = range.start;
-    while next < range.end {
+    let state = inner.state(layer.id());
+    let count = layer.index().span_count();
+    let mut ranks: Vec<usize> = range.take_while(|&i| i < count).map(|i| layer.rank_of(i)).collect();
+    ranks.sort_unstable();
+    while !ranks.is_empty() {
         let slot = inner.scheduler.prefetch_request().await?;
-        let Some(run) = state.plan_prefetch(layer, next..range.end) else { break };
-        next = run.spans.end;
+        let Some(run) = state.plan_prefetch(layer, &ranks) else { break };
+        ranks.retain(|&rank| rank >= run.ranks.end);
         spans::fetch(inner, layer, Arc::new(run), slot).await?;
     }
     Ok(())

@@ -2,15 +2,23 @@
 
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use tokio::sync::mpsc;
 
+use super::Inner;
+use super::claims::LayerState;
 use crate::client::BlobReader;
 use crate::error::FetchError;
 
 /// Pieces that wait for the decoder; a piece is what one read of the socket gave, 8 to 400 KiB.
 const DEPTH: usize = 32;
+
+/// How often a stream that gives way looks whether a fault waits for it.
+const TICK: Duration = Duration::from_millis(50);
+/// After so many looks it reads a piece all the same: a busy reader must not keep it out for ever.
+const MAX_TICKS: u32 = 20;
 
 enum Piece {
     Data(Bytes),
@@ -21,6 +29,31 @@ enum Piece {
 /// The sending half, fed in an async task.
 pub(super) struct Pump {
     pieces: mpsc::Sender<Piece>,
+}
+
+/// How fast a stream may be read.
+#[derive(Clone)]
+pub(super) struct Pace(Option<(Arc<Inner>, Arc<LayerState>)>);
+
+impl Pace {
+    /// As fast as it comes.
+    pub(super) fn full() -> Pace {
+        Pace(None)
+    }
+
+    /// Only while no fault is being served, unless a fault waits for this very stream.
+    pub(super) fn yielding(inner: &Arc<Inner>, state: Arc<LayerState>) -> Pace {
+        Pace(Some((Arc::clone(inner), state)))
+    }
+
+    async fn turn(&self) {
+        let Some((inner, state)) = &self.0 else { return };
+        for _ in 0..MAX_TICKS {
+            if state.stream_wanted() || tokio::time::timeout(TICK, inner.scheduler.quiet()).await.is_ok() {
+                return;
+            }
+        }
+    }
 }
 
 /// The blocking half.
@@ -52,8 +85,9 @@ pub(super) fn pump(failure: Failure) -> (Pump, PumpReader) {
 
 impl Pump {
     /// Reads the blob to its end and passes it on; stops when the other side does. `count` hears of each piece.
-    pub(super) async fn run(self, mut blob: BlobReader, mut count: impl FnMut(u64)) {
+    pub(super) async fn run(self, mut blob: BlobReader, pace: Pace, mut count: impl FnMut(u64)) {
         loop {
+            pace.turn().await;
             let piece = match blob.next().await {
                 Ok(Some(bytes)) => {
                     count(bytes.len() as u64);

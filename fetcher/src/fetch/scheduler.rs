@@ -112,7 +112,7 @@ impl Scheduler {
     }
 
     /// Waits until background work may start a request.
-    async fn quiet(&self) {
+    pub(super) async fn quiet(&self) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let ended = self.fault_ended.notified();

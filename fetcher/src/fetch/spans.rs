@@ -28,7 +28,7 @@ pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            tracing::warn!(layer = %layer.diff_id(), %error, "fault could not be served");
+            tracing::warn!(layer = %layer.id(), %error, "fault could not be served");
         }
     });
 }
@@ -48,11 +48,16 @@ pub(super) async fn fetch(
     })
     .await;
     match &result {
-        Ok(()) if layer.is_hydrated() => inner.sync_later(layer),
+        Ok(()) if layer.is_whole() => inner.sync_later(layer),
         Ok(()) => {}
         // Not the readers' business: they will find that only a stream helps.
         Err(FetchError::RangeIgnored { .. } | FetchError::Protocol { .. }) => {
-            tracing::info!(layer = %layer.diff_id(), "ranges do not work here, the layer will be streamed");
+            tracing::info!(layer = %layer.id(), "ranges do not work here, the layer will be streamed");
+            run.layer_state().give_up_ranges();
+        }
+        // Perhaps a checkpoint or digest is to blame that somebody else made: the stream needs none, and tells.
+        Err(FetchError::Corrupt { .. }) if layer.adopted_from().is_some() => {
+            tracing::warn!(layer = %layer.id(), "an adopted index is of no use, the layer will be streamed");
             run.layer_state().give_up_ranges();
         }
         Err(error) => run.fail(error),
@@ -61,7 +66,7 @@ pub(super) async fn fetch(
 }
 
 async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>) -> Result<(), FetchError> {
-    let mut next = run.spans.start;
+    let mut next = run.ranks.start;
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
     for source in inner.sources(layer)? {
         for _ in 0..TRIES {
@@ -94,9 +99,9 @@ async fn from_source(
     next: &mut usize,
 ) -> Result<(), FetchError> {
     let index = layer.index();
-    let begin = index.span(*next).blob_offset;
-    let end =
-        (*next..run.spans.end).map(|i| index.span(i)).map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
+    let begin = layer.span_at(*next).blob_offset;
+    let ends = (*next..run.ranks.end).map(|i| layer.span_at(i));
+    let end = ends.map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
     let mut arriving = Arriving {
         inner,
@@ -114,27 +119,27 @@ async fn from_source(
     let began = Instant::now();
     // One span is decoded while the next one arrives.
     let mut decoding: Option<Decoding> = None;
-    for i in *next..run.spans.end {
-        let span = index.span(i);
+    for rank in *next..run.ranks.end {
+        let span = layer.span_at(rank);
         let arrived = arriving.span(&span).await;
         if let Some((done, task)) = decoding.take() {
             join(task).await?;
             *next = done + 1;
         }
         let compressed = arrived?;
-        if layer.has_span(i) || !run.owns(i) {
+        if layer.has_span(span.index as usize) || !run.owns(rank) {
             // A run may not be resumed in front of a span that somebody else delivers.
-            decoding = Some((i, tokio::spawn(std::future::ready(Ok(())))));
+            decoding = Some((rank, tokio::spawn(std::future::ready(Ok(())))));
             continue;
         }
         let permit = inner.scheduler.decode().await?;
         let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(run));
         let task = tokio::task::spawn_blocking(move || {
-            let result = store(&inner, &layer, &run, i, &span, &compressed);
+            let result = store(&inner, &layer, &run, rank, &span, &compressed);
             drop(permit);
             result
         });
-        decoding = Some((i, task));
+        decoding = Some((rank, task));
     }
     inner.scheduler.observe(arriving.reader.first_byte(), end - begin, began.elapsed());
     if let Some((done, task)) = decoding {
@@ -153,23 +158,35 @@ fn store(
     inner: &Inner,
     layer: &Layer,
     run: &Run,
-    i: usize,
+    rank: usize,
     span: &SpanInfo,
     compressed: &[u8],
 ) -> Result<(), FetchError> {
     let mut decoded = Vec::new();
-    layer.index().decode_span(i, compressed, &mut decoded).map_err(|error| {
+    let number = span.index as usize;
+    let corrupt = |reason: String| {
         inner.counters.corrupt_spans.fetch_add(1, Relaxed);
         FetchError::Corrupt {
             digest: layer.index().blob_digest(),
             start: span.blob_offset,
             end: span.blob_offset + span.blob_len,
-            reason: error.to_string(),
+            reason,
         }
-    })?;
+    };
+    layer
+        .index()
+        .decode_span(number, compressed, &mut decoded)
+        .map_err(|error| corrupt(error.to_string()))?;
     inner.counters.spans.fetch_add(1, Relaxed);
-    layer.write_span(span, &decoded).map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
-    run.done(i);
+    let stored =
+        layer.write_span(span, &decoded).map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
+    // One that the stream has brought meanwhile is right.
+    if !stored && !layer.has_span(number) {
+        return Err(corrupt(format!(
+            "span {number} decodes to other bytes than the stream of the layer did"
+        )));
+    }
+    run.done(rank);
     Ok(())
 }
 
@@ -184,7 +201,7 @@ struct Arriving<'a> {
 }
 
 impl Arriving<'_> {
-    /// The compressed bytes of a span. Spans are asked for in order; neighbours may share a byte.
+    /// The compressed bytes of a span. Spans are asked for in the order of their first bytes; they may overlap.
     async fn span(&mut self, span: &SpanInfo) -> Result<Bytes, FetchError> {
         let end = span.blob_offset.saturating_add(span.blob_len);
         while self.base + (self.buffer.len() as u64) < end {

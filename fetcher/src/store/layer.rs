@@ -7,20 +7,31 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use lazyrun_index::{Digest, Hasher, IndexError, LayerIndex, SpanInfo};
+use lazyrun_index::{Digest, DigestOf, Hasher, IndexError, LayerId, LayerIndex, SpanInfo};
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::learnt::Learnt;
+use super::order::BlobOrder;
 use super::span_map::{Bits, SpanMap};
-use super::{DATA, INDEX, SPANS};
+use super::standing::Standing;
+use super::{DATA, DIGESTS, INDEX, SPANS};
 use crate::error::FetchError;
+use crate::trust::Origin;
 
 /// A layer of the store. Shared by everybody who uses it; safe from many threads.
 pub struct Layer {
-    diff_id: Digest,
+    id: LayerId,
+    file_name: String,
     dir: PathBuf,
     index: LayerIndex,
+    order: BlobOrder,
+    standing: Standing,
     data: File,
-    /// Spans whose bytes are in `data` and proven.
+    /// Digests that the index lacks; `None` when it lacks none.
+    learnt: Option<Learnt>,
+    /// Held while a span is written whose bytes cannot be told right or wrong by the index alone.
+    learning: Mutex<()>,
+    /// Spans whose bytes are in `data` and verified.
     trusted: Vec<AtomicU64>,
     trusted_count: AtomicUsize,
     /// Spans that were written before a reboot and not looked at since.
@@ -39,7 +50,7 @@ pub(super) enum OpenError {
 }
 
 impl Layer {
-    pub(super) fn open(dir: &Path, diff_id: Digest, boot_id: [u8; 16]) -> Result<Layer, OpenError> {
+    pub(super) fn open(dir: &Path, id: LayerId, boot_id: [u8; 16]) -> Result<Layer, OpenError> {
         let io_error = |what, path: &Path, e| OpenError::Io(FetchError::store(what, path, e));
         let index_path = dir.join(INDEX);
         let index = match LayerIndex::open(&index_path) {
@@ -49,9 +60,13 @@ impl Layer {
             }
             Err(error) => return Err(OpenError::Damaged(error.to_string())),
         };
-        if index.diff_id() != diff_id {
-            return Err(OpenError::Damaged(format!("its index is that of {}", index.diff_id())));
+        if index.id() != id {
+            return Err(OpenError::Damaged(format!("its index is that of {}", index.id())));
         }
+        let standing = Standing::open(dir).map_err(|e| match e.kind() {
+            io::ErrorKind::InvalidData => OpenError::Damaged(e.to_string()),
+            _ => io_error("reading the origin of", dir, e),
+        })?;
         let data_path = dir.join(DATA);
         let data = OpenOptions::new()
             .read(true)
@@ -72,12 +87,24 @@ impl Layer {
             }
             data.set_len(index.layer_size()).map_err(|e| io_error("resizing", &data_path, e))?;
         }
+        let learnt = match index.spans().any(|s| s.digest_of != DigestOf::Decoded) {
+            true => {
+                let path = dir.join(DIGESTS);
+                Some(Learnt::open(&path, spans).map_err(|e| io_error("opening", &path, e))?)
+            }
+            false => None,
+        };
         let count: u32 = loaded.trusted.iter().map(|w| w.count_ones()).sum();
         Ok(Layer {
-            diff_id,
+            id,
+            file_name: standing.file_name(&id.to_string()),
             dir: dir.to_owned(),
+            order: BlobOrder::of(&index),
             index,
+            standing,
             data,
+            learnt,
+            learning: Mutex::default(),
             trusted: loaded.trusted.into_iter().map(AtomicU64::new).collect(),
             trusted_count: AtomicUsize::new(count as usize),
             suspect: loaded.suspect.into_iter().map(AtomicU64::new).collect(),
@@ -87,9 +114,41 @@ impl Layer {
         })
     }
 
-    /// Digest of the uncompressed layer: its name in the store.
+    /// Digest of the uncompressed layer.
     pub fn diff_id(&self) -> Digest {
-        self.diff_id
+        self.id.diff_id
+    }
+
+    /// The layer file's name in the store.
+    pub fn id(&self) -> LayerId {
+        self.id
+    }
+
+    /// The layer file's name towards the kernel, which remembers what it read under a name: the id, with a part of
+    /// the index's digest behind it when the index was adopted.
+    pub fn file_name(&self) -> &str {
+        &self.file_name
+    }
+
+    /// Where the index came from while it is not proven.
+    pub fn origin(&self) -> Option<Origin> {
+        if self.is_proven() { None } else { self.standing.origin().cloned() }
+    }
+
+    /// Where the index came from if it was not built here, proven since or not.
+    pub fn adopted_from(&self) -> Option<Origin> {
+        self.standing.origin().cloned()
+    }
+
+    /// Whether the index was built here, or proven by a stream of the blob.
+    pub fn is_proven(&self) -> bool {
+        self.standing.is_proven()
+    }
+
+    /// The error that all reads get once the index turned out to be a lie.
+    pub fn lie(&self) -> Option<FetchError> {
+        let reason = self.standing.lie()?.to_owned();
+        Some(FetchError::Lie { layer: self.id.diff_id, origin: self.standing.origin()?.kind, reason })
     }
 
     /// What the layer contains and where its bytes are.
@@ -107,7 +166,7 @@ impl Layer {
     /// the spans it meets for the first time.
     ///
     /// # Errors
-    /// When the file system fails.
+    /// When the file system fails, or the layer's index is known to be a lie.
     pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> io::Result<Option<usize>> {
         let left = self.index.layer_size().saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
@@ -115,7 +174,10 @@ impl Layer {
             return Ok(Some(0));
         }
         let _gate = self.enter();
-        if !self.is_hydrated() {
+        if let Some(lie) = self.lie() {
+            return Err(io::Error::other(lie));
+        }
+        if !self.is_whole() {
             for span in self.index.spans_covering(offset, len as u64) {
                 if !self.check_span(span)? {
                     return Ok(None);
@@ -128,12 +190,17 @@ impl Layer {
 
     /// Whether every byte is local and proven.
     pub fn is_hydrated(&self) -> bool {
+        self.is_whole() && self.is_proven()
+    }
+
+    /// Whether every byte is local and verified by what the index says.
+    pub(crate) fn is_whole(&self) -> bool {
         self.trusted_count.load(Ordering::Acquire) == self.index.span_count()
     }
 
     /// Bytes of the layer file that are local (those to be verified again included).
     pub fn local_bytes(&self) -> u64 {
-        if self.is_hydrated() {
+        if self.is_whole() {
             return self.index.layer_size();
         }
         (0..self.index.span_count())
@@ -189,6 +256,9 @@ impl Layer {
         let epoch = self.epoch();
         let bits = load(&self.trusted);
         self.data.sync_data()?;
+        if let Some(learnt) = &self.learnt {
+            learnt.sync()?;
+        }
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         if self.epoch() != epoch {
             return Ok(());
@@ -230,16 +300,110 @@ impl Layer {
     }
 
     /// The number of `forget`s so far.
-    fn epoch(&self) -> u64 {
+    pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Stores a verified span.
-    pub(crate) fn write_span(&self, span: &SpanInfo, bytes: &[u8]) -> io::Result<()> {
+    /// The span at a rank of the blob's order.
+    pub(crate) fn span_at(&self, rank: usize) -> SpanInfo {
+        self.index.span(self.order.span(rank))
+    }
+
+    /// The place of a span in the blob's order.
+    pub(crate) fn rank_of(&self, span: usize) -> usize {
+        self.order.rank(span)
+    }
+
+    /// Whether a span that is fetched by range can be verified. One with no digest at all never is before a stream
+    /// has proven what it decodes to; no trust mode admits bytes that nothing vouches for. Of a proven layer the
+    /// checkpoints are still only claimed, so there the bytes must be what the stream has seen.
+    pub(crate) fn can_fault(&self, span: &SpanInfo) -> bool {
+        let known = || self.learnt_digest(span.index as usize).is_some();
+        span.restartable
+            && match span.digest_of {
+                DigestOf::Decoded => true,
+                DigestOf::Blob => !self.is_proven() || known(),
+                DigestOf::Nothing => self.is_proven() && known(),
+            }
+    }
+
+    /// Stores a span that was verified as far as the index goes. `false`: nothing was stored, because the span is
+    /// known to have other bytes.
+    pub(crate) fn write_span(&self, span: &SpanInfo, bytes: &[u8]) -> io::Result<bool> {
         let _gate = self.enter();
+        let number = span.index as usize;
+        let Some(learnt) = self.learnt.as_ref().filter(|_| span.digest_of != DigestOf::Decoded) else {
+            self.data.write_all_at(bytes, span.offset)?;
+            self.mark(number);
+            return Ok(true);
+        };
+        let digest = Digest::of(bytes);
+        let _turn = self.learning.lock().unwrap_or_else(PoisonError::into_inner);
+        if has(&self.trusted, number) {
+            let known = match learnt.get(number) {
+                Some(known) => known,
+                None => self.hash(span.offset, span.len)?,
+            };
+            return Ok(known == digest);
+        }
+        if self.is_proven() && learnt.get(number).is_some_and(|known| known != digest) {
+            return Ok(false);
+        }
         self.data.write_all_at(bytes, span.offset)?;
-        self.mark(span.index as usize);
+        learnt.set(number, digest)?;
+        self.mark(number);
+        Ok(true)
+    }
+
+    /// Whether the index lacks digests of decoded spans (its checkpoints then are somebody else's word for ever).
+    pub(crate) fn lacks_digests(&self) -> bool {
+        self.learnt.is_some()
+    }
+
+    /// Whether a local span has this digest.
+    pub(crate) fn agrees(&self, span: &SpanInfo, digest: Digest) -> io::Result<bool> {
+        let _gate = self.enter();
+        match self.learnt_digest(span.index as usize) {
+            Some(known) => Ok(known == digest),
+            None => Ok(self.hash(span.offset, span.len)? == digest),
+        }
+    }
+
+    /// Writes bytes of a span that does not count as local before [`Layer::admit_span`]. Nobody else may be able to
+    /// write it.
+    pub(crate) fn write_ahead(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let _gate = self.enter();
+        self.data.write_all_at(bytes, offset)
+    }
+
+    /// Counts a span as local that was written ahead since `epoch` and has this digest.
+    pub(crate) fn admit_span(&self, span: &SpanInfo, digest: Digest, epoch: u64) -> io::Result<()> {
+        let _gate = self.enter();
+        if let Some(learnt) = &self.learnt {
+            learnt.set(span.index as usize, digest)?;
+        }
+        // What was dropped meanwhile is not there.
+        if self.epoch() == epoch {
+            self.mark(span.index as usize);
+        }
         Ok(())
+    }
+
+    /// Believes the index from now on, durably: what was learnt goes to the disk first.
+    pub(crate) fn prove(&self) -> io::Result<()> {
+        if let Some(learnt) = &self.learnt {
+            learnt.sync()?;
+        }
+        self.standing.prove()
+    }
+
+    /// Fails all reads from now on; in `LayerStore::condemn` together with what else that means.
+    pub(super) fn condemn(&self, reason: &str) -> io::Result<()> {
+        self.standing.condemn(reason)
+    }
+
+    fn learnt_digest(&self, span: usize) -> Option<Digest> {
+        self.learnt.as_ref()?.get(span)
     }
 
     /// Mirrors the present spans to the map file (not to the disk).
@@ -270,19 +434,31 @@ impl Layer {
             return Ok(false);
         }
         let info = self.index.span(span);
-        if self.hash_span(&info)? == info.digest {
+        if self.is_intact(&info)? {
             self.mark(span);
             return Ok(true);
         }
-        tracing::warn!(layer = %self.diff_id, span, "a span did not survive the reboot and will be fetched again");
+        tracing::warn!(layer = %self.id, span, "a span did not survive the reboot and will be fetched again");
         self.suspect[span / 64].fetch_and(!(1 << (span % 64)), Ordering::AcqRel);
         Ok(false)
     }
 
-    fn hash_span(&self, span: &SpanInfo) -> io::Result<Digest> {
+    /// Whether a span's bytes are what the index says, or what was once learnt of them.
+    fn is_intact(&self, span: &SpanInfo) -> io::Result<bool> {
+        if span.digest_of != DigestOf::Decoded {
+            let Some(known) = self.learnt_digest(span.index as usize) else { return Ok(false) };
+            return Ok(self.hash(span.offset, span.len)? == known);
+        }
+        let pad = u64::from(span.pad).min(span.len);
+        let mut padding = vec![0; pad as usize];
+        self.data.read_exact_at(&mut padding, span.offset + span.len - pad)?;
+        let clean = padding.iter().all(|b| *b == 0);
+        Ok(clean && self.hash(span.offset, span.len - pad)? == span.digest)
+    }
+
+    fn hash(&self, mut at: u64, mut left: u64) -> io::Result<Digest> {
         let mut hasher = Hasher::new();
         let mut buffer = vec![0u8; 256 << 10];
-        let (mut at, mut left) = (span.offset, span.len);
         while left > 0 {
             let take = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
             self.data.read_exact_at(&mut buffer[..take], at)?;
@@ -300,7 +476,7 @@ impl Layer {
 
 impl std::fmt::Debug for Layer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Layer({})", self.diff_id)
+        write!(f, "Layer({})", self.file_name)
     }
 }
 

@@ -1,28 +1,39 @@
 //! The store of layer files on disk.
 
+mod distrusted;
 mod layer;
+mod learnt;
+mod order;
 mod span_map;
 mod staging;
+mod standing;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use lazyrun_index::Digest;
+use lazyrun_index::{Digest, LayerId, LayerIndex, Layout};
 
 pub use layer::Layer;
 pub(crate) use staging::Staging;
 
 use crate::error::FetchError;
+use crate::trust::Origin;
+use distrusted::Distrusted;
+use standing::Standing;
 
 /// Names inside a layer's directory.
 pub(crate) const DATA: &str = "data";
 pub(crate) const SPANS: &str = "spans";
 pub(crate) const INDEX: &str = "index";
+pub(crate) const DIGESTS: &str = "digests";
+/// The list of claims that are never adopted again, in the root directory.
+const DISTRUSTED: &str = "distrusted.json";
 
-/// All layers that are known here, `<root>/layers/<diffID>/{data,spans,index}`.
+/// All layers that are known here, `<root>/layers/<layer id>/{data,spans,index}`; an adopted one has `origin` or
+/// `adopted`, and `digests` if its index lacks any, beside these.
 ///
 /// One process owns a store. All handles of one layer share one [`Layer`], because what is local is tracked in
 /// memory and only mirrored on disk.
@@ -34,7 +45,8 @@ pub struct LayerStore {
 struct Inner {
     layers: PathBuf,
     boot_id: [u8; 16],
-    open: Mutex<HashMap<Digest, Weak<Layer>>>,
+    open: Mutex<HashMap<LayerId, Weak<Layer>>>,
+    distrusted: Distrusted,
 }
 
 impl LayerStore {
@@ -50,33 +62,59 @@ impl LayerStore {
         let layers = root.join("layers");
         fs::create_dir_all(&layers).map_err(|e| FetchError::store("creating", &layers, e))?;
         staging::sweep(&layers)?;
-        Ok(LayerStore { inner: Arc::new(Inner { layers, boot_id, open: Mutex::default() }) })
+        let list = root.join(DISTRUSTED);
+        let distrusted =
+            Distrusted::open(list.clone()).map_err(|e| FetchError::store("reading", &list, e))?;
+        Ok(LayerStore { inner: Arc::new(Inner { layers, boot_id, open: Mutex::default(), distrusted }) })
     }
 
-    /// The layer with this diffID, when its index is here; its bytes may be missing in part or whole.
+    /// The layer with this diffID to start something new from, when an index of it is here; its bytes may be missing
+    /// in part or whole. The tar layer file wins over the table one; one whose index is a lie does not count.
+    ///
+    /// # Errors
+    /// When the files cannot be opened for reasons other than damage.
+    pub fn get(&self, diff_id: Digest) -> Result<Option<Arc<Layer>>, FetchError> {
+        for id in [LayerId::tar(diff_id), LayerId::table(diff_id)] {
+            if let Some(layer) = self.by_id(id)?
+                && layer.lie().is_none()
+            {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Exactly this layer file, whatever it is worth.
     ///
     /// A layer whose files are damaged is dropped and counts as absent: it can be fetched again.
     ///
     /// # Errors
     /// When the files cannot be opened for reasons other than damage.
-    pub fn get(&self, diff_id: Digest) -> Result<Option<Arc<Layer>>, FetchError> {
-        let mut open = self.open_layers();
-        if let Some(layer) = open.get(&diff_id).and_then(Weak::upgrade) {
+    pub fn by_id(&self, id: LayerId) -> Result<Option<Arc<Layer>>, FetchError> {
+        self.open_in(&mut self.open_layers(), id)
+    }
+
+    fn open_in(
+        &self,
+        open: &mut HashMap<LayerId, Weak<Layer>>,
+        id: LayerId,
+    ) -> Result<Option<Arc<Layer>>, FetchError> {
+        if let Some(layer) = open.get(&id).and_then(Weak::upgrade) {
             return Ok(Some(layer));
         }
-        let dir = self.path_of(diff_id);
+        let dir = self.path_of(id);
         if !dir.exists() {
             return Ok(None);
         }
-        match Layer::open(&dir, diff_id, self.inner.boot_id) {
+        match Layer::open(&dir, id, self.inner.boot_id) {
             Ok(layer) => {
                 let layer = Arc::new(layer);
                 open.retain(|_, weak| weak.strong_count() > 0);
-                open.insert(diff_id, Arc::downgrade(&layer));
+                open.insert(id, Arc::downgrade(&layer));
                 Ok(Some(layer))
             }
             Err(layer::OpenError::Damaged(reason)) => {
-                tracing::warn!(layer = %diff_id, reason, "damaged layer is dropped from the store");
+                tracing::warn!(layer = %id, reason, "damaged layer is dropped from the store");
                 staging::discard(&self.inner.layers, &dir)?;
                 Ok(None)
             }
@@ -84,21 +122,84 @@ impl LayerStore {
         }
     }
 
-    /// diffIDs of all layers in the store, in no order.
+    /// Takes over an index that somebody else made, for a layer that has none here: an empty layer file with that
+    /// index, not proven until [`Fetcher::hydrate`](crate::Fetcher::hydrate) has. A layer that is here already is
+    /// returned as it is, unless its own index is a lie. Blocks on the disk.
+    ///
+    /// Whether the origin's trust is admitted is the caller's to decide, and that the index is about the blob and the
+    /// diffID that the image names.
+    ///
+    /// # Errors
+    /// When the index is no good, or comes from where a lie came from before, or the disk fails.
+    pub fn adopt(&self, index: &[u8], origin: &Origin) -> Result<Arc<Layer>, FetchError> {
+        let parsed = LayerIndex::from_bytes(index.to_vec())
+            .map_err(|source| FetchError::BadClaim { origin: origin.kind, source: Arc::new(source) })?;
+        let id = parsed.id();
+        if let Some(reason) = self.distrusts(origin, parsed.blob_digest()) {
+            return Err(FetchError::Distrusted { layer: id.diff_id, origin: origin.kind, reason });
+        }
+        let staging = self.stage(id)?;
+        let index_path = staging.index_path();
+        let failed = |path: &Path, e| FetchError::store("writing", path, e);
+        io::Write::write_all(&mut staging.create(&index_path)?, index).map_err(|e| failed(&index_path, e))?;
+        let data_path = staging.data_path();
+        staging.create(&data_path)?.set_len(parsed.layer_size()).map_err(|e| failed(&data_path, e))?;
+        Standing::claim(staging.dir(), Digest::of(index), origin).map_err(|e| failed(staging.dir(), e))?;
+        self.publish_as(staging, parsed.span_count(), false)
+    }
+
+    /// Why a claim from this origin about this blob is not to be believed: one turned out to be a lie before.
+    pub fn distrusts(&self, origin: &Origin, blob: Digest) -> Option<String> {
+        self.inner.distrusted.reason(origin, blob)
+    }
+
+    /// The artifacts that a lie came from.
+    pub fn refused_artifacts(&self) -> HashSet<Digest> {
+        self.inner.distrusted.artifacts()
+    }
+
+    /// Remembers that a layer's index is a lie: all its reads fail from now on, nothing new starts from it, and what
+    /// it came from is never adopted again.
+    pub(crate) fn condemn(&self, layer: &Layer, reason: &str) -> FetchError {
+        let failed = |error: io::Error| {
+            tracing::error!(layer = %layer.id(), %error, "that an index is a lie cannot be written down");
+        };
+        if let Err(error) = layer.condemn(reason) {
+            failed(error);
+        }
+        let Some(origin) = layer.adopted_from() else {
+            return FetchError::Interrupted { what: "proving a layer" };
+        };
+        if let Err(error) = self.inner.distrusted.add(&origin, layer.index().blob_digest(), reason) {
+            failed(error);
+        }
+        FetchError::Lie { layer: layer.diff_id(), origin: origin.kind, reason: reason.to_owned() }
+    }
+
+    /// Names of all layer files in the store, in no order.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Digest>, FetchError> {
+    pub fn list(&self) -> Result<Vec<LayerId>, FetchError> {
         let path = &self.inner.layers;
         let failed = |e| FetchError::store("listing", path, e);
         let mut found = Vec::new();
         for entry in fs::read_dir(path).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
-            if let Some(digest) = name.to_str().and_then(|n| format!("sha256:{n}").parse().ok()) {
-                found.push(digest);
+            if let Some(id) = name.to_str().and_then(|n| n.parse().ok()) {
+                found.push(id);
             }
         }
         Ok(found)
+    }
+
+    /// [`Layer::file_name`] of a layer, without opening it; `None` when it is not here.
+    pub fn file_name(&self, id: LayerId) -> Option<String> {
+        let dir = self.path_of(id);
+        if !dir.exists() {
+            return None;
+        }
+        standing::file_name_in(&dir, &id.to_string()).ok()
     }
 
     /// Removes a layer and its bytes; one that is not there is no error. Handles that are still held keep
@@ -106,10 +207,34 @@ impl LayerStore {
     ///
     /// # Errors
     /// When the directory cannot be moved away.
-    pub fn remove(&self, diff_id: Digest) -> Result<(), FetchError> {
+    pub fn remove(&self, id: LayerId) -> Result<(), FetchError> {
         let mut open = self.open_layers();
-        open.remove(&diff_id);
-        staging::discard(&self.inner.layers, &self.path_of(diff_id))
+        open.remove(&id);
+        staging::discard(&self.inner.layers, &self.path_of(id))
+    }
+
+    /// Removes what nothing new would be started from and `in_use` does not name: table layer files beside a
+    /// hydrated tar one, and layers whose index is a lie. Returns the file names of what was removed.
+    ///
+    /// # Errors
+    /// When the store cannot be read or a directory cannot be moved away.
+    pub fn remove_superseded(&self, in_use: impl Fn(LayerId) -> bool) -> Result<Vec<String>, FetchError> {
+        let mut removed = Vec::new();
+        for id in self.list()?.into_iter().filter(|id| !in_use(*id)) {
+            let own =
+                id.layout == Layout::Tar && self.file_name(id).is_some_and(|name| name == id.to_string());
+            // Not opened, because that takes time and a daemon that starts asks about all.
+            let Some(layer) = (if own { None } else { self.by_id(id)? }) else { continue };
+            let better = match id.layout {
+                Layout::Tar => None,
+                Layout::Table => self.by_id(LayerId::tar(id.diff_id))?,
+            };
+            if layer.lie().is_some() || better.is_some_and(|tar| tar.is_hydrated()) {
+                self.remove(id)?;
+                removed.push(layer.file_name().to_owned());
+            }
+        }
+        Ok(removed)
     }
 
     /// Makes everything that is local survive a power cut without being verified again. Blocks on the disk; for
@@ -123,23 +248,31 @@ impl LayerStore {
     }
 
     /// A place to build a layer in; it disappears unless published.
-    pub(crate) fn stage(&self, diff_id: Digest) -> Result<Staging, FetchError> {
-        Staging::new(&self.inner.layers, diff_id)
+    pub(crate) fn stage(&self, id: LayerId) -> Result<Staging, FetchError> {
+        Staging::new(&self.inner.layers, id)
     }
 
     /// Publishes a finished layer, of which all spans are present.
     pub(crate) fn publish(&self, staging: Staging, span_count: usize) -> Result<Arc<Layer>, FetchError> {
-        let diff_id = staging.diff_id();
-        let final_dir = self.path_of(diff_id);
-        staging.publish(&final_dir, span_count, self.inner.boot_id)?;
-        self.get(diff_id)?.ok_or(FetchError::Interrupted { what: "publishing a layer" })
+        self.publish_as(staging, span_count, true)
     }
 
-    fn path_of(&self, diff_id: Digest) -> PathBuf {
-        self.inner.layers.join(diff_id.hex())
+    fn publish_as(&self, staging: Staging, spans: usize, whole: bool) -> Result<Arc<Layer>, FetchError> {
+        let id = staging.id();
+        let mut open = self.open_layers();
+        if self.open_in(&mut open, id)?.is_some_and(|old| old.lie().is_some()) {
+            open.remove(&id);
+            staging::discard(&self.inner.layers, &self.path_of(id))?;
+        }
+        staging.publish(&self.path_of(id), spans, whole, self.inner.boot_id)?;
+        self.open_in(&mut open, id)?.ok_or(FetchError::Interrupted { what: "publishing a layer" })
     }
 
-    fn open_layers(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Weak<Layer>>> {
+    fn path_of(&self, id: LayerId) -> PathBuf {
+        self.inner.layers.join(id.to_string())
+    }
+
+    fn open_layers(&self) -> std::sync::MutexGuard<'_, HashMap<LayerId, Weak<Layer>>> {
         self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

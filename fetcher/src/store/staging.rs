@@ -5,10 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use lazyrun_index::Digest;
+use lazyrun_index::LayerId;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::span_map::SpanMap;
+use super::span_map::{SpanMap, full, words};
 use super::{DATA, INDEX, SPANS, sync_dir};
 use crate::error::FetchError;
 
@@ -19,19 +19,19 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// A layer in the making. Dropped without being published it leaves nothing behind.
 pub(crate) struct Staging {
-    diff_id: Digest,
+    id: LayerId,
     dir: PathBuf,
     /// Held for as long as the directory is in use, so that a sweep leaves it alone.
     _lock: Flock<File>,
 }
 
 impl Staging {
-    pub(super) fn new(layers: &Path, diff_id: Digest) -> Result<Staging, FetchError> {
+    pub(super) fn new(layers: &Path, id: LayerId) -> Result<Staging, FetchError> {
         let number = NEXT.fetch_add(1, Relaxed);
-        let dir = layers.join(format!("{PREFIX}{}-{}-{number}", &diff_id.hex()[..16], std::process::id()));
+        let dir = layers.join(format!("{PREFIX}{}-{}-{number}", &id.diff_id.hex()[..16], std::process::id()));
         fs::create_dir(&dir).map_err(|e| FetchError::store("creating", &dir, e))?;
         match lock(&dir) {
-            Ok(lock) => Ok(Staging { diff_id, dir, _lock: lock }),
+            Ok(lock) => Ok(Staging { id, dir, _lock: lock }),
             Err(error) => {
                 let _ = fs::remove_dir_all(&dir);
                 Err(FetchError::store("locking", &dir, error))
@@ -39,8 +39,12 @@ impl Staging {
         }
     }
 
-    pub(crate) fn diff_id(&self) -> Digest {
-        self.diff_id
+    pub(crate) fn id(&self) -> LayerId {
+        self.id
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub(crate) fn data_path(&self) -> PathBuf {
@@ -61,7 +65,7 @@ impl Staging {
             .map_err(|e| FetchError::store("creating", path, e))
     }
 
-    /// Gives the directory its final name.
+    /// Gives the directory its final name; `whole`: with all spans present, otherwise with none.
     ///
     /// The index and the map are made durable first, the data is not: hundreds of megabytes would stand between
     /// the last byte and the container's start. The map carries this boot's id, so data that a power cut takes
@@ -70,13 +74,15 @@ impl Staging {
         self,
         final_dir: &Path,
         span_count: usize,
+        whole: bool,
         boot_id: [u8; 16],
     ) -> Result<(), FetchError> {
         let map_path = self.dir.join(SPANS);
         let index_path = self.index_path();
         let mut map = SpanMap::create(&map_path, span_count, boot_id)
             .map_err(|e| FetchError::store("writing", &map_path, e))?;
-        map.write_volatile(&super::span_map::full(span_count))
+        let present = if whole { full(span_count) } else { vec![0; words(span_count)] };
+        map.write_volatile(&present)
             .and_then(|()| map.sync())
             .map_err(|e| FetchError::store("writing", &map_path, e))?;
         File::open(&index_path)

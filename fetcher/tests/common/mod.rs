@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses its own part
 
 pub mod artifacts;
+pub mod claim;
 pub mod fake;
 pub mod registry;
 pub mod server;

@@ -23,17 +23,21 @@ pub const BUILDER_VERSION: u32 = 1;
 pub struct DeviceSpec {
     /// Bytes of the layer file.
     pub size: u64,
-    /// What names it in the device table: its diffID in hexadecimal, see [`DeviceSpec::layer`].
+    /// What names it in the device table, see [`DeviceSpec::layer`].
     pub tag: [u8; 64],
 }
 
 impl DeviceSpec {
-    /// The device of a layer file that is named by its diffID.
-    pub fn layer(diff_id: &lazyrun_index::Digest, size: u64) -> DeviceSpec {
+    /// The device of the layer file with this name; a name that is too long for the table is told by its sha256.
+    pub fn layer(name: &str, size: u64) -> DeviceSpec {
         let mut tag = [0; 64];
-        for (to, from) in tag.iter_mut().zip(diff_id.hex().bytes()) {
-            *to = from;
-        }
+        let long = if name.len() > tag.len() {
+            lazyrun_index::Digest::of(name.as_bytes()).hex()
+        } else {
+            String::new()
+        };
+        let name = if long.is_empty() { name } else { &long };
+        tag[..name.len()].copy_from_slice(name.as_bytes());
         DeviceSpec { size, tag }
     }
 }

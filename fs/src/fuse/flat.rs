@@ -2,33 +2,18 @@
 //!
 //! EROFS views name these files as their devices, so after a view is mounted only READ arrives here.
 
-use std::ffi::OsStr;
-use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyXattr, Request,
-};
+use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyData};
 
+use super::MAX_READ;
 use super::content::LayerFiles;
 use super::join::Exact;
-use super::session::{Server, configure};
-use super::stats::{Requests, count};
-use super::{FOREVER, MAX_READ};
+use super::readonly::Server;
+use super::stats::Requests;
 
 const ROOT: u64 = 1;
-
-/// What the server asks for: reads in parallel, no open or opendir upcalls, requests resent on takeover.
-pub(super) const FLAGS: InitFlags = InitFlags::FUSE_ASYNC_READ
-    .union(InitFlags::FUSE_NO_OPEN_SUPPORT)
-    .union(InitFlags::FUSE_NO_OPENDIR_SUPPORT)
-    .union(InitFlags::FUSE_PARALLEL_DIROPS)
-    .union(InitFlags::FUSE_EXPLICIT_INVAL_DATA)
-    .union(InitFlags::FUSE_HAS_RESEND);
 
 /// The flat server over a set of layer files.
 pub struct Flat<L> {
@@ -41,6 +26,16 @@ impl<L: LayerFiles> Flat<L> {
     pub fn new(files: Arc<L>) -> Self {
         Self { files, requests: Arc::default() }
     }
+}
+
+impl<L: LayerFiles> Server for Flat<L> {
+    fn requests(&self) -> &Arc<Requests> {
+        &self.requests
+    }
+
+    fn block_size(&self) -> u32 {
+        512
+    }
 
     fn attr(&self, ino: u64) -> Option<FileAttr> {
         if ino == ROOT {
@@ -48,11 +43,27 @@ impl<L: LayerFiles> Flat<L> {
         }
         self.files.size(ino).map(|size| attr(ino, FileType::RegularFile, size))
     }
-}
 
-impl<L: LayerFiles> Server for Flat<L> {
-    fn requests(&self) -> Arc<Requests> {
-        Arc::clone(&self.requests)
+    fn lookup(&self, dir: u64, name: &[u8]) -> Result<FileAttr, Errno> {
+        let found = if dir == ROOT { self.files.by_name(name) } else { None };
+        // An error is not remembered, so a layer that appears later is found.
+        found.filter(|&ino| ino > ROOT).and_then(|ino| self.attr(ino)).ok_or(Errno::ENOENT)
+    }
+
+    // Layer files are opened by name; the directory does not list them.
+    fn entry(&self, _dir: u64, i: usize) -> Option<(&[u8], u64, FileType)> {
+        let names: [&[u8]; 2] = [b".", b".."];
+        Some((names.get(i)?, ROOT, FileType::Directory))
+    }
+
+    fn read(&self, ino: u64, offset: u64, size: u32, reply: ReplyData) {
+        let Some(file_size) = self.files.size(ino) else { return reply.error(Errno::EIO) };
+        // The kernel reads whole pages; what lies past the end is not the layer's business.
+        let len = u64::from(size).min(file_size.saturating_sub(offset));
+        match u32::try_from(len) {
+            Ok(len) if len > 0 => self.files.read(ino, offset, len, Box::new(Exact { len, reply })),
+            _ => reply.data(&[]),
+        }
     }
 }
 
@@ -74,101 +85,5 @@ fn attr(ino: u64, kind: FileType, size: u64) -> FileAttr {
         rdev: 0,
         blksize: MAX_READ,
         flags: 0,
-    }
-}
-
-impl<L: LayerFiles> Filesystem for Flat<L> {
-    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        configure(config, FLAGS);
-        Ok(())
-    }
-
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        count(&self.requests.lookup);
-        let found = if parent.0 == ROOT { self.files.by_name(name.as_bytes()) } else { None };
-        match found.filter(|&ino| ino > ROOT).and_then(|ino| self.attr(ino)) {
-            Some(attr) => reply.entry(&FOREVER, &attr, Generation(0)),
-            // An error is not remembered, so a layer that appears later is found.
-            None => reply.error(Errno::ENOENT),
-        }
-    }
-
-    fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {}
-
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        count(&self.requests.getattr);
-        match self.attr(ino.0) {
-            Some(attr) => reply.attr(&FOREVER, &attr),
-            None => reply.error(Errno::ENOENT),
-        }
-    }
-
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        count(&self.requests.open);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        count(&self.requests.open);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn read(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        size: u32,
-        _flags: OpenFlags,
-        _lock: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        count(&self.requests.read);
-        let Some(file_size) = self.files.size(ino.0) else { return reply.error(Errno::EIO) };
-        // The kernel reads whole pages; what lies past the end is not the layer's business.
-        let len = u64::from(size).min(file_size.saturating_sub(offset));
-        match u32::try_from(len) {
-            Ok(len) if len > 0 => self.files.read(ino.0, offset, len, Box::new(Exact { len, reply })),
-            _ => reply.data(&[]),
-        }
-    }
-
-    fn readdir(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectory,
-    ) {
-        count(&self.requests.readdir);
-        // Layer files are opened by name; the directory does not list them.
-        for (i, name) in [".", ".."].iter().enumerate().skip(usize::try_from(offset).unwrap_or(2)) {
-            if reply.add(INodeNo(ROOT), i as u64 + 1, FileType::Directory, name) {
-                break;
-            }
-        }
-        reply.ok();
-    }
-
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        count(&self.requests.other);
-        reply.statfs(0, 0, 0, 0, 0, 512, 255, 512);
-    }
-
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock: LockOwner, reply: ReplyEmpty) {
-        count(&self.requests.other);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
-        count(&self.requests.xattr);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        count(&self.requests.xattr);
-        reply.error(Errno::ENOSYS);
     }
 }

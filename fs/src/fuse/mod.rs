@@ -9,6 +9,7 @@ mod content;
 pub mod flat;
 mod join;
 mod mount;
+mod readonly;
 mod session;
 mod stats;
 pub mod viewfs;
@@ -16,7 +17,8 @@ pub mod viewfs;
 pub use content::{LayerFiles, ReadReply};
 pub use flat::Flat;
 pub use mount::{FuseError, FuseKind, FuseMount, abort, mount, set_readahead};
-pub use session::{ServeOptions, Server, ServerHandle, serve};
+pub use readonly::Server;
+pub use session::{ServeOptions, ServerHandle, serve};
 pub use stats::{Requests, StatsSnapshot};
 pub use viewfs::ViewFs;
 

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::mount::{FuseError, abort_device};
+use super::readonly::{ReadOnly, Server};
 use super::stats::{Requests, StatsSnapshot};
 use super::{MAX_READ, set_readahead};
 use crate::mount::device_of;
@@ -26,12 +27,6 @@ const NOTIFY_RESEND: i32 = 7;
 /// Readahead of both servers, in KiB. More saves little time when the bytes are local, and fetches what nobody
 /// wants when they are not.
 const READAHEAD_KIB: u32 = 128;
-
-/// A filesystem that [`serve`] can run: one of this module's servers.
-pub trait Server: Filesystem {
-    /// The counters this server counts in.
-    fn requests(&self) -> Arc<Requests>;
-}
 
 /// How to serve.
 #[derive(Clone, Copy, Debug)]
@@ -65,8 +60,8 @@ pub struct ServerHandle {
 ///
 /// `dev` may be a duplicate of a descriptor that the keeper holds; hand it the keeper only after a fresh
 /// `serve` has returned, because a connection without INIT cannot be adopted.
-pub fn serve<F: Server>(
-    fs: F,
+pub fn serve<S: Server>(
+    server: S,
     tree: BorrowedFd<'_>,
     dev: OwnedFd,
     options: ServeOptions,
@@ -74,7 +69,8 @@ pub fn serve<F: Server>(
     let action = if options.adopt { "adopt" } else { "start" };
     let failed = |source: io::Error| FuseError::Session { action, source };
     let device = device_of(tree)?;
-    let requests = fs.requests();
+    let requests = Arc::clone(server.requests());
+    let fs = ReadOnly(server);
     let ours = dev.try_clone().map_err(failed)?;
     let mut config = Config::default();
     config.acl = SessionACL::All;
@@ -109,11 +105,11 @@ fn keep_buffers_off_the_heap() {
     }
 }
 
-fn fresh<F: Server>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F>> {
+fn fresh<F: Filesystem>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F>> {
     Session::from_fd(fs, dev, SessionACL::All, config)
 }
 
-fn adopt<F: Server>(fs: F, dev: BorrowedFd<'_>, config: Config) -> io::Result<Session<F>> {
+fn adopt<F: Filesystem>(fs: F, dev: BorrowedFd<'_>, config: Config) -> io::Result<Session<F>> {
     let (kernel, session) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     let mut kernel = UnixStream::from(kernel);

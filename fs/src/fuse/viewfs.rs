@@ -2,28 +2,19 @@
 //!
 //! A view never changes, so every answer may be kept for ever, also that there is no such name.
 
-use std::ffi::OsStr;
-use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
-};
+use fuser::{Errno, FileAttr, FileType, INodeNo, InitFlags, ReplyData};
 use lazyrun_index::Timestamp;
 
 use super::content::LayerFiles;
 use super::join::{Exact, Join};
-use super::session::{Server, configure};
-use super::stats::{Requests, count};
-use super::{FOREVER, MAX_READ};
+use super::readonly::Server;
+use super::stats::Requests;
 use crate::view::{Ino, Inode, Kind, LayerExtent, View, escaped};
 
-const FLAGS: InitFlags = super::flat::FLAGS
-    .union(InitFlags::FUSE_DO_READDIRPLUS)
+const FLAGS: InitFlags = InitFlags::FUSE_DO_READDIRPLUS
     .union(InitFlags::FUSE_READDIRPLUS_AUTO)
     .union(InitFlags::FUSE_CACHE_SYMLINKS);
 
@@ -50,22 +41,17 @@ impl<L: LayerFiles> ViewFs<L> {
         Self { view, files, layers, has_xattrs, has_acls, requests: Arc::default() }
     }
 
-    fn inode(&self, ino: INodeNo) -> Option<(Ino, &Inode)> {
-        let number = Ino::try_from(ino.0.checked_sub(1)?).ok()?;
+    fn inode(&self, ino: u64) -> Option<(Ino, &Inode)> {
+        let number = Ino::try_from(ino.checked_sub(1)?).ok()?;
         Some((number, self.view.get(number)?))
     }
 
-    fn attr(&self, number: Ino) -> FileAttr {
-        attr(number, self.view.inode(number))
-    }
-
-    /// Entry `i` of a directory, `.` and `..` first.
-    fn dir_entry(&self, dir: Ino, i: usize) -> Option<(&[u8], Ino)> {
-        match i {
-            0 => Some((b".", dir)),
-            1 => Some((b"..", self.view.parent(dir))),
-            _ => self.view.children(dir).get(i - 2),
+    /// An inode whose attributes are asked for; a tree without any says so once.
+    fn xattrs_of(&self, ino: u64) -> Result<&Inode, Errno> {
+        if !self.has_xattrs {
+            return Err(Errno::ENOSYS);
         }
+        self.inode(ino).map(|(_, inode)| inode).ok_or(Errno::ENOENT)
     }
 
     fn read_file(&self, inode: &Inode, offset: u64, size: u32, reply: ReplyData) {
@@ -167,160 +153,74 @@ fn system_time(time: Timestamp) -> SystemTime {
 }
 
 impl<L: LayerFiles> Server for ViewFs<L> {
-    fn requests(&self) -> Arc<Requests> {
-        Arc::clone(&self.requests)
+    fn requests(&self) -> &Arc<Requests> {
+        &self.requests
     }
-}
 
-impl<L: LayerFiles> Filesystem for ViewFs<L> {
-    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+    fn flags(&self) -> InitFlags {
         // With the flag the kernel enforces ACLs, and asks for each inode's: only if there are any.
         let acl = if self.has_acls { InitFlags::FUSE_POSIX_ACL } else { InitFlags::empty() };
-        configure(config, FLAGS.union(acl));
-        Ok(())
+        FLAGS.union(acl)
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        count(&self.requests.lookup);
-        let Some((dir, inode)) = self.inode(parent) else { return reply.error(Errno::ENOENT) };
+    fn block_size(&self) -> u32 {
+        4096
+    }
+
+    fn inodes(&self) -> u64 {
+        self.view.len() as u64
+    }
+
+    fn attr(&self, ino: u64) -> Option<FileAttr> {
+        self.inode(ino).map(|(number, inode)| attr(number, inode))
+    }
+
+    fn lookup(&self, dir: u64, name: &[u8]) -> Result<FileAttr, Errno> {
+        let (dir, inode) = self.inode(dir).ok_or(Errno::ENOENT)?;
         if inode.kind != Kind::Directory {
-            return reply.error(Errno::ENOTDIR);
+            return Err(Errno::ENOTDIR);
         }
-        let found = match self.view.lookup(dir, name.as_bytes()) {
-            Some(child) => self.attr(child),
-            // Inode 0 means: there is none, and you may remember it.
-            None => FileAttr { ino: INodeNo(0), ..self.attr(dir) },
+        Ok(match self.view.lookup(dir, name) {
+            Some(child) => attr(child, self.view.inode(child)),
+            // There is none, and that may be remembered.
+            None => FileAttr { ino: INodeNo(0), ..attr(dir, inode) },
+        })
+    }
+
+    fn entry(&self, dir: u64, i: usize) -> Option<(&[u8], u64, FileType)> {
+        let (dir, _) = self.inode(dir)?;
+        let (name, child): (&[u8], Ino) = match i {
+            0 => (b".", dir),
+            1 => (b"..", self.view.parent(dir)),
+            _ => self.view.children(dir).get(i - 2)?,
         };
-        reply.entry(&FOREVER, &found, Generation(0));
+        Some((name, u64::from(child) + 1, file_type(self.view.inode(child).kind)))
     }
 
-    fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {}
-
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        count(&self.requests.getattr);
-        match self.inode(ino) {
-            Some((number, inode)) => reply.attr(&FOREVER, &attr(number, inode)),
-            None => reply.error(Errno::ENOENT),
-        }
+    fn target(&self, ino: u64) -> Option<&[u8]> {
+        let (_, inode) = self.inode(ino)?;
+        (inode.kind == Kind::Symlink).then_some(&inode.target)
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        count(&self.requests.readlink);
-        match self.inode(ino) {
-            Some((_, inode)) if inode.kind == Kind::Symlink => reply.data(&inode.target),
-            _ => reply.error(Errno::EINVAL),
-        }
+    fn xattr(&self, ino: u64, name: &[u8]) -> Result<&[u8], Errno> {
+        let found = self.xattrs_of(ino)?.xattrs.iter().find(|x| *escaped(&x.name) == *name);
+        found.map(|xattr| &*xattr.value).ok_or(Errno::NO_XATTR)
     }
 
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        count(&self.requests.open);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        count(&self.requests.open);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn read(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        size: u32,
-        _flags: OpenFlags,
-        _lock: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        count(&self.requests.read);
-        match self.inode(ino) {
-            Some((_, inode)) if inode.kind == Kind::File => {
-                self.read_file(inode, offset, size.min(MAX_READ), reply);
-            }
-            _ => reply.error(Errno::EIO),
-        }
-    }
-
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        count(&self.requests.readdir);
-        let Some((dir, _)) = self.inode(ino) else { return reply.error(Errno::ENOENT) };
-        let mut next = usize::try_from(offset).unwrap_or(usize::MAX);
-        while let Some((name, child)) = self.dir_entry(dir, next) {
-            next += 1;
-            let kind = file_type(self.view.inode(child).kind);
-            if reply.add(INodeNo(u64::from(child) + 1), next as u64, kind, OsStr::from_bytes(name)) {
-                break;
-            }
-        }
-        reply.ok();
-    }
-
-    fn readdirplus(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
-        count(&self.requests.readdir);
-        let Some((dir, _)) = self.inode(ino) else { return reply.error(Errno::ENOENT) };
-        let mut next = usize::try_from(offset).unwrap_or(usize::MAX);
-        while let Some((name, child)) = self.dir_entry(dir, next) {
-            next += 1;
-            let attr = self.attr(child);
-            let name = OsStr::from_bytes(name);
-            if reply.add(attr.ino, next as u64, name, &FOREVER, &attr, Generation(0)) {
-                break;
-            }
-        }
-        reply.ok();
-    }
-
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        count(&self.requests.other);
-        reply.statfs(0, 0, 0, self.view.len() as u64, 0, 4096, 255, 4096);
-    }
-
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock: LockOwner, reply: ReplyEmpty) {
-        count(&self.requests.other);
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        count(&self.requests.xattr);
-        if !self.has_xattrs {
-            return reply.error(Errno::ENOSYS);
-        }
-        let Some((_, inode)) = self.inode(ino) else { return reply.error(Errno::ENOENT) };
-        match inode.xattrs.iter().find(|x| *escaped(&x.name) == *name.as_bytes()) {
-            Some(xattr) => answer_xattr(&xattr.value, size, reply),
-            None => reply.error(Errno::NO_XATTR),
-        }
-    }
-
-    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        count(&self.requests.xattr);
-        if !self.has_xattrs {
-            return reply.error(Errno::ENOSYS);
-        }
-        let Some((_, inode)) = self.inode(ino) else { return reply.error(Errno::ENOENT) };
+    fn xattr_names(&self, ino: u64) -> Result<Vec<u8>, Errno> {
         let mut list = Vec::new();
-        for xattr in &inode.xattrs {
+        for xattr in &self.xattrs_of(ino)?.xattrs {
             list.extend_from_slice(&escaped(&xattr.name));
             list.push(0);
         }
-        answer_xattr(&list, size, reply);
+        Ok(list)
     }
-}
 
-/// A size of 0 asks how much there is.
-fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
-    match u32::try_from(value.len()) {
-        Ok(len) if size == 0 => reply.size(len),
-        Ok(len) if len <= size => reply.data(value),
-        _ => reply.error(Errno::ERANGE),
+    fn read(&self, ino: u64, offset: u64, size: u32, reply: ReplyData) {
+        match self.inode(ino) {
+            Some((_, inode)) if inode.kind == Kind::File => self.read_file(inode, offset, size, reply),
+            _ => reply.error(Errno::EIO),
+        }
     }
 }
 

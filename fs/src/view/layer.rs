@@ -125,23 +125,18 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
             return Ok(node);
         }
         let mut at = ROOT;
-        let mut links = 0;
-        let mut ahead: Vec<&'a [u8]> = path.rsplit(|&b| b == b'/').collect();
-        while let Some(name) = ahead.pop() {
-            match name {
-                b"" | b"." => continue,
-                b".." => {
-                    at = self.tree.parent(at);
-                    continue;
-                }
-                _ => {}
-            }
+        let mut walk = Walk::of(path);
+        while let Some(step) = walk.next() {
+            let Step::Down(name) = step else {
+                at = self.tree.parent(at);
+                continue;
+            };
             let found = self.tree.find(at, name).map(|n| (n, self.tree.shape(n)));
             at = match found {
                 Some((node, Shape::Directory)) => node,
                 Some((node, Shape::Symlink)) => {
                     let target = self.union.link_target(self.tree.item(node));
-                    self.follow(target, &mut ahead, &mut links, entry)?;
+                    self.follow(target, &mut walk, entry)?;
                     if target.starts_with(b"/") { ROOT } else { at }
                 }
                 _ => self.put(at, name, Shape::Directory, IMPLICIT, entry)?,
@@ -155,29 +150,22 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
     /// inside the image's root, the last component is not.
     fn look_up(&self, path: &'a [u8], entry: &Entry<'a>) -> Result<Option<(Shape, u32)>, ViewError> {
         let mut trail = vec![Cursor { here: Some(ROOT), below: Some(ROOT) }];
-        let mut links = 0;
-        let mut ahead: Vec<&'a [u8]> = path.rsplit(|&b| b == b'/').collect();
-        while let Some(name) = ahead.pop() {
-            match name {
-                b"" | b"." => continue,
-                b".." => {
-                    if trail.len() > 1 {
-                        trail.pop();
-                    }
-                    continue;
-                }
-                _ => {}
-            }
+        let mut walk = Walk::of(path);
+        while let Some(step) = walk.next() {
+            let Step::Down(name) = step else {
+                trail.truncate(trail.len().saturating_sub(1).max(1));
+                continue;
+            };
             let Some(at) = trail.last() else { return Ok(None) };
             let (shape, item, next) = self.step(at, name);
             match shape {
                 Shape::Absent => return Ok(None),
                 Shape::Directory => trail.push(next),
-                _ if ahead.is_empty() => return Ok(Some((shape, item))),
+                _ if walk.ahead.is_empty() => return Ok(Some((shape, item))),
                 Shape::Other => return Ok(None),
                 Shape::Symlink => {
                     let target = self.union.link_target(item);
-                    self.follow(target, &mut ahead, &mut links, entry)?;
+                    self.follow(target, &mut walk, entry)?;
                     if target.starts_with(b"/") {
                         trail.truncate(1);
                     }
@@ -188,18 +176,12 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
     }
 
     /// Puts a symlink's target in front of what is left of a path.
-    fn follow(
-        &self,
-        target: &'a [u8],
-        ahead: &mut Vec<&'a [u8]>,
-        links: &mut usize,
-        entry: &Entry<'a>,
-    ) -> Result<(), ViewError> {
-        let before = ahead.len();
-        ahead.extend(target.rsplit(|&b| b == b'/'));
-        *links += 1;
-        match self.detour.get().checked_sub(ahead.len() - before) {
-            Some(left) if *links <= MAX_LINKS => {
+    fn follow(&self, target: &'a [u8], walk: &mut Walk<'a>, entry: &Entry<'a>) -> Result<(), ViewError> {
+        let before = walk.ahead.len();
+        walk.ahead.extend(target.rsplit(|&b| b == b'/'));
+        walk.links += 1;
+        match self.detour.get().checked_sub(walk.ahead.len() - before) {
+            Some(left) if walk.links <= MAX_LINKS => {
                 self.detour.set(left);
                 Ok(())
             }
@@ -265,6 +247,36 @@ impl<'u, 'a, L: LayerEntries + ?Sized> LayerTree<'u, 'a, L> {
 struct Cursor {
     here: Option<NodeId>,
     below: Option<NodeId>,
+}
+
+/// A path being walked.
+struct Walk<'a> {
+    /// The components still to go, the next one last.
+    ahead: Vec<&'a [u8]>,
+    /// Symlinks followed so far.
+    links: usize,
+}
+
+/// One component of a path that leads somewhere.
+enum Step<'a> {
+    Up,
+    Down(&'a [u8]),
+}
+
+impl<'a> Walk<'a> {
+    fn of(path: &'a [u8]) -> Self {
+        Walk { ahead: path.rsplit(|&b| b == b'/').collect(), links: 0 }
+    }
+
+    fn next(&mut self) -> Option<Step<'a>> {
+        loop {
+            match self.ahead.pop()? {
+                b"" | b"." => {}
+                b".." => return Some(Step::Up),
+                name => return Some(Step::Down(name)),
+            }
+        }
+    }
 }
 
 /// A clean path's directory and last component.

@@ -169,7 +169,7 @@ impl Files {
     pub fn devices(&self) -> Vec<DeviceSpec> {
         self.0
             .iter()
-            .map(|data| DeviceSpec::layer(&lazyrun_index::Digest::of(data), data.len() as u64))
+            .map(|data| DeviceSpec::layer(&lazyrun_index::Digest::of(data).hex(), data.len() as u64))
             .collect()
     }
 }
