@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-micro
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-micro
 
 build:
 	$(CARGO) build --workspace
@@ -39,7 +39,7 @@ install-deps deps:
 
 # Figures: medians of interleaved rounds, ratios against the reference in the same run. Each takes minutes and
 # wants an otherwise idle machine.
-bench: bench-micro bench-warm bench-cold bench-start
+bench: bench-micro bench-index bench-view bench-spans bench-warm bench-cold bench-start
 
 bench-warm:
 	@tests/tools/deps.sh all
@@ -53,10 +53,29 @@ bench-start:
 	@tests/tools/deps.sh test
 	$(CARGO) bench --bench start
 
+# LAYOUT=DIR[:TAG] takes an image of an OCI layout instead of one of this machine's files.
+bench-index:
+	$(CARGO) bench --bench index -- --erofs "$$(tests/tools/erofs-utils.sh)" $(if $(LAYOUT),--layout $(LAYOUT))
+
+bench-spans:
+	$(CARGO) bench --bench spans -- $(if $(LAYOUT),--layout $(LAYOUT))
+
+bench-view:
+	@tests/tools/deps.sh test
+	$(CARGO) bench --bench view -- $(if $(LAYOUT),--layout $(LAYOUT))
+
 bench-micro:
 	$(CARGO) bench --bench micro
 
-# Every fuzz target for T seconds each; needs cargo-fuzz and a nightly toolchain (or RUSTC_BOOTSTRAP=1).
+# Every fuzz target for T seconds each, with bounded memory and time for each input. Needs cargo-fuzz; what fuzzing asks
+# of a nightly compiler works on the stable one with RUSTC_BOOTSTRAP. See fuzz/README.md.
+FUZZ ?= tar gzip zstd index estargz chunked soci oci
+SANITIZER ?= address
+fuzz: export RUSTC_BOOTSTRAP = 1
 fuzz:
-	cd fuzz && for target in $$($(CARGO) fuzz list); do \
-	  $(CARGO) fuzz run --sanitizer none $$target -- -max_total_time=$(T) || exit 1; done
+	cd fuzz && $(CARGO) run --quiet --example seeds && $(CARGO) fuzz build --sanitizer $(SANITIZER)
+	cd fuzz && for target in $(FUZZ); do \
+	  echo "== $$target"; \
+	  $(CARGO) fuzz run --sanitizer $(SANITIZER) $$target corpus/$$target $$(ls -d regress/$$target 2>/dev/null) -- \
+	    -dict=dict/$$target -max_total_time=$(T) -max_len=20000 -timeout=10 \
+	    -rss_limit_mb=512 -malloc_limit_mb=256 -print_final_stats=1 || exit 1; done

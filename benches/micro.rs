@@ -5,6 +5,8 @@ use std::io::{self, Cursor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use lazyrun_fs::erofs::{self, DeviceSpec, LayerContent};
+use lazyrun_fs::view::View;
 use lazyrun_index::{LayerIndex, LayerSink, SpanInfo, StreamOptions, hydrate_layer, index_layer};
 
 /// Takes everything and keeps nothing.
@@ -90,5 +92,37 @@ fn layers(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, layers);
+/// Contents that nobody asks for: all of these layers lie block by block.
+struct NoContent;
+
+impl LayerContent for NoContent {
+    fn read_at(&self, _: u16, offset: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::other(format!("byte {offset} was read")))
+    }
+}
+
+/// The merge of 50,000 files in three layers, where the upper two replace some, and the EROFS view of it.
+fn views(criterion: &mut Criterion) {
+    let layers: Vec<LayerIndex> = [50_000, 5_000, 500]
+        .map(|files| LayerIndex::from_bytes(index(&layer(files, 20))).expect("open an index"))
+        .into();
+    let layers: Vec<&LayerIndex> = layers.iter().collect();
+    let devices: Vec<DeviceSpec> =
+        layers.iter().map(|layer| DeviceSpec::layer(&layer.diff_id(), layer.layer_size())).collect();
+    let view = View::merge(&layers).expect("merge the layers");
+    let mut group = criterion.benchmark_group("view");
+    group.sample_size(20);
+    group.throughput(Throughput::Elements(view.len() as u64));
+    group.bench_function("merge", |bencher| bencher.iter(|| View::merge(&layers).expect("merge the layers")));
+    group.bench_function("write", |bencher| {
+        bencher.iter(|| {
+            let mut image = Cursor::new(Vec::new());
+            erofs::write(&view, &devices, &NoContent, &mut image, Vec::new()).expect("write the view");
+            image.into_inner().len()
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, layers, views);
 criterion_main!(benches);

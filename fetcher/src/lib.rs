@@ -12,6 +12,8 @@ mod client;
 mod discover;
 mod error;
 mod fetch;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod manifest;
 mod platform;
 mod reference;

@@ -30,6 +30,9 @@ mod format;
 mod gzip;
 mod id;
 mod inflate;
+#[cfg(fuzzing)]
+mod inline;
+#[cfg_attr(fuzzing, allow(dead_code, reason = "`inline` stands in for it"))]
 mod pipeline;
 mod reader;
 mod rfc3339;

@@ -419,7 +419,7 @@ impl<'a> EntryRef<'a> {
     }
 
     /// sha256 of a regular file's content, holes read as zeros. `None` for all else, and for files with more
-    /// than 64 MiB of holes, which nobody hashes.
+    /// than 64 MiB of holes, or of layers with very many, which nobody hashes.
     #[must_use]
     pub fn content(&self) -> Option<Digest> {
         (self.record.flags & FLAG_CONTENT != 0).then(|| Digest::from_bytes(self.record.content))

@@ -6,7 +6,11 @@ use crate::claims::{Claims, follow};
 use crate::compare::{Comparer, Mismatch};
 use crate::decode::{Cutter, Entrance};
 use crate::format::SPAN_LEN_MAX;
-use crate::pipeline::{Consumer, Passed, run};
+#[cfg(fuzzing)]
+use crate::inline::run;
+#[cfg(not(fuzzing))]
+use crate::pipeline::run;
+use crate::pipeline::{Consumer, Passed};
 use crate::reader::{SpanHasher, check_digest};
 use crate::tar::{Entry, Parser, TarSink};
 use crate::writer::IndexWriter;

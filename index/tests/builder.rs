@@ -2,8 +2,8 @@
 
 mod common;
 
+use common::hostile::seal;
 use common::make::{DEFAULT, archive, gzip, text, zstd};
-use common::seal;
 use lazyrun_index::{
     Compression, Digest, DigestOf, EntryKind, Extent, IndexBuilder, IndexError, LayerFacts, LayerId,
     LayerIndex, Layout, NewEntrance, NewEntry, NewSpan, Timestamp,

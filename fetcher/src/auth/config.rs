@@ -87,11 +87,7 @@ impl CredentialStore {
         if let Some(helper) = helper {
             return ask_helper(helper, key).await.map_err(|reason| problem(registry, reason));
         }
-        let entry = config
-            .auths
-            .get(key)
-            .or_else(|| config.auths.iter().find(|(k, _)| host_of(k) == host_of(key)).map(|(_, v)| v));
-        if let Some(credential) = entry.and_then(from_entry) {
+        if let Some(credential) = config.stored(key) {
             return Ok(Some(credential));
         }
         match &config.creds_store {
@@ -101,6 +97,23 @@ impl CredentialStore {
             _ => Ok(None),
         }
     }
+}
+
+impl ConfigFile {
+    /// The credential that the file itself holds for `key`.
+    fn stored(&self, key: &str) -> Option<Credential> {
+        let entry = self
+            .auths
+            .get(key)
+            .or_else(|| self.auths.iter().find(|(k, _)| host_of(k) == host_of(key)).map(|(_, v)| v));
+        entry.and_then(from_entry)
+    }
+}
+
+/// Whether a configuration file's bytes hold a credential for `key`.
+#[cfg(fuzzing)]
+pub(crate) fn holds(text: &[u8], key: &str) -> Result<bool, serde_json::Error> {
+    serde_json::from_slice::<ConfigFile>(text).map(|config| config.stored(key).is_some())
 }
 
 fn problem(registry: &str, reason: String) -> FetchError {

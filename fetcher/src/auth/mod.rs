@@ -8,6 +8,8 @@ mod config;
 mod token;
 
 pub(crate) use challenge::{Challenge, parse as parse_challenges};
+#[cfg(fuzzing)]
+pub(crate) use config::holds;
 pub(crate) use config::{Credential, CredentialStore};
 pub(crate) use token::{
     Access, Authorization, TokenCache, TokenKey, TokenRequest, parse_answer, request as token_request,

@@ -173,9 +173,15 @@ fn is_inside(url: &Url) -> bool {
             v6.is_loopback()
                 || v6.is_unicast_link_local()
                 || v6.is_unspecified()
-                || v6.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback() || v4.is_link_local())
+                // Also where it is an IPv4 address in other clothes, mapped or (long obsolete) compatible.
+                || v6.to_ipv4().is_some_and(|v4| {
+                    v4.is_loopback() || v4.is_link_local() || v4.is_unspecified()
+                })
         }
-        Err(_) => host == "localhost" || host.ends_with(".localhost"),
+        Err(_) => {
+            let name = host.strip_suffix('.').unwrap_or(host);
+            name == "localhost" || name.ends_with(".localhost")
+        }
     }
 }
 
@@ -218,7 +224,11 @@ mod tests {
             "https://127.0.0.1/",
             "https://[::1]/",
             "https://[::ffff:169.254.169.254]/",
+            "https://[::ffff:0.0.0.0]/",
+            "https://[::127.0.0.1]/",
             "https://localhost/",
+            "https://localhost./",
+            "https://a.localhost./",
             "https://u:p@auth.example/",
             "nonsense",
         ] {

@@ -3,7 +3,7 @@
 use super::header::{Flavor, Header, device, text};
 use super::path::{TARGET_MAX, clean};
 use super::pax::{Pax, PaxSparse};
-use super::sparse::{Content, Map, MapReader};
+use super::sparse::{Content, HoleBudget, Map, MapReader};
 use super::{BLOCK, Entry};
 use crate::error::Name;
 use crate::{EntryKind, Extent, IndexError, Timestamp};
@@ -71,6 +71,7 @@ pub(crate) struct Parser {
     pax: Option<Pax>,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
+    hashed_holes: HoleBudget,
 }
 
 impl Parser {
@@ -86,6 +87,7 @@ impl Parser {
             pax: None,
             long_name: None,
             long_link: None,
+            hashed_holes: HoleBudget::default(),
         }
     }
 
@@ -404,7 +406,7 @@ impl Parser {
         sparse: bool,
         sink: &mut impl TarSink,
     ) -> Result<(), IndexError> {
-        let content = Content::new(entry.size, &entry.extents, sparse);
+        let content = Content::new(entry.size, &entry.extents, sparse, self.offset, &mut self.hashed_holes);
         if stored == 0 {
             entry.content = content.finish();
             self.skip(self.padding);

@@ -7,8 +7,28 @@ use crate::{Digest, Extent, Hasher};
 
 /// Most pieces a sparse file may have: bounds memory against hostile maps.
 pub(crate) const PIECES_MAX: usize = 1 << 18;
-/// Holes beyond this are not hashed: a header of a few bytes could keep the hasher busy for years.
+/// Longest holes of one file that are hashed: a header of a few bytes could keep the hasher busy for years.
 const HASHED_HOLES_MAX: u64 = 64 << 20;
+/// Bytes of holes that are hashed in any archive; after these no more than the archive itself has bytes.
+const HASHED_HOLES_FREE: u64 = 256 << 20;
+
+/// Counts the holes that were hashed: thousands of headers could keep the hasher busy for years, too.
+#[derive(Debug, Default)]
+pub(super) struct HoleBudget {
+    spent: u64,
+}
+
+impl HoleBudget {
+    /// Whether holes of `len` bytes may be hashed for a file whose data starts at byte `offset` of the archive.
+    fn spend(&mut self, len: u64, offset: u64) -> bool {
+        let spent = self.spent.saturating_add(len);
+        let may = len <= HASHED_HOLES_MAX && spent <= HASHED_HOLES_FREE.saturating_add(offset);
+        if may {
+            self.spent = spent;
+        }
+        may
+    }
+}
 
 /// Data pieces as (offset in the file, length).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -141,10 +161,16 @@ pub(super) struct Content {
 }
 
 impl Content {
-    /// The content of a file of `size` bytes whose data is `extents`.
-    pub(super) fn new(size: u64, extents: &[Extent], sparse: bool) -> Self {
+    /// The content of a file of `size` bytes whose data is `extents` and starts at byte `offset` of the archive.
+    pub(super) fn new(
+        size: u64,
+        extents: &[Extent],
+        sparse: bool,
+        offset: u64,
+        holes: &mut HoleBudget,
+    ) -> Self {
         let data: u64 = extents.iter().map(|e| e.len).sum();
-        let hasher = (size - data.min(size) <= HASHED_HOLES_MAX).then(Hasher::new);
+        let hasher = holes.spend(size - data.min(size), offset).then(Hasher::new);
         let mut pieces = if sparse { extents.to_vec() } else { Vec::new() };
         pieces.reverse();
         Self { hasher, pieces, at: 0, size, sparse }

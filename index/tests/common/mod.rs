@@ -1,6 +1,7 @@
-//! What the integration tests share: indexing into memory, and the proof that an index is right.
+//! What the integration tests and the fuzz targets share: indexing into memory, and the proof that an index is right.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod hostile;
 pub(crate) mod make;
 pub(crate) mod told;
 pub(crate) mod ztoc;
@@ -13,16 +14,26 @@ use lazyrun_index::{
 };
 
 /// Keeps the layer file and the spans.
-#[derive(Default)]
 pub(crate) struct Keep {
+    /// Bytes of the layer file after which the pass is broken off.
+    pub(crate) limit: usize,
     pub(crate) data: Vec<u8>,
     pub(crate) spans: Vec<SpanInfo>,
     pub(crate) progress: u64,
 }
 
+impl Default for Keep {
+    fn default() -> Self {
+        Self { limit: usize::MAX, data: Vec::new(), spans: Vec::new(), progress: 0 }
+    }
+}
+
 impl LayerSink for Keep {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         assert_eq!(offset, self.data.len() as u64, "bytes come in order and without gaps");
+        if bytes.len() > self.limit - self.data.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         self.data.extend_from_slice(bytes);
         Ok(())
     }
@@ -48,7 +59,16 @@ pub(crate) struct Indexed {
 
 /// Indexes `blob` in memory.
 pub(crate) fn index_blob(blob: &[u8], options: &StreamOptions) -> Result<Indexed, IndexError> {
-    let mut keep = Keep::default();
+    index_blob_within(usize::MAX, blob, options)
+}
+
+/// The same, broken off when the layer file is longer than `limit` bytes.
+pub(crate) fn index_blob_within(
+    limit: usize,
+    blob: &[u8],
+    options: &StreamOptions,
+) -> Result<Indexed, IndexError> {
+    let mut keep = Keep { limit, ..Keep::default() };
     let mut out = Cursor::new(Vec::new());
     let summary = index_layer(blob, &mut keep, &mut out, options)?;
     let index = LayerIndex::from_bytes(out.into_inner()).expect("an index just written opens");
@@ -120,17 +140,4 @@ pub(crate) fn content(layer: &[u8], entry: lazyrun_index::EntryRef<'_>) -> Vec<u
             .copy_from_slice(&layer[e.layer_offset as usize..][..e.len as usize]);
     }
     bytes
-}
-
-/// Makes all checksums right again, so that the checks behind them are reached.
-pub(crate) fn seal(index: &mut [u8]) {
-    const HEADER: usize = 152;
-    let body_len = u64::from_le_bytes(index[112..120].try_into().unwrap()) as usize;
-    if let Some(body) = body_len.checked_add(HEADER).and_then(|end| index.get(HEADER..end)) {
-        let (body, directory) = (crc32c::crc32c(body), crc32c::crc32c(&index[HEADER + body_len..]));
-        index[120..124].copy_from_slice(&body.to_le_bytes());
-        index[124..128].copy_from_slice(&directory.to_le_bytes());
-    }
-    let header = crc32c::crc32c(&index[..148]);
-    index[148..152].copy_from_slice(&header.to_le_bytes());
 }
