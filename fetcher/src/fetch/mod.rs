@@ -5,6 +5,7 @@ mod fault;
 mod flight;
 mod hydrate;
 mod ingest;
+mod interest;
 mod prefetch;
 mod pump;
 mod scheduler;
@@ -26,6 +27,7 @@ use crate::stats::{FetchCounters, FetchStats};
 use crate::store::{Layer, LayerStore};
 use claims::LayerState;
 use flight::Flights;
+use interest::Interest;
 use scheduler::Scheduler;
 
 /// Hears how far a layer is. Called often and from any thread: must not block.
@@ -86,6 +88,7 @@ struct Inner {
     options: FetchOptions,
     counters: FetchCounters,
     scheduler: Scheduler,
+    interest: Interest,
     sources: Mutex<HashMap<Digest, Vec<Source>>>,
     states: Mutex<HashMap<Digest, Arc<LayerState>>>,
     ingests: Flights<Arc<Layer>>,
@@ -106,6 +109,7 @@ impl Fetcher {
         Fetcher {
             inner: Arc::new(Inner {
                 scheduler: Scheduler::new(&options),
+                interest: Interest::default(),
                 store,
                 options,
                 counters: FetchCounters::default(),
