@@ -1,5 +1,6 @@
-//! Cold start against containerd: `ctr images pull` + `ctr run` (overlayfs) versus `lazyrun run` without and with an
-//! index, from the same docker-registry over the same shaped link, interleaved, medians and ratios.
+//! Cold start against containerd: `ctr images pull` + `ctr run` (overlayfs) versus `lazyrun run` without an index,
+//! with an index of an image that was never started here, and with an index and the profile of an earlier start;
+//! from the same docker-registry over the same shaped link, interleaved, medians and ratios.
 //!
 //! `cargo bench --bench cold_start -- [--rounds N] [--mbit B] [--rtt-ms R] [--layout DIR[:TAG]] [-- COMMAND…]`; the
 //! image is one of the host's own files unless a layout is given. Needs root; starts its own containerd and registry.
@@ -52,16 +53,18 @@ enum Way {
     Containerd,
     NoIndex,
     Index,
+    Profile,
 }
 
-const WAYS: [Way; 3] = [Way::Containerd, Way::NoIndex, Way::Index];
+const WAYS: [Way; 4] = [Way::Containerd, Way::NoIndex, Way::Index, Way::Profile];
 
 impl fmt::Display for Way {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.pad(match self {
             Way::Containerd => "containerd: pull, run",
             Way::NoIndex => "lazyrun, no index",
-            Way::Index => "lazyrun, with index",
+            Way::Index => "lazyrun, index",
+            Way::Profile => "lazyrun, index and profile",
         })
     }
 }
@@ -95,6 +98,11 @@ fn main() {
         let instance = Instance::fresh(Path::new(EXE), None, &[]).expect("an instance");
         samples.push((Way::NoIndex, bench.lazyrun(&instance)));
         instance.run(["pull", "--quiet", &bench.image]).expect("complete the image");
+        instance.run(["cache", "drop", &bench.image]).expect("drop its data");
+        samples.push((Way::Profile, bench.lazyrun(&instance)));
+        drop(instance);
+        let instance = Instance::fresh(Path::new(EXE), None, &[]).expect("an instance");
+        instance.run(["index", "build", &bench.image]).expect("build its index");
         instance.run(["cache", "drop", &bench.image]).expect("drop its data");
         samples.push((Way::Index, bench.lazyrun(&instance)));
     }

@@ -154,14 +154,19 @@ impl LayerState {
         Ok(plan)
     }
 
-    /// Claims the first missing run, of about `bytes`, that nobody fetches.
-    pub(super) fn plan_background(self: &Arc<Self>, layer: &Layer, bytes: u64) -> Option<Run> {
+    /// Claims the first missing run, of about `bytes`, that starts in `range` and that nobody fetches.
+    pub(super) fn plan_background(
+        self: &Arc<Self>,
+        layer: &Layer,
+        mut range: Range<usize>,
+        bytes: u64,
+    ) -> Option<Run> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.no_ranges {
             return None;
         }
-        let first = (0..layer.index().span_count()).find(|&i| state.is_free(layer, i))?;
+        let first = range.find(|&i| state.is_free(layer, i))?;
         let first_len = layer.span_at(first).blob_len;
         let end = state.extend(layer, first..first + 1, bytes.saturating_sub(first_len));
         Some(state.claim(self, first..end, Class::Background))

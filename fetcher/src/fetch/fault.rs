@@ -53,6 +53,7 @@ pub(super) async fn read(
         let ahead = Ahead { free: inner.scheduler.free_readahead(), max: inner.options.max_readahead };
         let plan = state.plan_fault(layer, need.clone(), since, ahead)?;
         for run in plan.runs {
+            inner.interest.note(layer, run.ranks.end);
             spans::start(inner, layer, run);
         }
         if plan.stream {

@@ -59,6 +59,13 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
         flight
     }
 
+    /// Whether work under `key` is going on.
+    pub(super) fn is_active(&self, key: &LayerId) -> bool {
+        let active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let flight = active.get(key).and_then(Weak::upgrade);
+        flight.is_some_and(|flight| flight.answer.borrow().is_none() && flight.answer.has_changed().is_ok())
+    }
+
     /// Joins or starts work that goes on when nobody waits any more.
     pub(super) fn join_detached<F>(&self, key: LayerId, work: impl FnOnce() -> F)
     where

@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 use lazyrun_index::{LayerSink, Layout, SpanInfo, hydrate_layer};
 use tokio::task::JoinSet;
 
-use super::claims::LayerState;
+use super::claims::{LayerState, Run};
 use super::pump::{Failure, Pace, pump};
 use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans};
 use crate::error::FetchError;
@@ -22,6 +22,8 @@ use crate::store::Layer;
 
 /// Requests of one hydration at a time: the second hides the first one's round trip.
 const PIPELINE: usize = 2;
+/// Spans behind a fault that are more likely to be wanted than others.
+const NEIGHBOURHOOD: usize = 16;
 /// How long to wait for what others fetch before looking again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Passes over one blob; more would bring nothing that these did not.
@@ -65,10 +67,14 @@ pub(super) async fn run(
         let mut exhausted = false;
         while requests.len() < PIPELINE && !exhausted {
             let slot = inner.scheduler.background_request().await?;
-            match state.plan_background(layer, inner.scheduler.background_bytes()) {
-                Some(run) => {
-                    let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
-                    requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run), slot).await });
+            match next_run(inner, layer, &state) {
+                Some((target, run)) => {
+                    let (inner, own) = (Arc::clone(inner), target.id() == layer.id());
+                    requests.spawn(async move {
+                        let result = spans::fetch(&inner, &target, Arc::new(run), slot).await;
+                        // What fails for another layer is for that layer's own hydration to tell.
+                        if own { result } else { Ok(()) }
+                    });
                 }
                 None => exhausted = true,
             }
@@ -94,6 +100,25 @@ pub(super) async fn run(
     report(layer, progress);
     inner.sync_later(layer);
     Ok(())
+}
+
+/// What to fetch next: what lies behind the latest faults, in whichever layer that is hydrated now too, and else
+/// the first that is missing here.
+fn next_run(inner: &Arc<Inner>, layer: &Arc<Layer>, state: &Arc<LayerState>) -> Option<(Arc<Layer>, Run)> {
+    let bytes = inner.scheduler.background_bytes();
+    let near = inner.interest.places().into_iter().find_map(|(near, next)| {
+        // What is not proven comes by a stream anyhow.
+        if !near.is_proven() || !inner.hydrations.is_active(&near.id()) {
+            return None;
+        }
+        let state = inner.state(near.id());
+        let end = next.saturating_add(NEIGHBOURHOOD).min(near.index().span_count());
+        Some((Arc::clone(&near), state.plan_background(&near, next..end, bytes)?))
+    });
+    near.or_else(|| {
+        let all = 0..layer.index().span_count();
+        Some((Arc::clone(layer), state.plan_background(layer, all, bytes)?))
+    })
 }
 
 /// Whether something is missing that ranges will not bring.

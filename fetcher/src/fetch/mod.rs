@@ -5,6 +5,7 @@ mod fault;
 mod flight;
 mod hydrate;
 mod ingest;
+mod interest;
 mod prefetch;
 mod prove;
 mod pump;
@@ -28,6 +29,7 @@ use crate::stats::{FetchCounters, FetchStats};
 use crate::store::{Layer, LayerStore};
 use claims::LayerState;
 use flight::Flights;
+use interest::Interest;
 use scheduler::Scheduler;
 
 /// Hears how far a layer is. Called often and from any thread: must not block.
@@ -92,6 +94,7 @@ struct Inner {
     options: FetchOptions,
     counters: FetchCounters,
     scheduler: Scheduler,
+    interest: Interest,
     sources: Mutex<HashMap<Digest, Vec<Source>>>,
     states: Mutex<HashMap<LayerId, Arc<LayerState>>>,
     ingests: Flights<Arc<Layer>>,
@@ -112,6 +115,7 @@ impl Fetcher {
         Fetcher {
             inner: Arc::new(Inner {
                 scheduler: Scheduler::new(&options),
+                interest: Interest::default(),
                 store,
                 options,
                 counters: FetchCounters::default(),
