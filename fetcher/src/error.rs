@@ -228,6 +228,15 @@ pub enum FetchError {
         /// Which entry or span, what was claimed and what is true.
         reason: String,
     },
+    /// An index that was built here does not fit its layer's blob.
+    #[error("the index of layer {layer} that was built here does not fit its blob: {reason}; remove the image and \
+             pull it again")]
+    Disagrees {
+        /// diffID of the layer.
+        layer: Digest,
+        /// Which entry, and how.
+        reason: String,
+    },
     /// An index from where a lie came from before.
     #[error("the {origin} of layer {layer} is not used, because it was found to be a lie: {reason}")]
     Distrusted {

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use lazyrun_fetcher::TrustMode;
 use lazyrun_fs::plan::Plan;
+use lazyrun_index::Digest;
 
 use super::progress::Style;
 use crate::ipc::protocol::PullPolicy;
@@ -21,6 +23,13 @@ pub struct Cli {
     /// Registry that may use plain HTTP or an unknown certificate; can be given several times
     #[arg(long, global = true, value_name = "HOST[:PORT]")]
     pub insecure_registry: Vec<String>,
+    /// Which indexes made elsewhere may be used: proven, bound or repository [default: repository for references by
+    /// tag, bound for references by digest]
+    #[arg(long, global = true, value_name = "MODE")]
+    pub index_trust: Option<TrustMode>,
+    /// Use the index artifact with this digest and no other
+    #[arg(long, global = true, value_name = "DIGEST")]
+    pub index_digest: Option<Digest>,
     #[command(subcommand)]
     /// The command.
     pub command: Command,
@@ -172,6 +181,48 @@ pub enum Command {
 pub enum IndexCommand {
     /// Make the indexes of all layers, streaming each layer once
     Build {
+        /// Reference of the image
+        image: String,
+    },
+    /// Push the indexes beside the image, building those that are missing
+    Push {
+        /// Time to note in the artifact (RFC 3339); without it equal indexes make equal artifacts
+        #[arg(long, value_name = "TIME")]
+        created: Option<String>,
+        /// `json`, or a template such as '{{.Digest}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Reference of the image
+        image: String,
+    },
+    /// Take the indexes over from the registry, without any of the layers' bytes
+    Pull {
+        /// Reference of the image
+        image: String,
+    },
+    /// List the index artifacts that the registry has of an image
+    Ls {
+        /// `json`, or a template such as '{{.Digest}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Reference of the image
+        image: String,
+    },
+    /// Show the indexes that are here
+    Inspect {
+        /// `json`, or a template such as '{{.Digest}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Reference of the image
+        image: String,
+    },
+    /// Compare the indexes that are here with the layers' blobs, entry by entry
+    Verify {
+        /// Reference of the image
+        image: String,
+    },
+    /// Delete index artifacts from the registry: the one of --index-digest, or all that lazyrun made
+    Rm {
         /// Reference of the image
         image: String,
     },

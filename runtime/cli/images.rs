@@ -30,19 +30,9 @@ pub(super) fn list(context: &Context, quiet: bool, format: Option<&str>) -> Resu
 
 pub(super) fn pull(context: &Context, quiet: bool, image: &str) -> Result<(), Failure> {
     let request = Request::Pull(context.image(image, PullPolicy::Always));
-    let summary = fetch(context, quiet, &request)?;
-    output::print(&format!("{}\n", summary.digest))
-}
-
-pub(super) fn index_build(context: &Context, image: &str) -> Result<(), Failure> {
-    let request = Request::IndexBuild(context.image(image, PullPolicy::Missing));
-    let summary = fetch(context, false, &request)?;
-    output::print(&format!("{}\n", summary.digest))
-}
-
-fn fetch(context: &Context, quiet: bool, request: &Request) -> Result<ImageSummary, Failure> {
     let style = if quiet { progress::Style::None } else { context.progress };
-    context.daemon()?.call(request, &mut progress::Shown::new(style))
+    let summary: ImageSummary = context.daemon()?.call(&request, &mut progress::Shown::new(style))?;
+    output::print(&format!("{}\n", summary.digest))
 }
 
 pub(super) fn remove(context: &Context, force: bool, images: &[String]) -> Result<ExitCode, Failure> {

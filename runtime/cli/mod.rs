@@ -3,6 +3,7 @@
 pub mod args;
 mod containers;
 mod images;
+mod indexes;
 mod mounts;
 mod output;
 mod progress;
@@ -16,9 +17,10 @@ use clap::Parser;
 
 use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Connection;
+use crate::ipc::protocol::IndexOptions;
 use crate::keeper;
 use crate::paths::{DEFAULT_ROOT, Paths};
-use args::{Cli, Command, IndexCommand, SystemCommand};
+use args::{Cli, Command, SystemCommand};
 
 /// What the commands need to know of the global flags.
 #[derive(Debug)]
@@ -26,6 +28,7 @@ pub struct Context {
     paths: Paths,
     progress: progress::Style,
     insecure: Vec<String>,
+    index: IndexOptions,
 }
 
 impl Context {
@@ -62,7 +65,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let root = cli.root.unwrap_or_else(|| DEFAULT_ROOT.into());
     let paths = Paths::new(&root)
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
-    let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry };
+    let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
+    let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry, index };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -78,7 +82,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Images { quiet, format } => images::list(context, quiet, format.as_deref())?,
         Command::Pull { quiet, image } => images::pull(context, quiet, &image)?,
         Command::Rmi { force, images } => return images::remove(context, force, &images),
-        Command::Index { command: IndexCommand::Build { image } } => images::index_build(context, &image)?,
+        Command::Index { command } => indexes::index(context, command)?,
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
         Command::Mount(args) => mounts::mount(context, &args)?,
         Command::Umount { directory } => mounts::unmount(context, &directory)?,

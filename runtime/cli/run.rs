@@ -30,6 +30,7 @@ impl Context {
                 docker_config: config.filter(|path| path.exists()),
                 insecure: self.insecure.clone(),
             },
+            index: self.index.clone(),
         }
     }
 }

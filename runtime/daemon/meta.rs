@@ -20,6 +20,9 @@ pub struct ImageRecord {
     pub manifest: Digest,
     /// The config of that manifest: docker's image id.
     pub config: Digest,
+    /// The manifest list or image index it was chosen from: it may name indexes of the layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub list: Option<Digest>,
     /// When that was (RFC 3339).
     pub pulled_at: String,
     /// How its registry was talked to, for a daemon that starts while containers of the image run.

@@ -2,6 +2,7 @@
 
 pub mod containers;
 pub mod images;
+mod indexes;
 pub mod layer_service;
 pub mod lies;
 mod lifecycle;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lazyrun_fetcher::{Progress, TrustMode};
+use lazyrun_fetcher::Progress;
 use lazyrun_index::Digest;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
@@ -93,8 +93,10 @@ impl Daemon {
                     self.with_progress(stream, |p| async move { self.run(*request, &p).await }).await?;
                 serde_json::to_value(started)?
             }
-            Request::Pull(image) => self.with_progress(stream, |p| self.pull(image, true, p)).await?,
-            Request::IndexBuild(image) => self.with_progress(stream, |p| self.pull(image, false, p)).await?,
+            Request::Pull(image) => self.with_progress(stream, |p| self.pull(image, p)).await?,
+            Request::Index { image, action } => {
+                self.with_progress(stream, |p| self.index(image, action, p)).await?
+            }
             Request::Mount { image, target, plan, writable } => {
                 let (id, fd, plan) = self
                     .with_progress(stream, |p| async move {
@@ -227,19 +229,12 @@ impl Daemon {
     async fn pull(
         self: &Arc<Self>,
         request: ImageRequest,
-        whole: bool,
         progress: Arc<dyn Progress>,
     ) -> Result<Value> {
         let image = self.images.resolve(&request).await?;
-        let mut policy = Images::policy(&request, &image);
-        if !whole {
-            // The indexes are to be made here.
-            policy.trust = TrustMode::Proven;
-        }
+        let policy = Images::policy(&request, &image);
         let layers = self.images.layers(&image, &request.registry, &policy, &progress).await?;
-        if whole {
-            self.images.hydrate(&layers, &progress).await?;
-        }
+        self.images.hydrate(&layers, &progress).await?;
         let records = self.images.find(&image.reference.to_string())?;
         let record = records.first().context("the image was removed meanwhile")?;
         Ok(serde_json::to_value(self.images.summary(record)?)?)

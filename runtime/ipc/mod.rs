@@ -4,4 +4,5 @@
 pub mod client;
 pub mod fds;
 pub mod frame;
+pub mod indexes;
 pub mod protocol;

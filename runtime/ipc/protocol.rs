@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use lazyrun_fetcher::TrustMode;
 use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::indexes::IndexAction;
 use crate::container::spec::RunOptions;
 use crate::network::PortMapping;
 
@@ -42,6 +44,15 @@ pub enum NetworkMode {
     None,
 }
 
+/// Which indexes that were made elsewhere may be used (`--index-trust`, `--index-digest`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IndexOptions {
+    /// The trust mode; when absent the reference decides ([`TrustMode::default_for`]).
+    pub trust: Option<TrustMode>,
+    /// The artifact to take, by the digest of its manifest, and no other.
+    pub digest: Option<Digest>,
+}
+
 /// An image and how to get at it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ImageRequest {
@@ -51,6 +62,8 @@ pub struct ImageRequest {
     pub pull: PullPolicy,
     /// How to ask it.
     pub registry: RegistryOptions,
+    /// Whose indexes to use.
+    pub index: IndexOptions,
 }
 
 /// A container to make and start.
@@ -87,8 +100,13 @@ pub enum Request {
     Run(Box<RunRequest>),
     /// Makes the image wholly local; answers [`ImageSummary`].
     Pull(ImageRequest),
-    /// Makes the indexes of all layers, streaming those that have none; answers [`ImageSummary`].
-    IndexBuild(ImageRequest),
+    /// Does something with the indexes of an image's layers; [`IndexAction`] says what it answers.
+    Index {
+        /// The image.
+        image: ImageRequest,
+        /// What to do.
+        action: IndexAction,
+    },
     /// All images, as a list of [`ImageSummary`].
     Images,
     /// Removes an image by reference or digest prefix.

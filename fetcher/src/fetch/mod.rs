@@ -12,6 +12,7 @@ mod pump;
 mod scheduler;
 mod spans;
 mod table;
+mod verify;
 mod window;
 
 use std::collections::HashMap;
@@ -217,6 +218,15 @@ impl Fetcher {
         let flight =
             self.inner.hydrations.join(id, || async move { hydrate::run(&inner, &layer, &progress).await });
         flight.wait("hydrating a layer").await
+    }
+
+    /// Compares a layer's index with the blob, entry by entry, by one stream that stores nothing.
+    ///
+    /// # Errors
+    /// When the blob cannot be had, or the index says something else than the blob. An adopted index that does is
+    /// never used again.
+    pub async fn verify(&self, layer: &Arc<Layer>, progress: Arc<dyn Progress>) -> Result<(), FetchError> {
+        verify::run(&self.inner, layer, &progress).await
     }
 }
 

@@ -156,6 +156,11 @@ impl Layer {
         &self.index
     }
 
+    /// The file of the index.
+    pub fn index_path(&self) -> PathBuf {
+        self.dir.join(INDEX)
+    }
+
     /// The sparse layer file. Only a hydrated one may be read directly.
     pub fn data_path(&self) -> PathBuf {
         self.dir.join(DATA)

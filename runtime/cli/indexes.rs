@@ -1,0 +1,92 @@
+//! `lazyrun index`.
+
+use serde::de::DeserializeOwned;
+
+use super::args::IndexCommand;
+use super::{Context, output, progress};
+use crate::failure::Failure;
+use crate::ipc::indexes::{ArtifactSummary, IndexAction, IndexedImage, Pushed};
+use crate::ipc::protocol::{PullPolicy, Request};
+use lazyrun_index::Digest;
+
+pub(super) fn index(context: &Context, command: IndexCommand) -> Result<(), Failure> {
+    match command {
+        IndexCommand::Build { image } => manifest_digest(context, &image, IndexAction::Build),
+        IndexCommand::Pull { image } => manifest_digest(context, &image, IndexAction::Pull),
+        IndexCommand::Verify { image } => manifest_digest(context, &image, IndexAction::Verify),
+        IndexCommand::Push { created, format, image } => {
+            let pushed: Pushed = call(context, &image, IndexAction::Push { created })?;
+            match format {
+                Some(format) => output::value(&pushed, Some(&format)),
+                None => output::print(&format!("{}\n", pushed.digest)),
+            }
+        }
+        IndexCommand::Ls { format, image } => {
+            let artifacts: Vec<ArtifactSummary> = call(context, &image, IndexAction::List)?;
+            list(&artifacts, format.as_deref())
+        }
+        IndexCommand::Inspect { format, image } => {
+            let indexed: IndexedImage = call(context, &image, IndexAction::Inspect)?;
+            match format {
+                Some(format) => output::value(&indexed, Some(&format)),
+                None => output::print(&described(&indexed)),
+            }
+        }
+        IndexCommand::Rm { image } => {
+            let removed: Vec<Digest> = call(context, &image, IndexAction::Remove)?;
+            removed.iter().try_for_each(|digest| output::print(&format!("Deleted: {digest}\n")))
+        }
+    }
+}
+
+fn call<T: DeserializeOwned>(context: &Context, image: &str, action: IndexAction) -> Result<T, Failure> {
+    let request = Request::Index { image: context.image(image, PullPolicy::Missing), action };
+    context.daemon()?.call(&request, &mut progress::Shown::new(context.progress))
+}
+
+fn manifest_digest(context: &Context, image: &str, action: IndexAction) -> Result<(), Failure> {
+    let indexed: IndexedImage = call(context, image, action)?;
+    output::print(&format!("{}\n", indexed.digest))
+}
+
+fn list(artifacts: &[ArtifactSummary], format: Option<&str>) -> Result<(), Failure> {
+    output::rows(
+        artifacts,
+        format,
+        &[
+            ("DIGEST", |a| a.digest.to_string()),
+            ("KIND", |a| a.kind.to_string()),
+            ("TRUST", |a| a.trust.to_string()),
+            ("LAYERS", |a| a.layers.to_string()),
+            ("SIZE", |a| output::bytes(a.size)),
+            ("CREATED", |a| a.created.clone().unwrap_or_else(|| "-".into())),
+        ],
+    )
+}
+
+fn described(image: &IndexedImage) -> String {
+    let header = ["LAYER", "ORIGIN", "PROVEN", "COMPRESSION", "LAYOUT", "ENTRIES", "SPANS", "BLOB", "LAYER FILE"];
+    let header = header.iter().chain(&["INDEX", "OVERHEAD", "LOCAL"]).map(|s| (*s).to_owned()).collect();
+    let mut lines: Vec<Vec<String>> = vec![header];
+    for layer in &image.layers {
+        let mut line = vec![layer.digest.hex()[..12].to_owned()];
+        match &layer.index {
+            None => line.extend(["none".to_owned(), "-".to_owned()]),
+            Some(index) => line.extend([
+                index.origin.clone(),
+                if index.proven { "yes" } else { "no" }.to_owned(),
+                index.compression.clone(),
+                index.layout.clone(),
+                index.entries.to_string(),
+                index.spans.to_string(),
+                output::bytes(layer.size),
+                output::bytes(index.layer_size),
+                output::bytes(index.index_size),
+                format!("{:.2}%", index.overhead),
+                format!("{}%", (index.local * 100).checked_div(index.layer_size).unwrap_or(100)),
+            ]),
+        }
+        lines.push(line);
+    }
+    format!("{} {}\n{}", image.reference, image.digest, output::table(&lines))
+}

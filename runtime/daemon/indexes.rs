@@ -1,0 +1,236 @@
+//! `lazyrun index`: building, sharing and checking the indexes of an image's layers.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use futures_util::future::try_join_all;
+use lazyrun_fetcher::{
+    IndexSource, Layer, Progress, PushOptions, ResolvedImage, TrustMode, delete_index, list_indexes,
+    push_indexes,
+};
+use lazyrun_index::{Digest, Layout, StreamOptions};
+use serde_json::Value;
+
+use super::Daemon;
+use crate::failure::Failure;
+use crate::ipc::indexes::{
+    ArtifactSummary, IndexAction, IndexSummary, IndexedImage, IndexedLayer, Pushed, compression_name,
+    layout_name,
+};
+use crate::ipc::protocol::{ImageRequest, PullPolicy};
+
+impl Daemon {
+    /// Does what an index request asks for and answers as [`IndexAction`] says.
+    pub(super) async fn index(
+        &self,
+        request: ImageRequest,
+        action: IndexAction,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Value> {
+        if action == IndexAction::Inspect {
+            let request = ImageRequest { pull: PullPolicy::Never, ..request };
+            let image = self.images.resolve(&request).await?;
+            return Ok(serde_json::to_value(self.indexed(&image)?)?);
+        }
+        let image = self.images.resolve(&request).await?;
+        Ok(match action {
+            IndexAction::Build => {
+                self.proven_layers(&image, &request, &progress).await?;
+                serde_json::to_value(self.indexed(&image)?)?
+            }
+            IndexAction::Pull => {
+                self.pull_indexes(&image, &request, &progress).await?;
+                serde_json::to_value(self.indexed(&image)?)?
+            }
+            IndexAction::Verify => {
+                self.verify_indexes(&image, &request, &progress).await?;
+                serde_json::to_value(self.indexed(&image)?)?
+            }
+            IndexAction::Push { created } => {
+                serde_json::to_value(self.push_indexes(&image, &request, created, &progress).await?)?
+            }
+            IndexAction::List => {
+                serde_json::to_value(self.list_indexes(&image, &request, &progress).await?)?
+            }
+            IndexAction::Remove => serde_json::to_value(self.remove_indexes(&image, &request).await?)?,
+            IndexAction::Inspect => Value::Null,
+        })
+    }
+
+    /// The layers of an image with indexes that this node has proven; blobs are streamed where that takes it.
+    async fn proven_layers(
+        &self,
+        image: &ResolvedImage,
+        request: &ImageRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Vec<Arc<Layer>>> {
+        let mut request = request.clone();
+        request.index.trust = Some(TrustMode::Proven);
+        request.index.digest = None;
+        self.images.layers(image, &request, progress).await
+    }
+
+    async fn pull_indexes(
+        &self,
+        image: &ResolvedImage,
+        request: &ImageRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<()> {
+        self.images.adopt(image, request, progress).await?;
+        let store = self.images.fetcher().store();
+        let mut missing = 0;
+        for layer in &image.layers {
+            missing += usize::from(store.get(layer.diff_id)?.is_none());
+        }
+        if missing == image.layers.len() {
+            let name = image.reference.familiar();
+            return Err(Failure::new(
+                1,
+                format!("no usable index of {name} was found; `lazyrun index build {name}` makes one"),
+            )
+            .into());
+        }
+        if missing > 0 {
+            progress.note(&format!("{missing} of {} layers have no index", image.layers.len()));
+        } else {
+            // Every layer has an index, so the image can be started without another look at the registry.
+            self.images.record(image, &request.registry)?;
+        }
+        Ok(())
+    }
+
+    async fn verify_indexes(
+        &self,
+        image: &ResolvedImage,
+        request: &ImageRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<()> {
+        let fetcher = self.images.fetcher();
+        let mut layers = Vec::new();
+        for layer in &image.layers {
+            layers.extend(fetcher.store().get(layer.diff_id)?);
+        }
+        if layers.is_empty() {
+            let name = image.reference.familiar();
+            return Err(Failure::new(1, format!("no index of {name} is here to be verified")).into());
+        }
+        if layers.len() < image.layers.len() {
+            let missing = image.layers.len() - layers.len();
+            progress.note(&format!("{missing} of {} layers have no index here", image.layers.len()));
+        }
+        let source = self.images.client(&request.registry)?.blobs(&image.reference);
+        for layer in &image.layers {
+            fetcher.add_source(layer.diff_id, layer.clone(), source.clone());
+        }
+        try_join_all(layers.iter().map(|layer| fetcher.verify(layer, Arc::clone(progress)))).await?;
+        Ok(())
+    }
+
+    async fn push_indexes(
+        &self,
+        image: &ResolvedImage,
+        request: &ImageRequest,
+        created: Option<String>,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Pushed> {
+        let layers = self.proven_layers(image, request, progress).await?;
+        let client = self.images.client(&request.registry)?;
+        let mut indexes = Vec::new();
+        for (descriptor, layer) in image.layers.iter().zip(&layers) {
+            let tar_of_this_blob =
+                layer.id().layout == Layout::Tar && layer.index().blob_digest() == descriptor.digest;
+            if tar_of_this_blob {
+                indexes.push((descriptor.clone(), IndexSource::File(layer.index_path())));
+            } else {
+                progress.note(&format!("layer {} has no index of this blob and is left out", descriptor.digest));
+            }
+        }
+        let options = PushOptions { span_size: Some(StreamOptions::default().span_size), created };
+        let report = push_indexes(&client, image, &indexes, &options).await?;
+        Ok(Pushed { digest: report.artifact, layers: report.layers, size: report.size, sent: report.sent })
+    }
+
+    async fn list_indexes(
+        &self,
+        image: &ResolvedImage,
+        request: &ImageRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Vec<ArtifactSummary>> {
+        let client = self.images.client(&request.registry)?;
+        let (found, warnings) = list_indexes(&client, image).await?;
+        for warning in &warnings {
+            progress.note(warning);
+        }
+        let summary = |a: lazyrun_fetcher::IndexArtifact| ArtifactSummary {
+            digest: a.digest,
+            kind: a.kind,
+            trust: a.trust,
+            layers: a.layers.len(),
+            size: a.size,
+            format: a.format,
+            span_size: a.span_size,
+            created: a.created,
+        };
+        Ok(found.into_iter().map(summary).collect())
+    }
+
+    async fn remove_indexes(&self, image: &ResolvedImage, request: &ImageRequest) -> Result<Vec<Digest>> {
+        let client = self.images.client(&request.registry)?;
+        let digests = match request.index.digest {
+            Some(digest) => vec![digest],
+            None => {
+                let (found, _) = list_indexes(&client, image).await?;
+                let own = found.into_iter().filter(|a| a.kind == lazyrun_fetcher::OriginKind::Own);
+                own.map(|a| a.digest).collect()
+            }
+        };
+        let mut removed = Vec::new();
+        for digest in digests {
+            if delete_index(&client, image, digest).await? {
+                removed.push(digest);
+            }
+        }
+        if removed.is_empty() {
+            let name = image.reference.familiar();
+            return Err(Failure::new(1, format!("the registry has no such index of {name}")).into());
+        }
+        Ok(removed)
+    }
+
+    fn indexed(&self, image: &ResolvedImage) -> Result<IndexedImage> {
+        let store = self.images.fetcher().store();
+        let one = |layer: &lazyrun_fetcher::LayerDescriptor| -> Result<IndexedLayer> {
+            Ok(IndexedLayer {
+                digest: layer.digest,
+                diff_id: layer.diff_id,
+                size: layer.size,
+                index: store.get(layer.diff_id)?.map(|layer| summary(&layer)),
+            })
+        };
+        Ok(IndexedImage {
+            reference: image.reference.familiar(),
+            digest: image.manifest_digest,
+            layers: image.layers.iter().map(one).collect::<Result<_>>()?,
+        })
+    }
+}
+
+fn summary(layer: &Layer) -> IndexSummary {
+    let index = layer.index();
+    let origin = layer.adopted_from();
+    let percent = 100.0 * index.index_size() as f64 / index.layer_size().max(1) as f64;
+    IndexSummary {
+        origin: origin.as_ref().map_or_else(|| "built".to_owned(), |o| o.kind.to_string()),
+        artifact: origin.and_then(|o| o.artifact),
+        proven: layer.is_proven(),
+        layout: layout_name(layer.id().layout).to_owned(),
+        compression: compression_name(index.compression()).to_owned(),
+        entries: index.entry_count() as u64,
+        spans: index.span_count() as u64,
+        restartable: index.spans().filter(|s| s.restartable).count() as u64,
+        layer_size: index.layer_size(),
+        local: layer.local_bytes(),
+        index_size: index.index_size(),
+        overhead: (percent * 1000.0).round() / 1000.0,
+    }
+}
