@@ -4,6 +4,7 @@ mod support;
 
 mod root_demo;
 mod root_faults;
+mod root_index;
 mod root_input;
 mod root_machine;
 mod root_manage;

@@ -28,7 +28,7 @@ impl DockerRegistry {
         let text = format!(
             "version: 0.1\n\
              log: {{level: error, accesslog: {{disabled: true}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}, maintenance: {{uploadpurging: {{enabled: false}}}}}}\n\
+             storage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}, maintenance: {{uploadpurging: {{enabled: false}}}}}}\n\
              http: {{addr: \"{addr}\"}}\n",
             dir.path().join("storage").display()
         );
