@@ -189,7 +189,8 @@ fn a_lie_is_found_out_and_never_used_again() {
         let client = RegistryClient::new(ClientOptions::default()).expect("a client");
         let reference: Reference = image.parse().expect("a reference");
         let resolved = client.resolve(&reference, &Platform::host()).await.expect("the image");
-        let index = |i: usize| builder.root().join("layers").join(resolved.layers[i].diff_id.hex()).join("index");
+        let index =
+            |i: usize| builder.root().join("layers").join(resolved.layers[i].diff_id.hex()).join("index");
         let liar = lie(&LayerIndex::open(&index(2)).expect("the top layer's index"));
         let mut indexes: Vec<_> =
             (0..2).map(|i| (resolved.layers[i].clone(), IndexSource::File(index(i)))).collect();
@@ -200,9 +201,8 @@ fn a_lie_is_found_out_and_never_used_again() {
     let node = Lazyrun::new();
     node.ok(&["run", "-d", "--name", "victim", &image, "sleep", "1000"]);
     // Hydration finds the lie out: the layer is never served again, and the next start streams the blob instead.
-    let mode = |lazyrun: &Lazyrun| {
-        lazyrun.run(&["run", "--rm", &image, "stat", "-c", "%a", "/usr/local/bin/hello"])
-    };
+    let mode =
+        |lazyrun: &Lazyrun| lazyrun.run(&["run", "--rm", &image, "stat", "-c", "%a", "/usr/local/bin/hello"]);
     let told = wait_for("a start that knows of the lie", Duration::from_secs(120), || {
         let finished = mode(&node);
         finished.stderr.contains("lie").then_some(finished)
@@ -215,7 +215,12 @@ fn a_lie_is_found_out_and_never_used_again() {
     let origins = of_layers(&inspect(&node, &image), "Origin");
     assert_eq!(origins[2], json!("built"));
     let again = node.run(&["index", "pull", &image]);
-    assert!(of_layers(&inspect(&node, &image), "Artifact").iter().skip(2).all(|a| a != &json!(artifact.to_string())));
+    assert!(
+        of_layers(&inspect(&node, &image), "Artifact")
+            .iter()
+            .skip(2)
+            .all(|a| a != &json!(artifact.to_string()))
+    );
     assert_eq!(again.code, Some(0), "{again:?}");
     node.ok(&["rm", "-f", "victim"]);
 }
@@ -277,7 +282,10 @@ fn tables_show_what_the_tar_holds(plan: &str) {
         let node = Lazyrun::new();
         let by_table = mounted(&node, "table");
         let origin = of_layers(&inspect(&node, &image), "Origin");
-        assert!(origin[0] == json!("eStargz table") || origin[0] == json!("zstd:chunked manifest"), "{origin:?}");
+        assert!(
+            origin[0] == json!("eStargz table") || origin[0] == json!("zstd:chunked manifest"),
+            "{origin:?}"
+        );
         let mut found = differences(&by_tar, &by_table);
         if file.contains("fractions") {
             // Such tables have whole seconds.

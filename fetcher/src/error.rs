@@ -229,8 +229,10 @@ pub enum FetchError {
         reason: String,
     },
     /// An index that was built here does not fit its layer's blob.
-    #[error("the index of layer {layer} that was built here does not fit its blob: {reason}; remove the image and \
-             pull it again")]
+    #[error(
+        "the index of layer {layer} that was built here does not fit its blob: {reason}; remove the image and \
+             pull it again"
+    )]
     Disagrees {
         /// diffID of the layer.
         layer: Digest,

@@ -65,7 +65,8 @@ fn list(artifacts: &[ArtifactSummary], format: Option<&str>) -> Result<(), Failu
 }
 
 fn described(image: &IndexedImage) -> String {
-    let header = ["LAYER", "ORIGIN", "PROVEN", "COMPRESSION", "LAYOUT", "ENTRIES", "SPANS", "BLOB", "LAYER FILE"];
+    let header =
+        ["LAYER", "ORIGIN", "PROVEN", "COMPRESSION", "LAYOUT", "ENTRIES", "SPANS", "BLOB", "LAYER FILE"];
     let header = header.iter().chain(&["INDEX", "OVERHEAD", "LOCAL"]).map(|s| (*s).to_owned()).collect();
     let mut lines: Vec<Vec<String>> = vec![header];
     for layer in &image.layers {

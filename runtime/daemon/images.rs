@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
     BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, IndexPolicy, Layer, LayerDescriptor,
-    Platform, Progress, Reference, RegistryClient, ResolvedImage, discover_with,
+    Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust, discover_with,
 };
 use lazyrun_index::{Digest, LayerId};
 use tokio::sync::mpsc;
@@ -49,7 +49,11 @@ impl Images {
         clients.values().map(RegistryClient::stats).fold((0, 0), |(r, b), s| (r + s.requests, b + s.bytes))
     }
 
-    fn client(&self, options: &RegistryOptions) -> Result<RegistryClient> {
+    /// The client for these settings.
+    ///
+    /// # Errors
+    /// When its settings can't be used.
+    pub fn client(&self, options: &RegistryOptions) -> Result<RegistryClient> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get(options) {
             return Ok(client.clone());
@@ -114,7 +118,11 @@ impl Images {
         Ok(())
     }
 
-    fn record(&self, image: &ResolvedImage, registry: &RegistryOptions) -> Result<()> {
+    /// Records an image under its reference, with the documents it was resolved from.
+    ///
+    /// # Errors
+    /// When the database or a file can't be written.
+    pub fn record(&self, image: &ResolvedImage, registry: &RegistryOptions) -> Result<()> {
         let reference = image.reference.to_string();
         let known = self.meta.image(&reference)?;
         if known.is_some_and(|k| k.manifest == image.manifest_digest && k.registry == *registry) {
@@ -122,10 +130,15 @@ impl Images {
         }
         self.save_blob(image.manifest_digest, &image.manifest)?;
         self.save_blob(image.config_digest, &image.config)?;
+        let list = image.list.as_ref().map(|list| Digest::of(list));
+        if let (Some(digest), Some(bytes)) = (list, &image.list) {
+            self.save_blob(digest, bytes)?;
+        }
         self.meta.put_image(&ImageRecord {
             reference,
             manifest: image.manifest_digest,
             config: image.config_digest,
+            list,
             pulled_at: clock::now(),
             registry: registry.clone(),
         })
@@ -167,13 +180,19 @@ impl Images {
             Ok(Bytes::from(bytes))
         };
         let reference = record.reference.parse()?;
-        Ok(ResolvedImage::from_parts(reference, read(record.manifest)?, read(record.config)?)?)
+        let image = ResolvedImage::from_parts(reference, read(record.manifest)?, read(record.config)?)?;
+        Ok(match record.list {
+            Some(list) => image.with_list(read(list)?)?,
+            None => image,
+        })
     }
 
     /// Which indexes of others a request admits.
     pub fn policy(request: &ImageRequest, image: &ResolvedImage) -> IndexPolicy {
-        let _ = request;
-        IndexPolicy::default_for(&image.reference)
+        let mut policy = IndexPolicy::default_for(&image.reference);
+        policy.trust = request.index.trust.unwrap_or(policy.trust);
+        policy.pinned = request.index.digest;
+        policy
     }
 
     /// The layers of an image, each with an index: one that is here, one that is found in the registry and that the
@@ -188,9 +207,8 @@ impl Images {
         policy: &IndexPolicy,
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Arc<Layer>>> {
-        let client = self.client(registry)?;
-        self.adopt_found(&client, image, policy, progress).await?;
-        let source = client.blobs(&image.reference);
+        self.adopt_found(image, registry, policy, progress).await?;
+        let source = self.client(registry)?.blobs(&image.reference);
         let one = |descriptor: LayerDescriptor| self.layer(descriptor, source.clone(), policy, progress);
         let layers = try_join_all(image.layers.iter().cloned().map(one)).await?;
         // Only now is it known that the image is what its manifest says.
@@ -206,13 +224,17 @@ impl Images {
         progress: &Arc<dyn Progress>,
     ) -> Result<Arc<Layer>> {
         if let Some(layer) = self.fetcher.store().get(descriptor.diff_id)? {
-            // One that somebody else's policy admitted has to be proven first.
-            let admitted = layer.origin().is_none_or(|origin| policy.trust.admits(origin.trust));
+            // One that another request's policy admitted has to be proven first.
+            let admitted = layer.origin().is_none_or(|origin| {
+                let pinned = origin.artifact.is_some() && origin.artifact == policy.pinned;
+                policy.trust.admits(origin.trust) || pinned && policy.trust.admits(Trust::Bound)
+            });
             if admitted {
                 return Ok(layer);
             }
             match self.prove(&layer, progress).await {
-                Ok(()) => return Ok(layer),
+                // The proof of a table leaves the tar itself, which is then the better one.
+                Ok(()) => return Ok(self.fetcher.store().get(descriptor.diff_id)?.unwrap_or(layer)),
                 Err(error @ FetchError::Lie { .. }) => {
                     progress.note(&format!("{error}; it is streamed anew"));
                 }
@@ -222,14 +244,19 @@ impl Images {
         Ok(self.fetcher.ingest(&descriptor, source, Arc::clone(progress)).await?)
     }
 
-    // Looks for indexes of the layers that have none here. Whatever goes wrong, the layers can be streamed.
-    async fn adopt_found(
+    /// Looks for indexes of the layers that have none here and takes over what the policy admits. Whatever goes wrong
+    /// with that is a note: the layers can be streamed.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn adopt_found(
         &self,
-        client: &RegistryClient,
         image: &ResolvedImage,
+        registry: &RegistryOptions,
         policy: &IndexPolicy,
         progress: &Arc<dyn Progress>,
     ) -> Result<()> {
+        let client = self.client(registry)?;
         let store = self.fetcher.store();
         let mut want = Vec::new();
         for diff_id in image.layers.iter().map(|l| l.diff_id) {
@@ -247,7 +274,7 @@ impl Images {
             return Ok(());
         }
         let options = DiscoverOptions { refused: store.refused_artifacts(), ..DiscoverOptions::default() };
-        let found = discover_with(client, image, &want, policy, &options).await;
+        let found = discover_with(&client, image, &want, policy, &options).await;
         for warning in &found.warnings {
             tracing::warn!(image = %image.reference, warning, "an index is not used");
             progress.note(warning);
@@ -392,8 +419,9 @@ impl Images {
     pub fn remove(&self, record: &ImageRecord) -> Result<()> {
         self.meta.remove_image(&record.reference)?;
         let rest = self.records()?;
-        for digest in [record.manifest, record.config] {
-            if !rest.iter().any(|r| r.manifest == digest || r.config == digest) {
+        for digest in [Some(record.manifest), Some(record.config), record.list].into_iter().flatten() {
+            let named = |r: &ImageRecord| [Some(r.manifest), Some(r.config), r.list].contains(&Some(digest));
+            if !rest.iter().any(named) {
                 let _ = std::fs::remove_file(self.blobs.join(digest.hex()));
             }
         }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    IndexSource, Layer, Progress, PushOptions, ResolvedImage, TrustMode, delete_index, list_indexes,
-    push_indexes,
+    IndexPolicy, IndexSource, Layer, Progress, PushOptions, ResolvedImage, TrustMode, delete_index,
+    list_indexes, push_indexes,
 };
 use lazyrun_index::{Digest, Layout, StreamOptions};
 use serde_json::Value;
 
 use super::Daemon;
+use super::images::Images;
 use crate::failure::Failure;
 use crate::ipc::indexes::{
     ArtifactSummary, IndexAction, IndexSummary, IndexedImage, IndexedLayer, Pushed, compression_name,
@@ -49,9 +50,7 @@ impl Daemon {
             IndexAction::Push { created } => {
                 serde_json::to_value(self.push_indexes(&image, &request, created, &progress).await?)?
             }
-            IndexAction::List => {
-                serde_json::to_value(self.list_indexes(&image, &request, &progress).await?)?
-            }
+            IndexAction::List => serde_json::to_value(self.list_indexes(&image, &request, &progress).await?)?,
             IndexAction::Remove => serde_json::to_value(self.remove_indexes(&image, &request).await?)?,
             IndexAction::Inspect => Value::Null,
         })
@@ -64,10 +63,8 @@ impl Daemon {
         request: &ImageRequest,
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Arc<Layer>>> {
-        let mut request = request.clone();
-        request.index.trust = Some(TrustMode::Proven);
-        request.index.digest = None;
-        self.images.layers(image, &request, progress).await
+        let policy = IndexPolicy { trust: TrustMode::Proven, pinned: None };
+        self.images.layers(image, &request.registry, &policy, progress).await
     }
 
     async fn pull_indexes(
@@ -76,7 +73,8 @@ impl Daemon {
         request: &ImageRequest,
         progress: &Arc<dyn Progress>,
     ) -> Result<()> {
-        self.images.adopt(image, request, progress).await?;
+        let policy = Images::policy(request, image);
+        self.images.adopt_found(image, &request.registry, &policy, progress).await?;
         let store = self.images.fetcher().store();
         let mut missing = 0;
         for layer in &image.layers {
@@ -142,7 +140,8 @@ impl Daemon {
             if tar_of_this_blob {
                 indexes.push((descriptor.clone(), IndexSource::File(layer.index_path())));
             } else {
-                progress.note(&format!("layer {} has no index of this blob and is left out", descriptor.digest));
+                progress
+                    .note(&format!("layer {} has no index of this blob and is left out", descriptor.digest));
             }
         }
         let options = PushOptions { span_size: Some(StreamOptions::default().span_size), created };

@@ -107,6 +107,7 @@ mod tests {
         let record = ImageRecord {
             reference: "docker.io/library/x:1".into(),
             manifest: Digest::of(b"m"),
+            list: None,
             config: Digest::of(b"c"),
             pulled_at: "now".into(),
             registry: RegistryOptions::default(),

@@ -226,11 +226,7 @@ impl Daemon {
         }
     }
 
-    async fn pull(
-        self: &Arc<Self>,
-        request: ImageRequest,
-        progress: Arc<dyn Progress>,
-    ) -> Result<Value> {
+    async fn pull(self: &Arc<Self>, request: ImageRequest, progress: Arc<dyn Progress>) -> Result<Value> {
         let image = self.images.resolve(&request).await?;
         let policy = Images::policy(&request, &image);
         let layers = self.images.layers(&image, &request.registry, &policy, &progress).await?;

@@ -28,9 +28,7 @@ pub(super) async fn run(
             Err(IndexError::Lie(mismatch)) => {
                 Err(FetchError::Disagrees { layer: layer.diff_id(), reason: mismatch.to_string() })
             }
-            Err(error) => {
-                Err(ingest::layer_error(index.blob_digest(), error, problem, &layer.data_path()))
-            }
+            Err(error) => Err(ingest::layer_error(index.blob_digest(), error, problem, &layer.data_path())),
         }
     })
     .await
