@@ -244,7 +244,7 @@ async fn the_list_under_the_tag_keeps_what_others_wrote() {
     let mut other = other;
     other["artifactType"] = json!("application/vnd.example.signature");
     other["x-unknown"] = json!({"a": 1});
-    put_referrers(&scene.registry, &scene.image, &[other.clone()]).await;
+    put_referrers(&scene.registry, &scene.image, std::slice::from_ref(&other)).await;
     let report = scene.push(&PushOptions::default()).await;
     let all =
         scene.bench.client.referrers(&scene.image.reference, scene.image.manifest_digest, &[]).await.unwrap();

@@ -326,7 +326,7 @@ mod tests {
         assert_eq!(read.blobs.len(), 1);
         assert_eq!(read.blobs[0].1.diff_id, digest(12));
         assert_eq!(
-            soci(&image, SOCI_V2_ARTIFACT_TYPE, &[blob.clone()], false).unwrap().kind,
+            soci(&image, SOCI_V2_ARTIFACT_TYPE, std::slice::from_ref(&blob), false).unwrap().kind,
             OriginKind::SociV2
         );
         let refused = |kind, blob: Value, subject| soci(&image, kind, &[blob], subject).unwrap_err();
