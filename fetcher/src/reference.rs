@@ -48,15 +48,15 @@ impl Reference {
         if self.registry == DEFAULT_REGISTRY { "registry-1.docker.io" } else { &self.registry }
     }
 
-    /// The short form people type: without `docker.io/` and `library/`.
+    /// The short form people type: without `docker.io/` and `library/`, unless that would mean another image.
     pub fn familiar(&self) -> String {
-        let mut name = String::new();
+        let mut name = self.name();
         if self.registry == DEFAULT_REGISTRY {
-            name.push_str(self.repository.strip_prefix("library/").unwrap_or(&self.repository));
-        } else {
-            name.push_str(&self.registry);
-            name.push('/');
-            name.push_str(&self.repository);
+            let short = self.repository.strip_prefix("library/").unwrap_or(&self.repository);
+            // `docker.io/a.example/b` is not `a.example/b`, nor `library/a/b` the same as `a/b`.
+            if parse(short).is_ok_and(|r| r.registry == self.registry && r.repository == self.repository) {
+                short.clone_into(&mut name);
+            }
         }
         self.push_suffix(&mut name);
         name
@@ -285,6 +285,27 @@ mod tests {
             assert_eq!(reference.familiar(), familiar, "{input}");
             assert_eq!(full.parse::<Reference>().unwrap(), reference, "{input}");
         }
+    }
+
+    #[test]
+    fn a_familiar_form_never_means_another_image() {
+        for (input, familiar) in [
+            ("docker.io/a.example/b", "docker.io/a.example/b:latest"),
+            ("docker.io/localhost/b:t", "docker.io/localhost/b:t"),
+            ("docker.io/library/a/b", "docker.io/library/a/b:latest"),
+            ("docker.io/library/a.b", "a.b:latest"),
+            ("docker.io/library/localhost", "localhost:latest"),
+        ] {
+            let reference: Reference = input.parse().unwrap();
+            assert_eq!(reference.familiar(), familiar);
+            assert_eq!(familiar.parse(), Ok(reference), "{input}");
+        }
+        let name = Reference { tag: None, digest: None, ..reference("debian") };
+        assert_eq!(name.familiar(), "debian");
+    }
+
+    fn reference(text: &str) -> Reference {
+        text.parse().unwrap()
     }
 
     #[test]
