@@ -26,9 +26,7 @@ fn bgzip() {
         let [low, high] = len.to_le_bytes();
         blob.extend(gzip_member(piece, &[b'B', b'C', 2, 0, low, high]));
     }
-    let indexed = round(&blob, &tar);
-    // Every span starts at a member, so none needs a window.
-    assert!(indexed.index.spans().all(|s| blob[s.blob_offset as usize..].starts_with(&[0x1f, 0x8b, 8, 4])));
+    round(&blob, &tar);
 }
 
 /// mgzip: members whose extra field "SZ" says how long they are, each of many blocks.
