@@ -280,15 +280,20 @@ fn tables_show_what_the_tar_holds(plan: &str) {
         };
         let by_tar = mounted(&Lazyrun::new().with_options(&["--index-trust", "proven"]), "tar");
         let node = Lazyrun::new();
-        let by_table = mounted(&node, "table");
+        // Takes the table over and leaves the blob alone; a mount hydrates, and so small a layer at once.
+        node.ok(&["index", "pull", &image]);
         let origin = of_layers(&inspect(&node, &image), "Origin");
         assert!(
             origin[0] == json!("eStargz table") || origin[0] == json!("zstd:chunked manifest"),
             "{origin:?}"
         );
+        let by_table = mounted(&node, "table");
         let mut found = differences(&by_tar, &by_table);
+        // docs/SEMANTICS.md: the table's own files are not in it, and eStargz has whole seconds.
+        found.retain(|difference| {
+            !difference.contains("stargz.index.json") && !difference.contains(".landmark")
+        });
         if file.contains("fractions") {
-            // Such tables have whole seconds.
             found.retain(|difference| !difference.contains("mtime"));
         }
         assert!(found.is_empty(), "{file}:\n{}", found.join("\n"));

@@ -89,10 +89,13 @@ impl Events for Shown {
     }
 
     fn note(&mut self, message: &str) {
-        if self.style == Style::Json {
-            eprintln!("{}", serde_json::json!({ "note": message }));
-        } else {
-            let _ = self.bars.println(format!("lazyrun: {message}"));
+        match self.style {
+            Style::Json => eprintln!("{}", serde_json::json!({ "note": message })),
+            Style::Auto => {
+                let _ = self.bars.println(format!("lazyrun: {message}"));
+            }
+            // Without bars nothing is drawn, and a note must not be lost with them.
+            Style::Plain | Style::None => eprintln!("lazyrun: {message}"),
         }
     }
 }

@@ -52,7 +52,7 @@ impl DockerRegistry {
     pub fn push(&self, layout: &Path, tag: &str, name: &str) -> String {
         let reference = format!("{}/{name}:{tag}", self.addr);
         let output = Command::new("skopeo")
-            .args(["copy", "--quiet", "--dest-tls-verify=false", "--insecure-policy"])
+            .args(["copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false", "--insecure-policy"])
             .arg(format!("oci:{}:{tag}", layout.display()))
             .arg(format!("docker://{reference}"))
             .output()
