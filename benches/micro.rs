@@ -108,7 +108,7 @@ fn views(criterion: &mut Criterion) {
         .into();
     let layers: Vec<&LayerIndex> = layers.iter().collect();
     let devices: Vec<DeviceSpec> =
-        layers.iter().map(|layer| DeviceSpec::layer(&layer.diff_id(), layer.layer_size())).collect();
+        layers.iter().map(|layer| DeviceSpec::layer(&layer.id().to_string(), layer.layer_size())).collect();
     let view = View::merge(&layers).expect("merge the layers");
     let mut group = criterion.benchmark_group("view");
     group.sample_size(20);
