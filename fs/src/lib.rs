@@ -5,4 +5,5 @@ pub mod fuse;
 pub mod mount;
 pub mod mounter;
 pub mod plan;
+pub mod union;
 pub mod view;

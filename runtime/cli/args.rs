@@ -149,6 +149,13 @@ pub enum Command {
         #[arg(long)]
         format: Option<String>,
     },
+    /// Show directories as one, writable, without the kernel's overlayfs; called as fuse-overlayfs is
+    #[command(disable_help_flag = true)]
+    Union {
+        /// `-o lowerdir=A:B[,upperdir=U,workdir=W][,OPTION...] MOUNTPOINT`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Show what this machine can do: kernel features, mount plans and why, networking
     Doctor {
         /// `json`

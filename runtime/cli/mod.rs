@@ -10,6 +10,7 @@ mod progress;
 mod run;
 mod system;
 mod template;
+pub mod union;
 
 use std::process::ExitCode;
 
@@ -85,6 +86,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Index { command } => indexes::index(context, command)?,
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
         Command::Mount(args) => mounts::mount(context, &args)?,
+        Command::Union { args } => return Ok(union::main(&args, false)),
         Command::Umount { directory } => mounts::unmount(context, &directory)?,
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,

@@ -12,6 +12,7 @@ mod mount;
 mod readonly;
 mod session;
 mod stats;
+pub mod unionfs;
 pub mod viewfs;
 
 pub use content::{LayerFiles, ReadReply};

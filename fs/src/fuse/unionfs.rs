@@ -1,0 +1,142 @@
+//! [`Union`] as a FUSE filesystem.
+//!
+//! The union is the only writer, so the kernel keeps names and attributes for ever. Where it may, it also reads
+//! and writes files of the upper layer itself (passthrough), so that only opening asks us.
+
+mod convert;
+mod passthrough;
+mod requests;
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use fuser::{Config, InitFlags, KernelConfig, MountOption, Session, SessionACL};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, umask};
+
+use super::FOREVER;
+use crate::union::{Handles, OpenDir, OpenFile, Union};
+use passthrough::Passthrough;
+
+/// What every kernel is asked for.
+const FLAGS: InitFlags = InitFlags::FUSE_ASYNC_READ
+    .union(InitFlags::FUSE_BIG_WRITES)
+    .union(InitFlags::FUSE_PARALLEL_DIROPS)
+    .union(InitFlags::FUSE_DO_READDIRPLUS)
+    .union(InitFlags::FUSE_READDIRPLUS_AUTO)
+    .union(InitFlags::FUSE_ATOMIC_O_TRUNC)
+    .union(InitFlags::FUSE_HANDLE_KILLPRIV_V2)
+    .union(InitFlags::FUSE_CACHE_SYMLINKS)
+    .union(InitFlags::FUSE_DONT_MASK)
+    .union(InitFlags::FUSE_ASYNC_DIO)
+    .union(InitFlags::FUSE_PASSTHROUGH);
+
+/// A union being served.
+#[derive(Debug)]
+struct UnionFs {
+    union: Union,
+    files: Handles<OpenFile>,
+    dirs: Handles<OpenDir>,
+    passthrough: Passthrough,
+    ttl: Duration,
+}
+
+/// A mounted union.
+#[derive(Debug)]
+pub struct UnionMount {
+    session: Session<UnionFs>,
+}
+
+/// Mounts a union on a directory. Nothing is answered before [`UnionMount::run`].
+pub fn mount(union: Union, mountpoint: &Path) -> io::Result<UnionMount> {
+    let config = mount_config(&union);
+    let ttl = union.config().timeout.map_or(FOREVER, Duration::from_secs);
+    let fs = UnionFs {
+        union,
+        files: Handles::default(),
+        dirs: Handles::default(),
+        passthrough: Passthrough::default(),
+        ttl,
+    };
+    Ok(UnionMount { session: Session::new(fs, mountpoint, &config)? })
+}
+
+impl UnionMount {
+    /// Serves until the union is unmounted.
+    ///
+    /// # Errors
+    /// What ended it otherwise.
+    pub fn run(self) -> io::Result<()> {
+        let session = self.session;
+        let serve = move || {
+            // Modes come with the umask of whoever asks; ours must not come on top. The umask is the process's
+            // unless a thread parts from it; the threads that answer are made from this one.
+            unshare(CloneFlags::CLONE_FS)?;
+            umask(Mode::empty());
+            session.run()
+        };
+        let thread = std::thread::Builder::new().name("union".into()).spawn(serve)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that serves the union panicked")))
+    }
+}
+
+fn mount_config(union: &Union) -> Config {
+    let mut config = Config::default();
+    config.n_threads = Some(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8));
+    let options = &mut config.mount_options;
+    options.push(MountOption::DefaultPermissions);
+    let mut acl = if nix::unistd::geteuid().is_root() { SessionACL::All } else { SessionACL::Owner };
+    let (mut source, mut subtype) = ("lazyrun", "lazyrun");
+    for option in &union.config().mount_options {
+        match option.split_once('=') {
+            Some(("fsname", name)) => source = name,
+            Some(("subtype", name)) => subtype = name,
+            _ => match flag(option) {
+                Some(option) => options.push(option),
+                None if option == "allow_other" => acl = SessionACL::All,
+                None if option == "allow_root" => acl = SessionACL::RootAndOwner,
+                // What the kernel does by itself.
+                None if matches!(option.as_str(), "default_permissions" | "ro" | "relatime" | "diratime") => {}
+                None => options.push(MountOption::CUSTOM(option.clone())),
+            },
+        }
+    }
+    options.push(MountOption::FSName(source.to_owned()));
+    options.push(MountOption::Subtype(subtype.to_owned()));
+    if !union.is_writable() {
+        options.retain(|o| *o != MountOption::RW);
+        options.push(MountOption::RO);
+    }
+    config.acl = acl;
+    config
+}
+
+fn flag(option: &str) -> Option<MountOption> {
+    Some(match option {
+        "rw" => MountOption::RW,
+        "dev" => MountOption::Dev,
+        "nodev" => MountOption::NoDev,
+        "suid" => MountOption::Suid,
+        "nosuid" => MountOption::NoSuid,
+        "exec" => MountOption::Exec,
+        "noexec" => MountOption::NoExec,
+        "atime" => MountOption::Atime,
+        "noatime" => MountOption::NoAtime,
+        "dirsync" => MountOption::DirSync,
+        "sync" => MountOption::Sync,
+        "async" => MountOption::Async,
+        "auto_unmount" => MountOption::AutoUnmount,
+        _ => return None,
+    })
+}
+
+impl UnionFs {
+    fn configure(&self, config: &mut KernelConfig) {
+        let acl = if self.union.config().noacl { InitFlags::empty() } else { InitFlags::FUSE_POSIX_ACL };
+        super::session::configure(config, FLAGS.union(acl));
+        if config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH) && config.set_max_stack_depth(1).is_ok() {
+            self.passthrough.allow();
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! What a name in a merged directory is.
+
+use std::ffi::CStr;
+use std::sync::{Arc, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::stat::FileStat;
+
+use super::node::{Key, Node, Part, State, UPPER, key_of};
+use super::sys::{Dir, Real, Result, is_dir, is_whiteout, kind_of, stat_at};
+use super::table::Nodes;
+use super::{ROOT, Union};
+
+/// Attributes as the union shows them.
+#[derive(Clone, Copy, Debug)]
+pub struct Attr {
+    /// The number by which requests name the file.
+    pub id: u64,
+    /// As stat(2) is to show it: `st_ino` is stable over copy-up and unique in the union.
+    pub stat: FileStat,
+}
+
+/// What the layers have under a name.
+pub(super) enum Found {
+    Nothing,
+    File { layer: usize, stat: FileStat },
+    Directory { parts: Vec<Part>, stat: FileStat, number: Key },
+}
+
+impl Union {
+    /// Looks a name up; the kernel holds one reference more to the node that is returned.
+    pub fn lookup(&self, parent: &Arc<Node>, name: &CStr) -> Result<Option<(Arc<Node>, Attr)>> {
+        let found = self.find(parent, name)?;
+        Ok(self.enter(parent, name, found))
+    }
+
+    /// Looks a name up in all layers that the directory is merged of.
+    pub(super) fn find(&self, parent: &Arc<Node>, name: &CStr) -> Result<Found> {
+        self.find_from(parent, name, 0)
+    }
+
+    /// As [`find`](Self::find), in the directory's parts from number `first` on.
+    pub(super) fn find_from(&self, parent: &Arc<Node>, name: &CStr, first: usize) -> Result<Found> {
+        if !parent.is_dir() {
+            return Err(Errno::ENOTDIR);
+        }
+        let count = parent.read().parts.len();
+        let mut dir: Option<(Vec<Part>, FileStat, Key)> = None;
+        for i in first..count {
+            let (at, layer) = self.part(parent, i)?;
+            let Some(stat) = stat_at(&at, name)? else { continue };
+            if !is_dir(&stat) {
+                if dir.is_some() || is_whiteout(&stat) || self.is_xwhiteout(parent, i, &at, name, &stat) {
+                    break;
+                }
+                return Ok(Found::File { layer, stat });
+            }
+            // Opaque marks of the lowest layer hide nothing.
+            let mark = if i + 1 < count { self.opacity(&Real::named(&at, name)) } else { Opacity::None };
+            let part = Part { layer, fd: None, xwhiteouts: mark == Opacity::Whiteouts };
+            match &mut dir {
+                None => dir = Some((vec![part], stat, key_of(&stat))),
+                Some((parts, _, number)) => {
+                    // A directory keeps the number of its topmost lower part, whether copied up or not.
+                    if parts.len() == 1 && parts[0].layer == UPPER && self.is_writable() {
+                        *number = key_of(&stat);
+                    }
+                    parts.push(part);
+                }
+            }
+            if mark == Opacity::Opaque {
+                break;
+            }
+        }
+        Ok(dir.map_or(Found::Nothing, |(parts, stat, number)| Found::Directory { parts, stat, number }))
+    }
+
+    /// The open directory of a node's part, with the tree locked while directories are opened by name.
+    pub(super) fn part(&self, node: &Node, i: usize) -> Result<(Dir, usize)> {
+        if let Some(Part { fd: Some(fd), layer, .. }) = node.read().parts.get(i) {
+            return Ok((Arc::clone(fd), *layer));
+        }
+        self.trim_open_dirs();
+        let _tree = self.tree.read().unwrap_or_else(PoisonError::into_inner);
+        node.part(i)
+    }
+
+    fn opacity(&self, dir: &Real) -> Opacity {
+        let mut value = [0u8; 2];
+        match dir.get_xattr(self.opaque, &mut value) {
+            Ok(1) if value[0] == b'y' => Opacity::Opaque,
+            Ok(1) if value[0] == b'x' => Opacity::Whiteouts,
+            _ => Opacity::None,
+        }
+    }
+
+    pub(super) fn is_xwhiteout(&self, parent: &Node, i: usize, at: &Dir, name: &CStr, stat: &FileStat) -> bool {
+        if kind_of(stat) != libc::S_IFREG || stat.st_size != 0 {
+            return false;
+        }
+        let marked = parent.read().parts.get(i).is_some_and(|p| p.xwhiteouts);
+        let mark = if self.prefix.starts_with('u') { c"user.overlay.whiteout" } else { c"trusted.overlay.whiteout" };
+        marked && Real::named(at, name).get_xattr(mark, &mut []).is_ok()
+    }
+
+    /// Whether a lower layer shows something under a name, so that removing the name needs a whiteout.
+    pub(super) fn lower_has(&self, parent: &Arc<Node>, name: &CStr) -> Result<bool> {
+        let first = usize::from(parent.is_upper());
+        if first >= parent.read().parts.len() {
+            return Ok(false);
+        }
+        Ok(!matches!(self.find_from(parent, name, first)?, Found::Nothing))
+    }
+
+    /// The node of what was found, with one more reference of the kernel.
+    pub(super) fn enter(&self, parent: &Arc<Node>, name: &CStr, found: Found) -> Option<(Arc<Node>, Attr)> {
+        let (stat, key, number) = match &found {
+            Found::Nothing => return None,
+            Found::File { stat, .. } => (*stat, key_of(stat), key_of(stat)),
+            Found::Directory { stat, number, .. } => (*stat, key_of(stat), *number),
+        };
+        let ino = self.number(number);
+        let mut table = self.table.lock();
+        let id = self.known_id(&table, parent, name, &found, key).unwrap_or(ino);
+        if let Some(node) = table.get(id).cloned() {
+            if same(&node, parent, name, &found, key) {
+                table.again(id);
+                return Some((Arc::clone(&node), self.attr_of(&node, stat)));
+            }
+            // Another file has the number: layers that overlap, or a name of a broken link group.
+            let id = table.make_up(parent.id, name);
+            return Some(self.insert(&mut table, (id, ino), parent, name, found, stat));
+        }
+        let shared = matches!(&found, Found::File { layer, .. } if *layer != UPPER && stat.st_nlink > 1);
+        let id = if shared && self.is_writable() && id == ino { table.make_up(parent.id, name) } else { id };
+        Some(self.insert(&mut table, (id, ino), parent, name, found, stat))
+    }
+
+    /// The number of a node that is not known by its real file's.
+    fn known_id(
+        &self,
+        table: &Nodes,
+        parent: &Node,
+        name: &CStr,
+        found: &Found,
+        key: Key,
+    ) -> Option<u64> {
+        match found {
+            Found::File { layer: UPPER, .. } if self.is_writable() => {
+                table.copied(key).or_else(|| table.made_up(parent.id, name))
+            }
+            _ => table.made_up(parent.id, name),
+        }
+    }
+
+    fn insert(
+        &self,
+        table: &mut Nodes,
+        (id, ino): (u64, u64),
+        parent: &Arc<Node>,
+        name: &CStr,
+        found: Found,
+        stat: FileStat,
+    ) -> (Arc<Node>, Attr) {
+        let (layer, parts) = match found {
+            Found::File { layer, .. } => (layer, Vec::new()),
+            Found::Directory { parts, .. } => (parts[0].layer, parts),
+            Found::Nothing => (UPPER, Vec::new()),
+        };
+        let state = State {
+            parent: Some(Arc::clone(parent)),
+            name: name.to_owned(),
+            layer,
+            parts,
+            key: key_of(&stat),
+            held: None,
+            gone: false,
+            default_acl: None,
+        };
+        let node = table.insert(Node::new(id, ino, kind_of(&stat), state));
+        let attr = self.attr_of(&node, stat);
+        (node, attr)
+    }
+
+    /// Attributes of a node.
+    pub fn attr(&self, node: &Node) -> Result<Attr> {
+        let stat = if node.is_dir() { Real::Held(self.part(node, 0)?.0).stat()? } else { node.with(Real::stat)? };
+        Ok(self.attr_of(node, stat))
+    }
+
+    /// A real file's attributes as the union shows them.
+    pub(super) fn attr_of(&self, node: &Node, mut stat: FileStat) -> Attr {
+        stat.st_ino = node.ino;
+        if node.is_dir() && (node.read().parts.len() > 1 || self.config.static_nlink) {
+            stat.st_nlink = 1;
+        }
+        if let Some(uid) = self.config.squash_uid {
+            stat.st_uid = uid;
+        }
+        if let Some(gid) = self.config.squash_gid {
+            stat.st_gid = gid;
+        }
+        Attr { id: node.id, stat }
+    }
+
+    /// The inode number to show for a real file: its own on the first layer's filesystem, one with the
+    /// filesystem's number in the upper bits on others.
+    pub(super) fn number(&self, (dev, ino): Key) -> u64 {
+        let known = |devices: &Vec<u64>| devices.iter().position(|d| *d == dev);
+        let at = known(&self.devices.read().unwrap_or_else(PoisonError::into_inner));
+        let at = at.unwrap_or_else(|| {
+            let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+            known(&devices).unwrap_or_else(|| {
+                devices.push(dev);
+                devices.len() - 1
+            })
+        });
+        // Bit 62 keeps them apart from the root's number and from the first filesystem's.
+        let high = (at as u64 & 0xff) << 54;
+        if at == 0 && ino != ROOT { ino & !(3 << 62) } else { (1 << 62) | (high ^ (ino & !(3 << 62))) }
+    }
+
+    /// A symlink's target.
+    pub fn read_link(&self, node: &Node) -> Result<Vec<u8>> {
+        node.with(Real::read_link)
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Opacity {
+    None,
+    Opaque,
+    Whiteouts,
+}
+
+/// Whether the node of that number is what was found.
+fn same(node: &Arc<Node>, parent: &Arc<Node>, name: &CStr, found: &Found, key: Key) -> bool {
+    match found {
+        Found::Nothing => false,
+        Found::Directory { .. } => node.is_dir() && node.read().is_at(parent, name),
+        Found::File { layer, .. } => {
+            let state = node.read();
+            if state.key != key || node.is_dir() {
+                return false;
+            }
+            let lost = state.held.is_some();
+            drop(state);
+            if lost {
+                let mut state = node.write();
+                state.parent = Some(Arc::clone(parent));
+                state.name = name.to_owned();
+                state.layer = *layer;
+                state.held = None;
+                state.gone = false;
+            }
+            true
+        }
+    }
+}
