@@ -8,10 +8,12 @@ mod passthrough;
 mod requests;
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use fuser::{Config, InitFlags, KernelConfig, MountOption, Session, SessionACL};
+use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
 
@@ -59,7 +61,44 @@ pub fn mount(union: Union, mountpoint: &Path) -> io::Result<UnionMount> {
         passthrough: Passthrough::default(),
         ttl,
     };
-    Ok(UnionMount { session: Session::new(fs, mountpoint, &config)? })
+    let session = match mount_here(&config, mountpoint) {
+        Ok(dev) => Session::from_fd(fs, dev, config.acl, config)?,
+        // Not ours to do: fusermount3 is.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Session::new(fs, mountpoint, &config)?,
+        Err(e) => return Err(e),
+    };
+    Ok(UnionMount { session })
+}
+
+/// Makes the mount without a helper, with its type's full name and everything that the options do not forbid.
+fn mount_here(config: &Config, mountpoint: &Path) -> io::Result<OwnedFd> {
+    let mut flags = MsFlags::empty();
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    let dev = OwnedFd::from(super::mount::open_device()?);
+    let mut data = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", dev.as_raw_fd());
+    let (mut source, mut kind) = ("lazyrun", "fuse".to_owned());
+    for option in &config.mount_options {
+        match option {
+            MountOption::FSName(name) => source = name,
+            MountOption::Subtype(name) => kind = format!("fuse.{name}"),
+            MountOption::CUSTOM(other) => data = format!("{data},{other}"),
+            MountOption::DefaultPermissions => data.push_str(",default_permissions"),
+            MountOption::AutoUnmount => return Err(io::ErrorKind::PermissionDenied.into()),
+            MountOption::RO => flags |= MsFlags::MS_RDONLY,
+            MountOption::NoDev => flags |= MsFlags::MS_NODEV,
+            MountOption::NoSuid => flags |= MsFlags::MS_NOSUID,
+            MountOption::NoExec => flags |= MsFlags::MS_NOEXEC,
+            MountOption::NoAtime => flags |= MsFlags::MS_NOATIME,
+            MountOption::DirSync => flags |= MsFlags::MS_DIRSYNC,
+            MountOption::Sync => flags |= MsFlags::MS_SYNCHRONOUS,
+            _ => {}
+        }
+    }
+    if config.acl != SessionACL::Owner {
+        data.push_str(",allow_other");
+    }
+    nix::mount::mount(Some(source), mountpoint, Some(kind.as_str()), flags, Some(data.as_str()))?;
+    Ok(dev)
 }
 
 impl UnionMount {
@@ -97,7 +136,8 @@ fn mount_config(union: &Union) -> Config {
                 None if option == "allow_other" => acl = SessionACL::All,
                 None if option == "allow_root" => acl = SessionACL::RootAndOwner,
                 // What the kernel does by itself.
-                None if matches!(option.as_str(), "default_permissions" | "ro" | "relatime" | "diratime") => {}
+                None if matches!(option.as_str(), "default_permissions" | "ro" | "relatime" | "diratime") => {
+                }
                 None => options.push(MountOption::CUSTOM(option.clone())),
             },
         }
@@ -135,7 +175,9 @@ impl UnionFs {
     fn configure(&self, config: &mut KernelConfig) {
         let acl = if self.union.config().noacl { InitFlags::empty() } else { InitFlags::FUSE_POSIX_ACL };
         super::session::configure(config, FLAGS.union(acl));
-        if config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH) && config.set_max_stack_depth(1).is_ok() {
+        if config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH)
+            && config.set_max_stack_depth(1).is_ok()
+        {
             self.passthrough.allow();
         }
     }

@@ -93,15 +93,53 @@ pub enum UnionError {
 
 /// Options of fuse-overlayfs and of overlayfs that change nothing here.
 const IGNORED: &[&str] = &[
-    "threaded", "fast_ino", "redirect_dir", "index", "metacopy", "xino", "nfs_export", "uuid", "verity",
-    "debug", "max_idle_threads", "clone_fd", "plugins", "fsync", "big_writes", "auto_cache", "nonempty",
+    "threaded",
+    "fast_ino",
+    "redirect_dir",
+    "index",
+    "metacopy",
+    "xino",
+    "nfs_export",
+    "uuid",
+    "verity",
+    "debug",
+    "max_idle_threads",
+    "clone_fd",
+    "plugins",
+    "fsync",
+    "big_writes",
+    "auto_cache",
+    "nonempty",
 ];
 
 /// Options handed to the mount.
 const OF_MOUNT: &[&str] = &[
-    "ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "atime", "noatime", "relatime", "diratime",
-    "nodiratime", "dirsync", "sync", "async", "allow_other", "allow_root", "default_permissions", "fsname",
-    "subtype", "auto_unmount", "context", "fscontext", "defcontext", "rootcontext",
+    "ro",
+    "rw",
+    "dev",
+    "nodev",
+    "suid",
+    "nosuid",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "relatime",
+    "diratime",
+    "nodiratime",
+    "dirsync",
+    "sync",
+    "async",
+    "allow_other",
+    "allow_root",
+    "default_permissions",
+    "fsname",
+    "subtype",
+    "auto_unmount",
+    "context",
+    "fscontext",
+    "defcontext",
+    "rootcontext",
 ];
 
 impl UnionConfig {
@@ -280,8 +318,8 @@ fn open_work(path: &Path, upper: &Path, upper_fd: &Dir) -> Result<Work, UnionErr
     if device(&owned).map_err(|e| fail(e.into()))? != device(upper_fd).map_err(|e| fail(e.into()))? {
         return Err(UnionError::OtherFilesystem { work: path.into(), upper: upper.into() });
     }
-    let lock = Flock::lock(work, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| UnionError::InUse(path.to_owned()))?;
+    let lock =
+        Flock::lock(work, FlockArg::LockExclusiveNonblock).map_err(|_| UnionError::InUse(path.to_owned()))?;
     let inner = path.join("work");
     match std::fs::remove_dir_all(&inner) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(fail(e)),
@@ -306,7 +344,8 @@ mod tests {
     #[test]
     fn options_as_podman_passes_them() {
         let mut config = UnionConfig::default();
-        let options = br"lowerdir=/a:/b\:c:/d\,e,upperdir=/u,workdir=/w,volatile,nodev,fsname=x,squash_to_uid=7";
+        let options =
+            br"lowerdir=/a:/b\:c:/d\,e,upperdir=/u,workdir=/w,volatile,nodev,fsname=x,squash_to_uid=7";
         config.parse(options).unwrap();
         let lower: Vec<PathBuf> = ["/a", "/b:c", "/d,e"].iter().map(PathBuf::from).collect();
         assert_eq!(config.lower, lower);

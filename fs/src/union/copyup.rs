@@ -51,6 +51,10 @@ impl Union {
         let (temp, key) = node.with(|lower| self.copy_file(lower, size))?;
         // Whoever sees the new file must find the node by it.
         self.table.lock().set_copied(key, node.id);
+        if node.id != node.ino() {
+            // One of several names of a lower file: it parts from them.
+            node.set_ino(self.number(key));
+        }
         if gone {
             return self.adopt_nameless(node, &temp, key);
         }

@@ -8,7 +8,7 @@ use nix::sys::stat::FileStat;
 
 use super::node::{Key, Node, Part, State, UPPER, key_of};
 use super::sys::{Dir, Real, Result, is_dir, is_whiteout, kind_of, stat_at};
-use super::table::Nodes;
+use super::table::{MADE_UP, Nodes};
 use super::{ROOT, Union};
 
 /// Attributes as the union shows them.
@@ -94,12 +94,20 @@ impl Union {
         }
     }
 
-    pub(super) fn is_xwhiteout(&self, parent: &Node, i: usize, at: &Dir, name: &CStr, stat: &FileStat) -> bool {
+    pub(super) fn is_xwhiteout(
+        &self,
+        parent: &Node,
+        i: usize,
+        at: &Dir,
+        name: &CStr,
+        stat: &FileStat,
+    ) -> bool {
         if kind_of(stat) != libc::S_IFREG || stat.st_size != 0 {
             return false;
         }
         let marked = parent.read().parts.get(i).is_some_and(|p| p.xwhiteouts);
-        let mark = if self.prefix.starts_with('u') { c"user.overlay.whiteout" } else { c"trusted.overlay.whiteout" };
+        let mark =
+            if self.prefix.starts_with('u') { c"user.overlay.whiteout" } else { c"trusted.overlay.whiteout" };
         marked && Real::named(at, name).get_xattr(mark, &mut []).is_ok()
     }
 
@@ -121,7 +129,10 @@ impl Union {
         };
         let ino = self.number(number);
         let mut table = self.table.lock();
-        let id = self.known_id(&table, parent, name, &found, key).unwrap_or(ino);
+        let known = self.known_id(&table, parent, name, &found, key);
+        // A copied-up file keeps the number of the file it was copied from.
+        let ino = known.filter(|id| *id < MADE_UP).unwrap_or(ino);
+        let id = known.unwrap_or(ino);
         if let Some(node) = table.get(id).cloned() {
             if same(&node, parent, name, &found, key) {
                 table.again(id);
@@ -137,14 +148,7 @@ impl Union {
     }
 
     /// The number of a node that is not known by its real file's.
-    fn known_id(
-        &self,
-        table: &Nodes,
-        parent: &Node,
-        name: &CStr,
-        found: &Found,
-        key: Key,
-    ) -> Option<u64> {
+    fn known_id(&self, table: &Nodes, parent: &Node, name: &CStr, found: &Found, key: Key) -> Option<u64> {
         match found {
             Found::File { layer: UPPER, .. } if self.is_writable() => {
                 table.copied(key).or_else(|| table.made_up(parent.id, name))
@@ -184,13 +188,14 @@ impl Union {
 
     /// Attributes of a node.
     pub fn attr(&self, node: &Node) -> Result<Attr> {
-        let stat = if node.is_dir() { Real::Held(self.part(node, 0)?.0).stat()? } else { node.with(Real::stat)? };
+        let stat =
+            if node.is_dir() { Real::Held(self.part(node, 0)?.0).stat()? } else { node.with(Real::stat)? };
         Ok(self.attr_of(node, stat))
     }
 
     /// A real file's attributes as the union shows them.
     pub(super) fn attr_of(&self, node: &Node, mut stat: FileStat) -> Attr {
-        stat.st_ino = node.ino;
+        stat.st_ino = node.ino();
         if node.is_dir() && (node.read().parts.len() > 1 || self.config.static_nlink) {
             stat.st_nlink = 1;
         }

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
@@ -36,7 +37,7 @@ pub struct Node {
     /// The number that the kernel calls it by.
     pub(super) id: u64,
     /// The number that it is told to have.
-    pub(super) ino: u64,
+    ino: AtomicU64,
     /// Type bits of the mode; they never change.
     pub(super) kind: u32,
     /// Held for reading while a system call uses the name, for writing while the name changes.
@@ -67,12 +68,21 @@ pub(super) struct State {
 
 impl Node {
     pub(super) fn new(id: u64, ino: u64, kind: u32, state: State) -> Self {
-        Node { id, ino, kind, state: RwLock::new(state), changing: Mutex::new(()) }
+        Node { id, ino: AtomicU64::new(ino), kind, state: RwLock::new(state), changing: Mutex::new(()) }
     }
 
     /// Number of the node in requests of the kernel.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    pub(super) fn ino(&self) -> u64 {
+        self.ino.load(Ordering::Relaxed)
+    }
+
+    /// It is another file now than the one whose number it had.
+    pub(super) fn set_ino(&self, ino: u64) {
+        self.ino.store(ino, Ordering::Relaxed);
     }
 
     pub(super) fn is_dir(&self) -> bool {

@@ -9,10 +9,11 @@ use nix::dir::{Dir as ReadDir, Type};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat};
 
+use super::Union;
 use super::lookup::{Attr, Found};
 use super::node::{Node, UPPER};
 use super::sys::{Dir, Result, is_whiteout, stat_at};
-use super::Union;
+use super::table::MADE_UP;
 
 /// A name in a listing.
 #[derive(Clone, Debug)]
@@ -74,8 +75,8 @@ impl Union {
     /// All names of a directory, `.` and `..` first.
     fn list(&self, node: &Arc<Node>) -> Result<Vec<DirEntry>> {
         let dot = |name: &CStr, ino| DirEntry { name: name.into(), ino, kind: libc::S_IFDIR, part: 0 };
-        let up = node.parent().map_or(node.ino, |p| p.ino);
-        let mut list = vec![dot(c".", node.ino), dot(c"..", up)];
+        let up = node.parent().map_or(node.ino(), |p| p.ino());
+        let mut list = vec![dot(c".", node.ino()), dot(c"..", up)];
         if node.read().gone {
             return Ok(list);
         }
@@ -99,7 +100,8 @@ impl Union {
                 }
                 if !whiteout {
                     let ino = if upper && layer == UPPER {
-                        self.table.lock().copied((device, ino)).unwrap_or_else(|| self.number((device, ino)))
+                        let known = self.table.lock().copied((device, ino)).filter(|id| *id < MADE_UP);
+                        known.unwrap_or_else(|| self.number((device, ino)))
                     } else {
                         self.number((device, ino))
                     };
@@ -123,7 +125,7 @@ impl Union {
             found => match self.enter(node, name, found) {
                 Some((child, _)) => {
                     self.forget([(child.id, 1)]);
-                    child.ino
+                    child.ino()
                 }
                 None => 1,
             },

@@ -104,7 +104,12 @@ impl Union {
         if plan.remove_whiteout {
             let _ = super::whiteout::remove_tree(&from_dir, from.1);
         }
-        self.table.lock().renamed((old.id, old.is_dir()), new.map(|n| (n.id, n.is_dir() && exchange)), from, to);
+        self.table.lock().renamed(
+            (old.id, old.is_dir()),
+            new.map(|n| (n.id, n.is_dir() && exchange)),
+            from,
+            to,
+        );
         Ok(())
     }
 

@@ -86,9 +86,7 @@ impl Real {
     pub(super) fn open(&self, flags: OFlag) -> Result<OwnedFd> {
         let flags = flags | OFlag::O_CLOEXEC;
         match self {
-            Real::Named(dir, name) => {
-                openat(dir, name.as_c_str(), flags | OFlag::O_NOFOLLOW, Mode::empty())
-            }
+            Real::Named(dir, name) => openat(dir, name.as_c_str(), flags | OFlag::O_NOFOLLOW, Mode::empty()),
             Real::Held(fd) => openat(fd, fd_path(fd).as_c_str(), flags, Mode::empty()),
         }
     }
@@ -113,9 +111,7 @@ impl Real {
     pub(super) fn chmod(&self, mode: u32) -> Result<()> {
         let mode = Mode::from_bits_truncate(mode & 0o7777);
         match self {
-            Real::Named(dir, name) => {
-                fchmodat(dir, name.as_c_str(), mode, FchmodatFlags::NoFollowSymlink)
-            }
+            Real::Named(dir, name) => fchmodat(dir, name.as_c_str(), mode, FchmodatFlags::NoFollowSymlink),
             Real::Held(fd) => fchmodat(fd, fd_path(fd).as_c_str(), mode, FchmodatFlags::FollowSymlink),
         }
     }
@@ -123,9 +119,7 @@ impl Real {
     pub(super) fn chown(&self, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
         match self {
-            Real::Named(dir, name) => {
-                fchownat(dir, name.as_c_str(), uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)
-            }
+            Real::Named(dir, name) => fchownat(dir, name.as_c_str(), uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW),
             Real::Held(fd) => fchownat(fd, c"", uid, gid, AtFlags::AT_EMPTY_PATH),
         }
     }

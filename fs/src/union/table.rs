@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::node::{Key, Node};
 
 /// Numbers from here on are given to nodes that can't have a real file's number.
-const MADE_UP: u64 = 1 << 63;
+pub(super) const MADE_UP: u64 = 1 << 63;
 
 /// All nodes.
 #[derive(Debug)]
@@ -17,7 +17,8 @@ pub(super) struct Table(Mutex<Nodes>);
 #[derive(Debug)]
 pub(super) struct Nodes {
     nodes: HashMap<u64, Entry>,
-    /// Copied-up files keep the number they had: real file in the upper layer -> node.
+    /// Copied-up files keep the number they had, also when the kernel has forgotten them in between: real file in
+    /// the upper layer -> node.
     copied: HashMap<Key, u64>,
     /// Nodes with a number that nothing but their name leads to.
     by_name: HashMap<(u64, CString), u64>,
@@ -136,7 +137,7 @@ impl Nodes {
             self.lingering.remove(&id);
             let Some(entry) = self.nodes.remove(&id) else { return };
             let state = entry.node.read();
-            if self.copied.get(&state.key) == Some(&id) {
+            if state.gone && self.copied.get(&state.key) == Some(&id) {
                 self.copied.remove(&state.key);
             }
             let Some(parent) = &state.parent else { return };

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use nix::errno::Errno;
 
@@ -55,9 +55,9 @@ impl UnionFs {
         modes: (u32, u32),
         reply: ReplyEntry,
     ) {
-        let made = self.node(parent).and_then(|parent| {
-            Ok(self.union.make(&parent, &name(file)?, new, modes, caller(req))?.1)
-        });
+        let made = self
+            .node(parent)
+            .and_then(|parent| Ok(self.union.make(&parent, &name(file)?, new, modes, caller(req))?.1));
         self.answer_entry(made, reply);
     }
 
@@ -118,7 +118,7 @@ impl Filesystem for UnionFs {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         match self.node(ino).and_then(|n| self.union.attr(&n)) {
-            Ok(a) => reply.attr(&self.ttl, &attr(&a)),
+            Ok(a) => reply.attr(&entry(&a, self.ttl).1, &attr(&a)),
             Err(e) => reply.error(errno(e)),
         }
     }
@@ -148,7 +148,7 @@ impl Filesystem for UnionFs {
             self.union.set_attr(&node, &set, file.as_deref(), caller(req))
         });
         match done {
-            Ok(a) => reply.attr(&self.ttl, &attr(&a)),
+            Ok(a) => reply.attr(&entry(&a, self.ttl).1, &attr(&a)),
             Err(e) => reply.error(errno(e)),
         }
     }
@@ -174,15 +174,7 @@ impl Filesystem for UnionFs {
         self.make(req, parent, file, new, (mode & 0o7777, umask), reply);
     }
 
-    fn mkdir(
-        &self,
-        req: &Request,
-        parent: INodeNo,
-        file: &OsStr,
-        mode: u32,
-        umask: u32,
-        reply: ReplyEntry,
-    ) {
+    fn mkdir(&self, req: &Request, parent: INodeNo, file: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         self.make(req, parent, file, New::Directory, (mode & 0o7777, umask), reply);
     }
 
@@ -357,14 +349,7 @@ impl Filesystem for UnionFs {
         }
     }
 
-    fn readdir(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectory,
-    ) {
+    fn readdir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         let list = self.dirs.get(fh.0).and_then(|dir| dir.entries(&self.union, offset));
         let list = match list {
             Ok(list) => list,

@@ -1,0 +1,282 @@
+//! The union against its model, kernel overlayfs: random operations give the same answers, the same tree and an
+//! upper directory in the same format, which the other can take over.
+
+mod union_support;
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
+use nix::sys::stat::{Mode, SFlag, mknod};
+use nix::unistd::{Gid, Uid, fchownat, linkat};
+use union_support::{Mounted, Seens, Site, differences, remove_xattr, set_xattr, walk};
+
+/// A small generator of numbers: splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// Few names and little depth, so that operations meet.
+    fn path(&mut self) -> PathBuf {
+        let mut path = PathBuf::new();
+        for _ in 0..=self.below(3) {
+            path.push(["a", "b", "c", "d", "e"][self.below(5) as usize]);
+        }
+        path
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Create(PathBuf, u32),
+    Append(PathBuf, Vec<u8>),
+    Truncate(PathBuf, u64),
+    OpenTruncate(PathBuf),
+    Mkdir(PathBuf, u32),
+    Mknod(PathBuf, bool),
+    Symlink(PathBuf, PathBuf),
+    Link(PathBuf, PathBuf),
+    Unlink(PathBuf),
+    Rmdir(PathBuf),
+    Rename(PathBuf, PathBuf, u32),
+    Chmod(PathBuf, u32),
+    Chown(PathBuf, u32, u32),
+    SetXattr(PathBuf, Vec<u8>, i32),
+    RemoveXattr(PathBuf),
+    List(PathBuf),
+    Stat(PathBuf),
+}
+
+fn random_op(r: &mut Random) -> Op {
+    let mode = |r: &mut Random| [0o644, 0o600, 0o755, 0o711, 0o4755, 0o2750, 0o666][r.below(7) as usize];
+    match r.below(24) {
+        0 | 1 => Op::Create(r.path(), mode(r)),
+        2 => Op::Append(r.path(), r.next().to_string().into_bytes()),
+        3 => Op::Truncate(r.path(), r.below(20)),
+        4 => Op::OpenTruncate(r.path()),
+        5 | 6 => Op::Mkdir(r.path(), mode(r)),
+        7 => Op::Mknod(r.path(), r.below(2) == 0),
+        8 => Op::Symlink(r.path(), r.path()),
+        9 | 10 => Op::Link(r.path(), r.path()),
+        11 | 12 => Op::Unlink(r.path()),
+        13 | 14 => Op::Rmdir(r.path()),
+        15..=17 => Op::Rename(r.path(), r.path(), [0, 0, 0, 1, 2, 4][r.below(6) as usize]),
+        18 => Op::Chmod(r.path(), mode(r)),
+        19 => Op::Chown(r.path(), r.below(3) as u32, r.below(3) as u32),
+        20 => Op::SetXattr(r.path(), r.next().to_string().into_bytes(), r.below(3) as i32),
+        21 => Op::RemoveXattr(r.path()),
+        22 => Op::List(r.path()),
+        _ => Op::Stat(r.path()),
+    }
+}
+
+/// What an operation answers: an errno, or what there is to see.
+type Answer = Result<String, i32>;
+
+fn io(result: std::io::Result<()>) -> Answer {
+    result.map(|()| String::new()).map_err(|e| e.raw_os_error().unwrap_or(-1))
+}
+
+fn nix(result: nix::Result<()>) -> Answer {
+    result.map(|()| String::new()).map_err(|e| e as i32)
+}
+
+fn apply(root: &Path, op: &Op) -> Answer {
+    let at = |p: &PathBuf| root.join(p);
+    match op {
+        Op::Create(p, mode) => {
+            io(OpenOptions::new().write(true).create_new(true).mode(*mode).open(at(p)).map(drop))
+        }
+        Op::Append(p, data) => io(OpenOptions::new()
+            .append(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+            .open(at(p))
+            .and_then(|mut f| f.write_all(data))),
+        Op::Truncate(p, size) => {
+            let path = CString::new(at(p).as_os_str().as_bytes()).expect("path");
+            // Symlinks lead to paths that depend on the root.
+            if at(p).is_symlink() {
+                return Ok("link".into());
+            }
+            // SAFETY: NUL-terminated.
+            nix(nix::errno::Errno::result(unsafe { libc::truncate(path.as_ptr(), *size as i64) }).map(drop))
+        }
+        Op::OpenTruncate(p) => {
+            let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+            io(OpenOptions::new().write(true).truncate(true).custom_flags(flags).open(at(p)).map(drop))
+        }
+        Op::Mkdir(p, mode) => nix(nix::unistd::mkdir(&at(p), Mode::from_bits_truncate(*mode))),
+        Op::Mknod(p, fifo) => {
+            let (kind, rdev) =
+                if *fifo { (SFlag::S_IFIFO, 0) } else { (SFlag::S_IFCHR, libc::makedev(1, 3)) };
+            nix(mknod(&at(p), kind, Mode::from_bits_truncate(0o640), rdev))
+        }
+        Op::Symlink(p, target) => io(std::os::unix::fs::symlink(target, at(p))),
+        Op::Link(from, to) => nix(linkat(AT_FDCWD, &at(from), AT_FDCWD, &at(to), AtFlags::empty())),
+        Op::Unlink(p) => nix(nix::unistd::unlink(&at(p))),
+        Op::Rmdir(p) => io(std::fs::remove_dir(at(p))),
+        Op::Rename(from, to, flags) => {
+            let flags = RenameFlags::from_bits_retain(*flags);
+            nix(renameat2(AT_FDCWD, &at(from), AT_FDCWD, &at(to), flags))
+        }
+        Op::Chmod(p, mode) => {
+            if at(p).is_symlink() {
+                return Ok("link".into());
+            }
+            io(std::fs::set_permissions(at(p), std::fs::Permissions::from_mode(*mode)))
+        }
+        Op::Chown(p, uid, gid) => nix(fchownat(
+            AT_FDCWD,
+            &at(p),
+            Some(Uid::from_raw(*uid)),
+            Some(Gid::from_raw(*gid)),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        )),
+        Op::SetXattr(p, value, flags) => {
+            set_xattr(&at(p), "user.test", value, *flags).map(|()| String::new())
+        }
+        Op::RemoveXattr(p) => remove_xattr(&at(p), "user.test").map(|()| String::new()),
+        Op::List(p) => {
+            let list = std::fs::read_dir(at(p)).map_err(|e| e.raw_os_error().unwrap_or(-1))?;
+            let mut names: Vec<String> = list
+                .map(|e| e.expect("entry"))
+                .map(|e| format!("{:?} {:?}", e.file_name(), e.file_type().expect("type")))
+                .collect();
+            names.sort();
+            Ok(names.join(", "))
+        }
+        Op::Stat(p) => {
+            use std::os::unix::fs::MetadataExt;
+            let m = std::fs::symlink_metadata(at(p)).map_err(|e| e.raw_os_error().unwrap_or(-1))?;
+            let size = if m.is_dir() { 0 } else { m.size() };
+            let links = if m.is_dir() { 0 } else { m.nlink() };
+            Ok(format!("{:o} {}:{} {size} {links} {}", m.mode(), m.uid(), m.gid(), m.rdev()))
+        }
+    }
+}
+
+/// Fills a directory as a layer, with whiteouts and opaque directories.
+fn fill_layer(dir: &Path, r: &mut Random) {
+    std::fs::create_dir(dir).expect("layer");
+    for _ in 0..60 {
+        let op = random_op(r);
+        // Sockets and the like are as good as files; only what makes something.
+        if !matches!(op, Op::Unlink(_) | Op::Rmdir(_) | Op::Rename(..)) {
+            let _ = apply(dir, &op);
+        }
+        let path = dir.join(r.path());
+        match r.below(8) {
+            0 => drop(mknod(&path, SFlag::S_IFCHR, Mode::empty(), 0)),
+            1 if path.is_dir() && !path.is_symlink() => {
+                set_xattr(&path, "trusted.overlay.opaque", b"y", 0).expect("opaque");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// An upper directory without what only the kernel keeps (where a file came from).
+fn upper(site: &Site) -> Seens {
+    let mut seen = walk(&site.path("upper"), false);
+    for file in seen.values_mut() {
+        file.xattrs.retain(|name, _| {
+            !matches!(
+                name.as_slice(),
+                b"trusted.overlay.origin" | b"trusted.overlay.impure" | b"trusted.overlay.uuid"
+            )
+        });
+        if file.mode & libc::S_IFMT == libc::S_IFCHR && file.rdev == 0 {
+            // Whiteouts may be links of each other.
+            file.links = 1;
+        }
+    }
+    seen.remove(Path::new(""));
+    seen
+}
+
+fn same(what: &str, seed: u64, log: &[Op], left: &Seens, right: &Seens) {
+    let different = differences(left, right);
+    assert!(
+        different.is_empty(),
+        "{what} differ (seed {seed}), kernel's first:\n{}\nafter {log:#?}",
+        different.join("\n")
+    );
+}
+
+fn run(seed: u64, steps: usize) {
+    let mut r = Random(seed);
+    let layers = tempfile::tempdir().expect("temporary directory");
+    let lower: Vec<PathBuf> = (0..1 + r.below(3)).map(|i| layers.path().join(format!("l{i}"))).collect();
+    for layer in &lower {
+        fill_layer(layer, &mut r);
+    }
+    let (kernel_site, our_site) = (Site::new(), Site::new());
+    let (kernel, ours) = (kernel_site.kernel(&lower), our_site.ours(&lower));
+    same("fresh trees", seed, &[], &walk(&kernel.at, true), &walk(&ours.at, true));
+    let mut log = Vec::new();
+    for _ in 0..steps {
+        let op = random_op(&mut r);
+        let (k, o) = (apply(&kernel.at, &op), apply(&ours.at, &op));
+        log.push(op);
+        assert_eq!(k, o, "answers differ (seed {seed}), kernel's first, at the last of {log:#?}");
+    }
+    same("trees", seed, &log, &walk(&kernel.at, false), &walk(&ours.at, false));
+    let shown: Seens = walk(&ours.at, true);
+    drop((kernel, ours));
+    same("upper directories", seed, &log, &upper(&kernel_site), &upper(&our_site));
+    // Each takes over what the other has left.
+    let kernel: Mounted = our_site.kernel(&lower);
+    same("trees after the kernel took over", seed, &log, &shown, &walk(&kernel.at, true));
+    drop(kernel);
+    let ours = kernel_site.ours(&lower);
+    let kernels: BTreeMap<_, _> = walk(&ours.at, false);
+    drop(ours);
+    let kernel = kernel_site.kernel(&lower);
+    same("trees after we took over", seed, &log, &walk(&kernel.at, false), &kernels);
+}
+
+#[test]
+fn random_operations_do_what_overlayfs_does() {
+    for seed in 0..40 {
+        run(seed, 300);
+    }
+}
+
+/// More of the same, for a longer look: `UNION_SEEDS=1000 cargo test --test root_union_model -- --ignored`.
+#[test]
+#[ignore = "takes as long as one likes"]
+fn many_random_operations_do_what_overlayfs_does() {
+    let seeds = std::env::var("UNION_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(500);
+    for seed in 1000..1000 + seeds {
+        run(seed, 400);
+    }
+}
+
+#[test]
+fn the_generator_makes_all_sorts() {
+    let mut r = Random(1);
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let layer = dir.path().join("l");
+    fill_layer(&layer, &mut r);
+    let kinds: Vec<_> = walk(&layer, false).into_values().map(|s| s.mode & libc::S_IFMT).collect();
+    for kind in [libc::S_IFREG, libc::S_IFDIR, libc::S_IFLNK, libc::S_IFCHR] {
+        assert!(kinds.contains(&kind), "no {kind:o}");
+    }
+    let _ = std::fs::metadata(&layer).expect("layer").file_type().is_fifo();
+}
