@@ -151,10 +151,6 @@ impl Union {
                     let _ = unlinkat(&*dir, name, flag);
                     return Err(e);
                 }
-                if directory && parent.read().parts.len() > 1 {
-                    // Saves looking below it; nothing is there.
-                    let _ = self.set_opaque(&real);
-                }
                 Ok(made)
             }
         }
