@@ -156,6 +156,7 @@ fn apply(root: &Path, op: &Op) -> Answer {
             let list = std::fs::read_dir(at(p)).map_err(|e| e.raw_os_error().unwrap_or(-1))?;
             let mut names: Vec<String> = list
                 .map(|e| e.expect("entry"))
+                .filter(|e| e.metadata().is_ok())
                 .map(|e| format!("{:?} {:?}", e.file_name(), e.file_type().expect("type")))
                 .collect();
             names.sort();

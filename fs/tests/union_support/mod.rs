@@ -113,7 +113,11 @@ pub fn walk(root: &Path, times: bool) -> Seens {
 
 fn visit(root: &Path, at: &Path, times: bool, out: &mut Seens) {
     let path = root.join(at);
-    let meta = std::fs::symlink_metadata(&path).unwrap_or_else(|e| panic!("stat {}: {e}", path.display()));
+    let meta = match std::fs::symlink_metadata(&path) {
+        // Overlayfs lists whiteouts of directories that are not merged.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return,
+        other => other.unwrap_or_else(|e| panic!("stat {}: {e}", path.display())),
+    };
     let kind = meta.file_type();
     let content = if kind.is_file() {
         std::fs::read(&path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()))
