@@ -284,7 +284,7 @@ fn random_reads(files: &[FilePart]) -> Vec<(u64, u64)> {
         total += file.end - file.start;
     }
     let mut state = 1u64;
-    (0..total * READS_PER_MIB >> 20)
+    (0..(total * READS_PER_MIB) >> 20)
         .map(|_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let byte = (state >> 11) % total;

@@ -171,7 +171,7 @@ fn make(entries: usize) -> TempDir {
         }),
         layer(&layout, |tar| {
             (0..entries - files)
-                .for_each(|i| link(tar, &format!("usr/share/links/{:02}/link-{i}", i % 50), &path(i)))
+                .for_each(|i| link(tar, &format!("usr/share/links/{:02}/link-{i}", i % 50), &path(i)));
         }),
     ];
     layout.add_image("latest", &layers, &ImageSettings::default()).expect("write the manifest");

@@ -32,7 +32,7 @@ impl LocalImage {
     pub(crate) fn blobs(&self) -> Vec<PathBuf> {
         let index = self.json(&self.layout.join("index.json"));
         let named = |manifest: &&Value| {
-            manifest["annotations"]["org.opencontainers.image.ref.name"] == Value::from(self.tag.as_str())
+            manifest["annotations"]["org.opencontainers.image.ref.name"] == self.tag.as_str()
         };
         let manifests = index["manifests"].as_array().expect("a list of manifests");
         let found =

@@ -26,7 +26,11 @@ fn bgzip() {
         let [low, high] = len.to_le_bytes();
         blob.extend(gzip_member(piece, &[b'B', b'C', 2, 0, low, high]));
     }
-    round(&blob, &tar);
+    let indexed = round(&blob, &tar);
+    // Each span that is not cut inside a member starts at one's header.
+    let at_members =
+        indexed.index.spans().filter(|s| blob[s.blob_offset as usize..].starts_with(b"\x1f\x8b\x08\x04"));
+    assert!(at_members.count() > 3);
 }
 
 /// mgzip: members whose extra field "SZ" says how long they are, each of many blocks.

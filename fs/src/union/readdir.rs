@@ -110,10 +110,8 @@ impl Union {
                 true
             })?;
         }
-        for at in 2..list.len() {
-            if list[at].ino == 0 {
-                list[at].ino = self.number_of(node, &list[at].name)?;
-            }
+        for entry in list.iter_mut().skip(2).filter(|entry| entry.ino == 0) {
+            entry.ino = self.number_of(node, &entry.name)?;
         }
         Ok(list)
     }

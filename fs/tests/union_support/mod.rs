@@ -13,12 +13,12 @@ use lazyrun_fs::union::{Union, UnionConfig};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// The directories of a union in a place of their own.
-pub struct Site {
-    pub dir: tempfile::TempDir,
+pub(crate) struct Site {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Site {
-    pub fn new() -> Site {
+    pub(crate) fn new() -> Site {
         assert!(nix::unistd::geteuid().is_root(), "this test mounts filesystems and must run as root");
         let dir = tempfile::tempdir().expect("temporary directory");
         for name in ["upper", "work", "merged"] {
@@ -27,11 +27,11 @@ impl Site {
         Site { dir }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    pub fn kernel(&self, lower: &[PathBuf]) -> Mounted {
+    pub(crate) fn kernel(&self, lower: &[PathBuf]) -> Mounted {
         let lower: Vec<String> = lower.iter().map(|p| p.display().to_string()).collect();
         let options = format!(
             "lowerdir={},upperdir={},workdir={},index=off,redirect_dir=off,metacopy=off,xino=off",
@@ -45,7 +45,7 @@ impl Site {
         Mounted { at, server: None }
     }
 
-    pub fn config(&self, lower: &[PathBuf]) -> UnionConfig {
+    pub(crate) fn config(&self, lower: &[PathBuf]) -> UnionConfig {
         UnionConfig {
             lower: lower.to_vec(),
             upper: Some(self.path("upper")),
@@ -54,11 +54,11 @@ impl Site {
         }
     }
 
-    pub fn ours(&self, lower: &[PathBuf]) -> Mounted {
+    pub(crate) fn ours(&self, lower: &[PathBuf]) -> Mounted {
         self.ours_with(self.config(lower))
     }
 
-    pub fn ours_with(&self, config: UnionConfig) -> Mounted {
+    pub(crate) fn ours_with(&self, config: UnionConfig) -> Mounted {
         let at = self.path("merged");
         let union = Union::open(config).expect("the union opens");
         let served = unionfs::mount(union, &at).expect("the union is mounted");
@@ -68,8 +68,8 @@ impl Site {
 }
 
 /// A mount that goes when this is dropped.
-pub struct Mounted {
-    pub at: PathBuf,
+pub(crate) struct Mounted {
+    pub(crate) at: PathBuf,
     server: Option<JoinHandle<()>>,
 }
 
@@ -91,21 +91,21 @@ impl Drop for Mounted {
 
 /// What is compared of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
-    pub mode: u32,
-    pub owner: (u32, u32),
-    pub size: u64,
-    pub links: u64,
-    pub rdev: u64,
-    pub mtime: Option<(i64, i64)>,
-    pub content: Vec<u8>,
-    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+pub(crate) struct Seen {
+    pub(crate) mode: u32,
+    pub(crate) owner: (u32, u32),
+    pub(crate) size: u64,
+    pub(crate) links: u64,
+    pub(crate) rdev: u64,
+    pub(crate) mtime: Option<(i64, i64)>,
+    pub(crate) content: Vec<u8>,
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-pub type Seens = BTreeMap<PathBuf, Seen>;
+pub(crate) type Seens = BTreeMap<PathBuf, Seen>;
 
 /// Everything below a directory. `times` compares the times of files.
-pub fn walk(root: &Path, times: bool) -> Seens {
+pub(crate) fn walk(root: &Path, times: bool) -> Seens {
     let mut out = Seens::new();
     visit(root, Path::new(""), times, &mut out);
     out
@@ -158,7 +158,7 @@ fn c(path: &Path) -> CString {
 }
 
 /// All attributes, symlinks not followed.
-pub fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
+pub(crate) fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
     let path = c(path);
     let mut list = vec![0u8; 4096];
     // SAFETY: NUL-terminated path, buffer of the given size.
@@ -177,7 +177,7 @@ fn get_xattr(path: &CString, name: &[u8]) -> Option<Vec<u8>> {
     Some(value)
 }
 
-pub fn set_xattr(path: &Path, name: &str, value: &[u8], flags: i32) -> Result<(), i32> {
+pub(crate) fn set_xattr(path: &Path, name: &str, value: &[u8], flags: i32) -> Result<(), i32> {
     let (path, name) = (c(path), CString::new(name).expect("name"));
     // SAFETY: NUL-terminated strings, value of the given size.
     let ret =
@@ -185,7 +185,7 @@ pub fn set_xattr(path: &Path, name: &str, value: &[u8], flags: i32) -> Result<()
     if ret == 0 { Ok(()) } else { Err(nix::errno::Errno::last_raw()) }
 }
 
-pub fn remove_xattr(path: &Path, name: &str) -> Result<(), i32> {
+pub(crate) fn remove_xattr(path: &Path, name: &str) -> Result<(), i32> {
     let (path, name) = (c(path), CString::new(name).expect("name"));
     // SAFETY: NUL-terminated strings.
     let ret = unsafe { libc::lremovexattr(path.as_ptr(), name.as_ptr()) };
@@ -193,7 +193,7 @@ pub fn remove_xattr(path: &Path, name: &str) -> Result<(), i32> {
 }
 
 /// What differs, one line each.
-pub fn differences(a: &Seens, b: &Seens) -> Vec<String> {
+pub(crate) fn differences(a: &Seens, b: &Seens) -> Vec<String> {
     let mut out = Vec::new();
     for (path, seen) in a {
         match b.get(path) {
