@@ -332,6 +332,9 @@ impl<'a> Paths<'a> {
     }
 
     fn finish(mut self, claimed: &LayerIndex) -> Result<(), Mismatch> {
+        if let Some(path) = self.child_of_no_directory(claimed) {
+            return Err(Mismatch::Order { path: Name::new(path) });
+        }
         // In the table's order, so that the answer is the same every time.
         for (i, entry) in claimed.entries().enumerate() {
             let name = || Name::new(entry.path());
@@ -346,27 +349,36 @@ impl<'a> Paths<'a> {
                 return Err(Mismatch::Extra { path: name() });
             }
             let path = &self.last[entry.path()];
-            if !self.order_is_all_one(claimed, &entry, path) {
+            if !self.order_is_all_one(&entry, path) {
                 return Err(Mismatch::Order { path: name() });
             }
         }
         Ok(())
     }
 
+    /// A path inside of something that is no directory: that was one, if only implied, when the archive put the path
+    /// there. By neighbours in sorted order, because looking up each parent of each path is what a hostile table of
+    /// deep paths would have us do.
+    fn child_of_no_directory(&self, claimed: &LayerIndex) -> Option<&'a [u8]> {
+        let mut paths: Vec<&'a [u8]> = self.last.keys().copied().collect();
+        paths.sort_unstable();
+        claimed.entries().enumerate().find_map(|(i, entry)| {
+            let counts = self.last.get(entry.path()).is_some_and(|p| p.claimed == i);
+            if !counts || entry.kind() == EntryKind::Directory {
+                return None;
+            }
+            let mut inside = entry.path().to_vec();
+            inside.push(b'/');
+            let next = paths.get(paths.partition_point(|path| *path < inside.as_slice()))?;
+            next.starts_with(&inside).then_some(*next)
+        })
+    }
+
     /// Whether the layer's order and the table's give the same tree around this entry.
-    fn order_is_all_one(&self, claimed: &LayerIndex, entry: &EntryRef<'_>, path: &Path) -> bool {
+    fn order_is_all_one(&self, entry: &EntryRef<'_>, path: &Path) -> bool {
         // A directory that becomes something else loses what is in it.
         if (path.layer.directory && path.layer.other) || (path.claims.directory && path.claims.other) {
             return false;
-        }
-        // So does one that is only implied by what is in it.
-        let name = entry.path();
-        let parents = (0..name.len()).filter(|&i| name[i] == b'/').map(|i| &name[..i]);
-        for parent in parents {
-            if self.last.get(parent).is_some_and(|p| claimed.entry(p.claimed).kind() != EntryKind::Directory)
-            {
-                return false;
-            }
         }
         if entry.kind() != EntryKind::Hardlink {
             return true;
