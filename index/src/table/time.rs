@@ -1,80 +1,14 @@
-//! Times as Go writes them: RFC 3339, "Internet Date/Time Format".
+//! Times in tables that Go wrote.
 
-use crate::Timestamp;
+use crate::{Timestamp, rfc3339};
 
 /// What Go writes for a time that was never set; tar writers store 0 for it.
 const GO_ZERO: i64 = -62_135_596_800;
 
-/// Reads `2006-01-02T15:04:05`, an optional fraction, and `Z` or an offset such as `+07:00`.
+/// Reads a time (RFC 3339); one that was never set is 0.
 pub(super) fn parse(text: &str) -> Option<Timestamp> {
-    let (date, rest) = text.split_at_checked(10)?;
-    let (clock, rest) = rest.split_at_checked(9)?;
-    let [year, month, day] = fields(date, b'-', [4, 2, 2])?;
-    let [hour, minute, second] = fields(clock.strip_prefix(['T', 't'])?, b':', [2, 2, 2])?;
-    if !(1..=12).contains(&month) || !(1..=31).contains(&day) || hour > 23 || minute > 59 || second > 60 {
-        return None;
-    }
-    let (nanos, zone) = fraction(rest)?;
-    let secs = days(year, month, day) * 86_400 + hour * 3600 + minute * 60 + second - offset(zone)?;
-    Some(if secs == GO_ZERO { Timestamp::default() } else { Timestamp { secs, nanos } })
-}
-
-/// Three decimal fields of fixed widths.
-fn fields(text: &str, separator: u8, widths: [usize; 3]) -> Option<[i64; 3]> {
-    let mut out = [0; 3];
-    let mut at = 0;
-    for (field, width) in out.iter_mut().zip(widths) {
-        if at > 0 {
-            (*text.as_bytes().get(at)? == separator).then_some(())?;
-            at += 1;
-        }
-        *field = digits(text.get(at..at + width)?)?;
-        at += width;
-    }
-    (at == text.len()).then_some(out)
-}
-
-fn digits(text: &str) -> Option<i64> {
-    if text.is_empty() || !text.bytes().all(|c| c.is_ascii_digit()) {
-        return None;
-    }
-    text.parse().ok()
-}
-
-/// Nanoseconds, and what follows them.
-fn fraction(text: &str) -> Option<(u32, &str)> {
-    let Some(rest) = text.strip_prefix('.') else { return Some((0, text)) };
-    let count = rest.bytes().take_while(u8::is_ascii_digit).count();
-    if count == 0 {
-        return None;
-    }
-    let (number, zone) = rest.split_at(count);
-    let nanos = number.bytes().chain(std::iter::repeat(b'0')).take(9);
-    Some((nanos.fold(0, |n, c| n * 10 + u32::from(c - b'0')), zone))
-}
-
-/// Seconds east of Greenwich.
-fn offset(zone: &str) -> Option<i64> {
-    let (sign, rest) = match zone.as_bytes().first()? {
-        b'Z' | b'z' => return (zone.len() == 1).then_some(0),
-        b'+' => (1, zone.get(1..)?),
-        b'-' => (-1, zone.get(1..)?),
-        _ => return None,
-    };
-    let (hours, minutes) = rest.split_once(':')?;
-    if hours.len() != 2 || minutes.len() != 2 {
-        return None;
-    }
-    let (hours, minutes) = (digits(hours)?, digits(minutes)?);
-    (hours < 24 && minutes < 60).then_some(sign * (hours * 3600 + minutes * 60))
-}
-
-/// Days from 1970-01-01 in the Gregorian calendar; years start in March so that the leap day comes last.
-fn days(year: i64, month: i64, day: i64) -> i64 {
-    let year = if month <= 2 { year - 1 } else { year };
-    let (era, of_era) = (year.div_euclid(400), year.rem_euclid(400));
-    let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
-    era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
+    let time = rfc3339::parse(text.as_bytes())?;
+    Some(if time.secs == GO_ZERO { Timestamp::default() } else { time })
 }
 
 #[cfg(test)]
