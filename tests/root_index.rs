@@ -11,8 +11,7 @@ use lazyrun_fetcher::{
     ClientOptions, IndexSource, Platform, PushOptions, Reference, RegistryClient, push_indexes,
 };
 use lazyrun_index::{
-    EntryKind, Extent, IndexBuilder, LayerFacts, LayerIndex, Layout as IndexLayout, NewEntrance, NewEntry,
-    NewSpan,
+    IndexBuilder, LayerFacts, LayerIndex, Layout as IndexLayout, NewEntrance, NewEntry, NewSpan,
 };
 use serde_json::{Value, json};
 
@@ -133,46 +132,17 @@ fn indexes_are_verified_and_removed() {
 
 /// An index of the fixture's topmost layer, a plain tar, that makes one script set-uid.
 fn lie(honest: &LayerIndex) -> Vec<u8> {
-    let facts = LayerFacts {
-        blob_digest: honest.blob_digest(),
-        blob_size: honest.blob_size(),
-        diff_id: honest.diff_id(),
-        compression: honest.compression(),
-    };
-    let mut builder = IndexBuilder::new(&facts, IndexLayout::Tar);
+    let mut builder = IndexBuilder::new(&LayerFacts::of(honest), IndexLayout::Tar);
     for entry in honest.entries() {
-        let xattrs: Vec<_> = entry.xattrs().collect();
-        let extents: Vec<Extent> = entry.extents().collect();
-        let liar = entry.path() == b"usr/local/bin/hello";
-        builder
-            .entry(&NewEntry {
-                path: entry.path(),
-                kind: entry.kind(),
-                mode: if liar { 0o4755 } else { entry.mode() },
-                uid: entry.uid(),
-                gid: entry.gid(),
-                mtime: entry.mtime(),
-                size: entry.size(),
-                link: entry.link(),
-                rdev: entry.rdev(),
-                xattrs: &xattrs,
-                extents: if entry.kind() == EntryKind::File { &extents } else { &[] },
-                content: entry.content(),
-            })
-            .expect("an entry");
+        let (xattrs, extents) = (entry.xattrs().collect::<Vec<_>>(), entry.extents().collect::<Vec<_>>());
+        let mut told = NewEntry::of(&entry, &xattrs, &extents);
+        if entry.path() == b"usr/local/bin/hello" {
+            told.mode = 0o4755;
+        }
+        builder.entry(&told).expect("an entry");
     }
     for span in honest.spans() {
-        builder
-            .span(&NewSpan {
-                blob_offset: span.blob_offset,
-                blob_len: span.blob_len,
-                len: span.len,
-                pad: 0,
-                digest: span.digest,
-                digest_of: span.digest_of,
-                entrance: NewEntrance::Plain,
-            })
-            .expect("a span");
+        builder.span(&NewSpan::of(&span, NewEntrance::Plain)).expect("a span");
     }
     builder.finish().expect("an index")
 }

@@ -11,7 +11,7 @@ use crate::tar::{
 };
 use crate::writer::IndexWriter;
 use crate::{
-    Compression, Digest, DigestOf, EntryKind, Extent, IndexError, LayerIndex, Layout, SpanInfo,
+    Compression, Digest, DigestOf, EntryKind, EntryRef, Extent, IndexError, LayerIndex, Layout, SpanInfo,
     StreamSummary, Timestamp,
 };
 
@@ -29,6 +29,19 @@ pub struct LayerFacts {
     pub diff_id: Digest,
     /// How the blob is compressed.
     pub compression: Compression,
+}
+
+impl LayerFacts {
+    /// What an index says of its layer.
+    #[must_use]
+    pub fn of(index: &LayerIndex) -> Self {
+        Self {
+            blob_digest: index.blob_digest(),
+            blob_size: index.blob_size(),
+            diff_id: index.diff_id(),
+            compression: index.compression(),
+        }
+    }
 }
 
 /// An entry on its way into an index.
@@ -58,6 +71,27 @@ pub struct NewEntry<'a> {
     pub extents: &'a [Extent],
     /// sha256 of the content, where the table has it.
     pub content: Option<Digest>,
+}
+
+impl<'a> NewEntry<'a> {
+    /// An entry of an index told again. Its attributes and extents have to be put somewhere first.
+    #[must_use]
+    pub fn of(entry: &EntryRef<'a>, xattrs: &'a [(&'a [u8], &'a [u8])], extents: &'a [Extent]) -> Self {
+        Self {
+            path: entry.path(),
+            kind: entry.kind(),
+            mode: entry.mode(),
+            uid: entry.uid(),
+            gid: entry.gid(),
+            mtime: entry.mtime(),
+            size: entry.size(),
+            link: entry.link(),
+            rdev: entry.rdev(),
+            xattrs,
+            extents,
+            content: entry.content(),
+        }
+    }
 }
 
 /// How decoding of a new span starts.
@@ -103,6 +137,22 @@ pub struct NewSpan<'a> {
     pub digest_of: DigestOf,
     /// How decoding starts.
     pub entrance: NewEntrance<'a>,
+}
+
+impl<'a> NewSpan<'a> {
+    /// A span of an index told again, entered as `entrance` says.
+    #[must_use]
+    pub fn of(span: &SpanInfo, entrance: NewEntrance<'a>) -> Self {
+        Self {
+            blob_offset: span.blob_offset,
+            blob_len: span.blob_len,
+            len: span.len,
+            pad: span.pad,
+            digest: span.digest,
+            digest_of: span.digest_of,
+            entrance,
+        }
+    }
 }
 
 /// Builds an index in memory. The bounds are those of the streaming reader; [`IndexBuilder::finish`] checks the

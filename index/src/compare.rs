@@ -88,26 +88,9 @@ pub fn compare(claimed: &LayerIndex, proven: &LayerIndex) -> Result<(), Mismatch
     let mut comparer = Comparer::new(claimed);
     for entry in proven.entries() {
         let (xattrs, extents) = (entry.xattrs().collect::<Vec<_>>(), entry.extents().collect::<Vec<_>>());
-        comparer.entry(&view(&entry, &xattrs, &extents));
+        comparer.entry(&NewEntry::of(&entry, &xattrs, &extents));
     }
     comparer.finish()
-}
-
-fn view<'a>(entry: &EntryRef<'a>, xattrs: &'a [(&'a [u8], &'a [u8])], extents: &'a [Extent]) -> NewEntry<'a> {
-    NewEntry {
-        path: entry.path(),
-        kind: entry.kind(),
-        mode: entry.mode(),
-        uid: entry.uid(),
-        gid: entry.gid(),
-        mtime: entry.mtime(),
-        size: entry.size(),
-        link: entry.link(),
-        rdev: entry.rdev(),
-        xattrs,
-        extents,
-        content: entry.content(),
-    }
 }
 
 /// Takes the layer's entries one by one, in archive order.

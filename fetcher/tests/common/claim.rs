@@ -194,23 +194,15 @@ impl Claim {
             };
             let layer_offset = self.place_of(made, from);
             let extents = [Extent { file_offset: 0, layer_offset, len: entry.size() }];
-            let content = if self.content && lied { Some(Digest::of(b"other")) } else { entry.content() };
-            builder
-                .entry(&NewEntry {
-                    path: entry.path(),
-                    kind: entry.kind(),
-                    mode: self.mode.filter(|_| lied).unwrap_or_else(|| entry.mode()),
-                    uid: entry.uid(),
-                    gid: entry.gid(),
-                    mtime: entry.mtime(),
-                    size: entry.size(),
-                    link: entry.link(),
-                    rdev: entry.rdev(),
-                    xattrs: &xattrs,
-                    extents: if self.hole && lied { &[] } else { &extents },
-                    content,
-                })
-                .unwrap();
+            let held: &[Extent] = if self.hole && lied { &[] } else { &extents };
+            let mut told = NewEntry::of(&entry, &xattrs, held);
+            if let Some(mode) = self.mode.filter(|_| lied) {
+                told.mode = mode;
+            }
+            if self.content && lied {
+                told.content = Some(Digest::of(b"other"));
+            }
+            builder.entry(&told).unwrap();
         }
         if let Some(path) = self.extra {
             builder.entry(&empty(path)).unwrap();

@@ -77,25 +77,11 @@ impl Claim {
             lazyrun_index::Compression::None => NewEntrance::Plain,
             _ => NewEntrance::None,
         };
-        let span = |span: lazyrun_index::SpanInfo| NewSpan {
-            blob_offset: span.blob_offset,
-            blob_len: span.blob_len,
-            len: span.len,
-            pad: 0,
-            digest: span.digest,
-            digest_of: span.digest_of,
-            entrance,
-        };
         Self {
-            facts: LayerFacts {
-                blob_digest: index.blob_digest(),
-                blob_size: index.blob_size(),
-                diff_id: index.diff_id(),
-                compression: index.compression(),
-            },
+            facts: LayerFacts::of(index),
             layout: Layout::Tar,
             entries: index.entries().map(Told::of).collect(),
-            spans: index.spans().map(span).collect(),
+            spans: index.spans().map(|span| NewSpan::of(&span, entrance)).collect(),
         }
     }
 
