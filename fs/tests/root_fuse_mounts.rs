@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use fuse_support::*;
 use lazyrun_fs::fuse::{self, Flat, FuseKind, FuseMount, ServeOptions, ServerHandle};
 use lazyrun_fs::mount::{self, OverlayOptions};
-use lazyrun_fs::mounter::{self, Device, Mounter, Request};
+use lazyrun_fs::mounter::{Device, Mounter, Request};
 use lazyrun_fs::plan::{self, Plan};
 
 const MIB: usize = 1 << 20;
@@ -336,16 +336,6 @@ fn resident_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
-}
-
-/// Not a test: the mount helper of the tests above.
-#[test]
-#[ignore = "a helper process of the other tests"]
-fn child_mounter() {
-    if stdin_is_socket() {
-        let _ = mounter::main();
-        std::process::exit(0);
-    }
 }
 
 /// Not a test: the server that is killed. Standard input is the FUSE device, standard error the mount.

@@ -12,7 +12,7 @@ use common::{mount as written, tree};
 use fuse_support::*;
 use lazyrun_fs::fuse::{self, Flat, FuseKind, FuseMount, ServeOptions, ServerHandle, ViewFs};
 use lazyrun_fs::mount::OverlayOptions;
-use lazyrun_fs::mounter::{self, Device, Request};
+use lazyrun_fs::mounter::{Device, Request};
 use lazyrun_fs::view::View;
 use lazyrun_index::EntryKind;
 
@@ -106,14 +106,4 @@ fn all_plans_show_the_view() {
     let root = overlay(image.dir.path(), "fuse", &whole);
     compare("overlay on the view server", &expected, &root);
     println!("the view of {} entries: cold walk {:?}", expected.len(), server.stats());
-}
-
-/// Not a test: the mount helper of the tests above.
-#[test]
-#[ignore = "a helper process of the other tests"]
-fn child_mounter() {
-    if stdin_is_socket() {
-        let _ = mounter::main();
-        std::process::exit(0);
-    }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use fuse_support::*;
 use lazyrun_fs::fuse::{self, FuseKind, FuseMount, ServeOptions, ServerHandle, ViewFs};
 use lazyrun_fs::mount::OverlayOptions;
-use lazyrun_fs::mounter::{self, Request};
+use lazyrun_fs::mounter::Request;
 use lazyrun_fs::view::{Entry, LayerEntries, View};
 use lazyrun_index::{EntryKind, Extent, Timestamp};
 
@@ -247,14 +247,4 @@ fn xattrs(path: &Path) -> Vec<(String, Vec<u8>)> {
         .collect();
     found.sort();
     found
-}
-
-/// Not a test: the mount helper of the tests above.
-#[test]
-#[ignore = "a helper process of the other tests"]
-fn child_mounter() {
-    if stdin_is_socket() {
-        let _ = mounter::main();
-        std::process::exit(0);
-    }
 }

@@ -264,9 +264,9 @@ fn random_operations_do_what_overlayfs_does() {
     }
 }
 
-/// More of the same, for a longer look: `UNION_SEEDS=1000 cargo test --test root_union_model -- --ignored`.
+/// More of the same, for a longer look: `make soak SEEDS=1000`.
 #[test]
-#[ignore = "takes as long as one likes"]
+#[ignore = "takes as long as one likes: make soak"]
 fn many_random_operations_do_what_overlayfs_does() {
     let seeds = std::env::var("UNION_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(500);
     for seed in 1000..1000 + seeds {

@@ -122,9 +122,9 @@ pub fn write_tiny_image(path: &Path, size: u32) {
     fs::write(path, tiny::image(size)).unwrap();
 }
 
-/// A mounter whose helper is this test binary, in its test `child_mounter`.
+/// A mounter whose helper is this test binary, in [`child_mounter`].
 pub fn mounter() -> Mounter {
-    Mounter::new(std::env::current_exe().unwrap()).with_args(child_args("child_mounter"))
+    Mounter::new(std::env::current_exe().unwrap()).with_args(child_args("fuse_support::child_mounter"))
 }
 
 /// Arguments that make a test binary run one of its ignored tests and nothing else.
@@ -141,10 +141,15 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Whether standard input is a socket, as it is in a child of [`mounter`].
-pub fn stdin_is_socket() -> bool {
+/// Not a test: the process that [`mounter`] starts. It is one if standard input is a socket.
+#[test]
+#[ignore = "a helper process of the other tests"]
+fn child_mounter() {
     use std::os::unix::fs::FileTypeExt;
-    fs::metadata("/proc/self/fd/0").is_ok_and(|m| m.file_type().is_socket())
+    if fs::metadata("/proc/self/fd/0").is_ok_and(|m| m.file_type().is_socket()) {
+        let _ = lazyrun_fs::mounter::main();
+        std::process::exit(0);
+    }
 }
 
 /// Ends a FUSE connection with the test, also when it fails: a process with a read that nobody answers
