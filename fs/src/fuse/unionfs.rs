@@ -3,6 +3,7 @@
 //! The union is the only writer, so the kernel keeps names and attributes for ever. Where it may, it also reads
 //! and writes files of the upper layer itself (passthrough), so that only opening asks us.
 
+mod answers;
 mod convert;
 mod passthrough;
 mod requests;

@@ -1,100 +1,27 @@
 //! The requests, one by one.
 
 use std::cell::RefCell;
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, IoctlFlags,
-    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, IoctlFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow, WriteFlags,
 };
-use nix::errno::Errno;
 
 use super::UnionFs;
+use super::answers::{GENERATION, answer, caller};
 use super::convert::{attr, entry, errno, kind, name, nothing, set_time};
-use crate::union::{Attr, Caller, New, Node, OpenFile, Result, SetAttr};
-
-const GENERATION: Generation = Generation(0);
+use crate::union::{New, SetAttr};
 
 thread_local! {
     /// What READ is answered from.
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-fn caller(req: &Request) -> Caller {
-    Caller { uid: req.uid(), gid: req.gid(), pid: req.pid() }
-}
-
-impl UnionFs {
-    fn node(&self, ino: INodeNo) -> Result<Arc<Node>> {
-        self.union.node(ino.0)
-    }
-
-    fn answer_entry(&self, result: Result<Attr>, reply: ReplyEntry) {
-        match result {
-            Ok(a) => {
-                let (out, ttl) = entry(&a, self.ttl);
-                reply.entry_with_ttls(&ttl, &self.ttl, &out, GENERATION);
-            }
-            Err(e) => reply.error(errno(e)),
-        }
-    }
-
-    fn make(
-        &self,
-        req: &Request,
-        parent: INodeNo,
-        file: &OsStr,
-        new: New<'_>,
-        modes: (u32, u32),
-        reply: ReplyEntry,
-    ) {
-        let made = self
-            .node(parent)
-            .and_then(|parent| Ok(self.union.make(&parent, &name(file)?, new, modes, caller(req))?.1));
-        self.answer_entry(made, reply);
-    }
-
-    /// Whether the kernel may do reads and writes itself.
-    fn wants_passthrough(file: &OpenFile, mode: u32) -> bool {
-        file.is_upper() && mode & 0o6000 == 0
-    }
-
-    fn open_or_create(
-        &self,
-        parent: &Arc<Node>,
-        file: &CString,
-        modes: (u32, u32),
-        flags: i32,
-        caller: Caller,
-    ) -> Result<(Arc<Node>, Attr, OpenFile)> {
-        match self.union.create(parent, file, modes, flags, caller) {
-            Err(Errno::EEXIST) if flags & libc::O_EXCL == 0 => {
-                let (node, attr) = self.union.lookup(parent, file)?.ok_or(Errno::ENOENT)?;
-                match self.union.open_file(&node, flags, caller) {
-                    Ok(open) => Ok((node, attr, open)),
-                    Err(e) => {
-                        self.union.forget([(node.id(), 1)]);
-                        Err(e)
-                    }
-                }
-            }
-            other => other,
-        }
-    }
-}
-
-fn answer(result: Result<()>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno(e)),
-    }
 }
 
 impl Filesystem for UnionFs {
