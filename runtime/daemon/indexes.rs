@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    IndexPolicy, IndexSource, Layer, Progress, PushOptions, ResolvedImage, TrustMode, delete_index,
-    list_indexes, push_indexes,
+    IndexPolicy, IndexSource, Layer, OriginKind, Progress, PushOptions, ResolvedImage, TrustMode,
+    delete_index, list_indexes, push_indexes,
 };
 use lazyrun_index::{Digest, Layout, StreamOptions};
 use serde_json::Value;
@@ -18,7 +18,7 @@ use crate::ipc::indexes::{
     ArtifactSummary, IndexAction, IndexSummary, IndexedImage, IndexedLayer, Pushed, compression_name,
     layout_name,
 };
-use crate::ipc::protocol::{ImageRequest, PullPolicy};
+use crate::ipc::protocol::ImageRequest;
 
 impl Daemon {
     /// Does what an index request asks for and answers as [`IndexAction`] says.
@@ -29,9 +29,9 @@ impl Daemon {
         progress: Arc<dyn Progress>,
     ) -> Result<Value> {
         if action == IndexAction::Inspect {
-            let request = ImageRequest { pull: PullPolicy::Never, ..request };
-            let image = self.images.resolve(&request).await?;
-            return Ok(serde_json::to_value(self.indexed(&image)?)?);
+            // What is here, which is no reason to ask a registry.
+            let record = self.images.find(&request.reference)?.into_iter().next().context("no record")?;
+            return Ok(serde_json::to_value(self.indexed(&self.images.load(&record)?)?)?);
         }
         let image = self.images.resolve(&request).await?;
         Ok(match action {
@@ -52,6 +52,7 @@ impl Daemon {
             }
             IndexAction::List => serde_json::to_value(self.list_indexes(&image, &request, &progress).await?)?,
             IndexAction::Remove => serde_json::to_value(self.remove_indexes(&image, &request).await?)?,
+            // Answered above.
             IndexAction::Inspect => Value::Null,
         })
     }
@@ -137,7 +138,11 @@ impl Daemon {
         for (descriptor, layer) in image.layers.iter().zip(&layers) {
             let tar_of_this_blob =
                 layer.id().layout == Layout::Tar && layer.index().blob_digest() == descriptor.digest;
-            if tar_of_this_blob {
+            let foreign = layer.adopted_from().filter(|origin| origin.kind != OriginKind::Own);
+            if let Some(origin) = foreign {
+                // Its spans and digests are not what ours have, and whoever wants it finds it where it is.
+                progress.note(&format!("layer {} has a {} and is left out", descriptor.digest, origin.kind));
+            } else if tar_of_this_blob {
                 indexes.push((descriptor.clone(), IndexSource::File(layer.index_path())));
             } else {
                 progress
@@ -146,6 +151,9 @@ impl Daemon {
         }
         let options = PushOptions { span_size: Some(StreamOptions::default().span_size), created };
         let report = push_indexes(&client, image, &indexes, &options).await?;
+        for layer in &report.left_out {
+            progress.note(&format!("the index of layer {layer} is longer than the layer and is left out"));
+        }
         Ok(Pushed { digest: report.artifact, layers: report.layers, size: report.size, sent: report.sent })
     }
 
@@ -179,7 +187,7 @@ impl Daemon {
             Some(digest) => vec![digest],
             None => {
                 let (found, _) = list_indexes(&client, image).await?;
-                let own = found.into_iter().filter(|a| a.kind == lazyrun_fetcher::OriginKind::Own);
+                let own = found.into_iter().filter(|a| a.kind == OriginKind::Own);
                 own.map(|a| a.digest).collect()
             }
         };

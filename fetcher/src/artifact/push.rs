@@ -89,13 +89,17 @@ pub async fn push_indexes(
     }
     let config = Bytes::from_static(EMPTY_CONFIG);
     client.upload_blob(&image.reference, Digest::of(&config), config).await?;
-    let mut left_out: Vec<Digest> = chosen.iter().map(|(layer, _)| layer.digest).collect();
+    let layers: Vec<Digest> = chosen.iter().map(|(layer, _)| layer.digest).collect();
     let uploads: Vec<_> =
         chosen.into_iter().map(|(layer, source)| upload(client, image, layer, source)).collect();
     let uploaded: Vec<Option<(Descriptor, u32, u64)>> =
         stream::iter(uploads).buffered(PARALLEL).try_collect().await?;
-    let mut kept = uploaded.iter().map(Option::is_none);
-    left_out.retain(|_| kept.next().unwrap_or_default());
+    let left_out = layers
+        .into_iter()
+        .zip(&uploaded)
+        .filter(|(_, blob)| blob.is_none())
+        .map(|(layer, _)| layer)
+        .collect();
     let blobs: Vec<(Descriptor, u32, u64)> = uploaded.into_iter().flatten().collect();
     let about = About {
         // Who reads it must know all of its indexes' formats, and prefers the artifact with the best worst.

@@ -9,7 +9,7 @@ use crate::store::Layer;
 /// Places that are remembered.
 const PLACES: usize = 8;
 
-/// The places of the latest faults, newest first, one a layer and neighbourhood.
+/// The places of the latest faults, newest first.
 #[derive(Default)]
 pub(super) struct Interest {
     places: Mutex<VecDeque<Place>>,
