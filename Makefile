@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-micro
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-micro soak
 
 build:
 	$(CARGO) build --workspace
@@ -65,7 +65,12 @@ bench-view:
 	$(CARGO) bench --bench view -- $(if $(LAYOUT),--layout $(LAYOUT))
 
 bench-micro:
-	$(CARGO) bench --bench micro
+	$(CARGO) bench --bench micro --bench index_open
+
+# Random operations on the writable union against kernel overlayfs, SEEDS sequences of them: longer than a test may be.
+SEEDS ?= 500
+soak:
+	UNION_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fs --test root_union_model -- --ignored
 
 # Every fuzz target for T seconds each, with bounded memory and time for each input. Needs cargo-fuzz; what fuzzing asks
 # of a nightly compiler works on the stable one with RUSTC_BOOTSTRAP. See fuzz/README.md.
