@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use lazyrun_index::{LayerSink, Layout, SpanInfo, hydrate_layer};
@@ -212,6 +212,7 @@ async fn stream_from_any(
         inner.counters.background_requests.fetch_add(1, Relaxed);
         let feed = feeder.run(source.reader(digest, 0..size, Some(size)), Pace::full(), |n| {
             inner.counters.background_bytes.fetch_add(n, Relaxed);
+            inner.scheduler.link.arrived(n, Instant::now());
         });
         let ((), result) = tokio::join!(feed, worker);
         match result {

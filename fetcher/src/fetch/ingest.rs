@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 
 use lazyrun_index::{Digest, IndexError, LayerId, LayerSink, SpanInfo, StreamSummary, index_layer};
 
@@ -86,6 +87,7 @@ async fn stream(
     let worker = blocking("streaming a layer", move || job.work(reader));
     let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), Pace::full(), |n| {
         inner.counters.stream_bytes.fetch_add(n, Relaxed);
+        inner.scheduler.link.arrived(n, Instant::now());
     });
     let ((), result) = tokio::join!(feed, worker);
     result

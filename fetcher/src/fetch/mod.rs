@@ -6,6 +6,7 @@ mod flight;
 mod hydrate;
 mod ingest;
 mod interest;
+mod link;
 mod prefetch;
 mod prove;
 mod pump;

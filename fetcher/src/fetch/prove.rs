@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 
 use lazyrun_index::{Digest, DigestOf, Hasher, IndexError, LayerSink, Layout, SpanInfo, prove_layer};
 
@@ -89,6 +90,7 @@ pub(super) async fn pass<T: Send + 'static>(
             inner.counters.background_requests.fetch_add(1, Relaxed);
             let feed = feeder.run(source.reader(digest, 0..size, Some(size)), pace.clone(), |n| {
                 inner.counters.background_bytes.fetch_add(n, Relaxed);
+                inner.scheduler.link.arrived(n, Instant::now());
             });
             let ((), result) = tokio::join!(feed, worker);
             match result {

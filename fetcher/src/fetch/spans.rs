@@ -116,7 +116,9 @@ async fn from_source(
     };
     requests.fetch_add(1, Relaxed);
     arriving.reader.connect().await?;
-    let began = Instant::now();
+    if let Some(waited) = arriving.reader.first_byte() {
+        inner.scheduler.link.answered(waited);
+    }
     // One span is decoded while the next one arrives.
     let mut decoding: Option<Decoding> = None;
     for rank in *next..run.ranks.end {
@@ -141,7 +143,6 @@ async fn from_source(
         });
         decoding = Some((rank, task));
     }
-    inner.scheduler.observe(arriving.reader.first_byte(), end - begin, began.elapsed());
     if let Some((done, task)) = decoding {
         join(task).await?;
         *next = done + 1;
@@ -219,6 +220,7 @@ impl Arriving<'_> {
                 Class::Background => &self.inner.counters.background_bytes,
             };
             counter.fetch_add(chunk.len() as u64, Relaxed);
+            self.inner.scheduler.link.arrived(chunk.len() as u64, Instant::now());
             self.run.position.store(self.base + self.buffer.len() as u64, Relaxed);
         }
         // Both differences are lengths inside the buffer, so they fit.
