@@ -160,6 +160,18 @@ async fn a_registry_that_does_not_delete_says_so() {
     }
 }
 
+/// Debian's docker-registry does so when two clients put manifests that share a blob at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_digest_that_is_doubted_wrongly_is_put_again() {
+    let (_fake, bench, made, image) = scene(Habits { doubts: 2, ..Habits::default() }, 270).await;
+    let given = indexes(&image, &made);
+    push_indexes(&bench.client, &image, &given, &PushOptions::default()).await.unwrap();
+    let (_fake, bench, made, image) = scene(Habits { doubts: 99, ..Habits::default() }, 280).await;
+    let given = indexes(&image, &made);
+    let error = push_indexes(&bench.client, &image, &given, &PushOptions::default()).await.unwrap_err();
+    assert!(matches!(error, FetchError::Rejected { status: 400, .. }), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_uploads_begin_anew() {
     let (_fake, bench, made, image) = scene(Habits { lost_uploads: 1, ..Habits::default() }, 260).await;

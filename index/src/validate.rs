@@ -1,5 +1,7 @@
 //! The one check of an index at its opening. What passes cannot make an accessor panic or leave the file.
 
+use std::ops::Range;
+
 use zerocopy::FromBytes;
 
 use crate::format::{
@@ -69,12 +71,12 @@ pub(crate) fn check(bytes: &[u8]) -> Result<Checked, IndexError> {
         span_segments: Vec::new(),
     };
     directory_of(&mut checked, body, directory).map_err(IndexError::bad_index)?;
-    let mut sum = Sum { body, crc: 0, done: 0 };
-    let found = entries(&checked, body, &mut sum).and_then(|()| spans(&checked, body));
+    let (sum, found) = entries(&checked, body);
     // A fault in a damaged index is best called damage.
-    if sum.finish() != header.body_crc.get() {
+    if sum != header.body_crc.get() {
         return Err(bad("the checksum of its body is wrong"));
     }
+    let found = found.and_then(|()| spans(&checked, body));
     found.map_err(IndexError::bad_index)?;
     Ok(checked)
 }
@@ -190,41 +192,96 @@ fn span_fields(checked: &Checked, body: &[u8], span: &SpanRecord) -> Result<(), 
     }
 }
 
-/// The checksum of the body, computed piece by piece right before the piece's records are checked: an index is
-/// often larger than the processor's caches, and memory is what its opening waits for.
-struct Sum<'a> {
-    body: &'a [u8],
-    crc: u32,
-    done: usize,
+/// Segments of entries that are worth a thread of their own: starting one takes as long as checking a few hundred.
+const SEGMENTS_PER_THREAD: usize = 4;
+/// More threads wait for memory, not for each other.
+const MAX_THREADS: usize = 4;
+
+/// The checksum of the body, and whether all entries are right.
+///
+/// Both at once, because memory is what the opening of an index waits for; and a large one on several threads, since
+/// a start waits for it.
+fn entries(checked: &Checked, body: &[u8]) -> (u32, Result<(), Fault>) {
+    let segments = checked.entry_segments.len();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (segments / SEGMENTS_PER_THREAD).clamp(1, cores.min(MAX_THREADS));
+    let parts = parts(checked, body.len(), threads);
+    let check = |part: &Part| part.check(checked, body);
+    let found: Vec<_> = match parts.as_slice() {
+        [] => Vec::new(),
+        [first, others @ ..] => std::thread::scope(|scope| {
+            let others: Vec<_> = others
+                .iter()
+                .map(|part| (part, std::thread::Builder::new().spawn_scoped(scope, || check(part))))
+                .collect();
+            let first = check(first);
+            // What no thread could be had for, or what one left undone, is done here.
+            let joined = others.into_iter().map(|(part, thread)| {
+                thread.ok().and_then(|thread| thread.join().ok()).unwrap_or_else(|| check(part))
+            });
+            std::iter::once(first).chain(joined).collect()
+        }),
+    };
+    let lengths = parts.iter().map(|part| part.bytes.len());
+    let mut all = (0, Ok(()));
+    for ((crc, result), len) in found.into_iter().zip(lengths) {
+        all = (crc32c::crc32c_combine(all.0, crc, len), all.1.and(result));
+    }
+    all
 }
 
-impl Sum<'_> {
-    /// Goes on to byte `end` of the body, if it is not there yet.
-    fn advance(&mut self, end: usize) {
-        if let Some(piece) = self.body.get(self.done..end) {
-            self.crc = crc32c::crc32c_append(self.crc, piece);
-            self.done = end;
-        }
-    }
+/// A run of segments of entries, and a run of the body. Where a writer put the segments in order, as ours do, the
+/// one lies in the other.
+struct Part {
+    segments: Range<usize>,
+    bytes: Range<usize>,
+}
 
-    fn finish(mut self) -> u32 {
-        self.advance(self.body.len());
-        self.crc
+/// Cuts segments and body into runs that make up all of both.
+fn parts(checked: &Checked, body_len: usize, count: usize) -> Vec<Part> {
+    let segments = checked.entry_segments.len();
+    let mut parts: Vec<Part> = Vec::with_capacity(count);
+    for i in 0..count {
+        let run = segments * i / count..segments * (i + 1) / count;
+        let from = parts.last().map_or(0, |part| part.bytes.end);
+        let to = if i + 1 == count { body_len } else { segment_end(checked, run.end).clamp(from, body_len) };
+        parts.push(Part { segments: run, bytes: from..to });
+    }
+    parts
+}
+
+/// The end of the records of the segment before `segment`.
+fn segment_end(checked: &Checked, segment: usize) -> usize {
+    let Some(last) = segment.checked_sub(1) else { return 0 };
+    let records = (checked.entries - last * ENTRY_SEGMENT).min(ENTRY_SEGMENT);
+    checked.entry_segments[last] + records * size_of::<EntryRecord>()
+}
+
+impl Part {
+    /// Writers put the names right before the records, so both are in the cache when the records are checked.
+    fn check(&self, checked: &Checked, body: &[u8]) -> (u32, Result<(), Fault>) {
+        let (mut crc, mut done) = (0, self.bytes.start);
+        let mut advance = |to: usize| {
+            if let Some(piece) = body.get(done..to.min(self.bytes.end)) {
+                crc = crc32c::crc32c_append(crc, piece);
+                done += piece.len();
+            }
+        };
+        let mut result = Ok(());
+        for segment in self.segments.clone() {
+            advance(segment_end(checked, segment + 1));
+            result = result.and_then(|()| segment_entries(checked, body, segment));
+        }
+        advance(self.bytes.end);
+        (crc, result)
     }
 }
 
-fn entries(checked: &Checked, body: &[u8], sum: &mut Sum<'_>) -> Result<(), Fault> {
-    let layer_size = checked.header.layer_size.get();
-    for (segment, &start) in checked.entry_segments.iter().enumerate() {
-        let first = segment * ENTRY_SEGMENT;
-        let records = (checked.entries - first).min(ENTRY_SEGMENT);
-        // Writers put the names right before the records, so both are in the cache now.
-        sum.advance(start + records * size_of::<EntryRecord>());
-        for i in 0..records {
-            let at = start + i * size_of::<EntryRecord>();
-            entry(record(body, at), body, layer_size)
-                .map_err(|fault| format!("entry {}: {fault}", first + i))?;
-        }
+fn segment_entries(checked: &Checked, body: &[u8], segment: usize) -> Result<(), Fault> {
+    let (start, first) = (checked.entry_segments[segment], segment * ENTRY_SEGMENT);
+    for i in 0..(checked.entries - first).min(ENTRY_SEGMENT) {
+        entry(record(body, start + i * size_of::<EntryRecord>()), body, checked.header.layer_size.get())
+            .map_err(|fault| format!("entry {}: {fault}", first + i))?;
     }
     Ok(())
 }

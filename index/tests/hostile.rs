@@ -2,10 +2,13 @@
 
 mod common;
 
-use common::hostile::{admit, visit};
+use common::hostile::{admit, seal, visit};
 use common::make::archive;
 use common::{index_blob, small_spans};
-use lazyrun_index::{IndexError, LayerIndex};
+use lazyrun_index::{
+    Compression, Digest, DigestOf, EntryKind, IndexBuilder, IndexError, LayerFacts, LayerIndex, Layout,
+    NewEntrance, NewEntry, NewSpan, Timestamp,
+};
 use proptest::prelude::*;
 
 fn index_bytes(blob: &[u8]) -> Vec<u8> {
@@ -35,6 +38,59 @@ fn seeds() -> Vec<Vec<u8>> {
     }
     assert!(seeds.len() > 50);
     seeds
+}
+
+/// Seconds by which the entries of [`large_index`] can be told apart.
+const FIRST_SECOND: i64 = 0x005a_5a5a_0000_0000;
+
+/// One so large that several threads check it.
+fn large_index(entries: i64) -> Vec<u8> {
+    let digest = Digest::of(b"x");
+    let facts =
+        LayerFacts { blob_digest: digest, blob_size: 512, diff_id: digest, compression: Compression::None };
+    let mut builder = IndexBuilder::new(&facts, Layout::Tar);
+    for i in 0..entries {
+        let path = format!("dir-{}/entry-{i}", i / 100);
+        let entry = NewEntry {
+            path: path.as_bytes(),
+            kind: EntryKind::Directory,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            mtime: Timestamp { secs: FIRST_SECOND + i, nanos: 0 },
+            size: 0,
+            link: b"",
+            rdev: (0, 0),
+            xattrs: &[],
+            extents: &[],
+            content: None,
+        };
+        builder.entry(&entry).unwrap();
+    }
+    let (digest_of, entrance) = (DigestOf::Decoded, NewEntrance::Plain);
+    builder
+        .span(&NewSpan { blob_offset: 0, blob_len: 512, len: 512, pad: 0, digest, digest_of, entrance })
+        .unwrap();
+    builder.finish().unwrap()
+}
+
+#[test]
+fn all_parts_of_a_large_index_are_checked() {
+    const ENTRIES: i64 = 70_000;
+    let index = large_index(ENTRIES);
+    assert_eq!(LayerIndex::from_bytes(index.clone()).unwrap().entry_count(), ENTRIES as usize);
+    for number in [0, 4095, 20_000, 34_999, 35_000, 50_000, ENTRIES - 1] {
+        let second = (FIRST_SECOND + number).to_le_bytes();
+        let time = index.windows(8).position(|w| w == second).expect("the entry's record");
+        let mut damaged = index.clone();
+        // The mode lies 28 bytes behind the time.
+        damaged[time + 28..time + 30].fill(0xff);
+        let error = LayerIndex::from_bytes(damaged.clone()).unwrap_err().to_string();
+        assert!(error.contains("checksum of its body"), "{error}");
+        seal(&mut damaged);
+        let error = LayerIndex::from_bytes(damaged).unwrap_err().to_string();
+        assert!(error.contains(&format!("entry {number}: its mode")), "{error}");
+    }
 }
 
 #[test]

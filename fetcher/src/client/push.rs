@@ -15,6 +15,9 @@ use crate::reference::Reference;
 /// Header by which a registry says that it has taken note of a manifest's subject.
 const OCI_SUBJECT: &str = "oci-subject";
 
+/// How often a manifest is put again that the registry says not to have its digest.
+const DOUBTS: usize = 3;
+
 /// What became of a blob that should be in the repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Uploaded {
@@ -120,8 +123,19 @@ impl RegistryClient {
             },
             ..Call::get(repository, format!("manifests/{name}"))
         };
-        let response = self.transport.policy().run(|| self.transport.send(&call)).await?;
-        Ok(response.headers().contains_key(OCI_SUBJECT))
+        let policy = self.transport.policy();
+        let mut patience = policy.delays().take(DOUBTS);
+        loop {
+            match policy.run(|| self.transport.send(&call)).await {
+                Ok(response) => return Ok(response.headers().contains_key(OCI_SUBJECT)),
+                // The bytes have the digest they are named by, but the registry says no. One that keeps its links in
+                // files says so when another client is just writing the link of a blob that both have.
+                Err(error @ FetchError::Rejected { status: 400, .. }) if name.starts_with("sha256:") => {
+                    tokio::time::sleep(patience.next().ok_or(error)?).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Puts an artifact's manifest, whose blobs must be there, beside its subject and makes it findable from

@@ -30,6 +30,8 @@ pub struct Habits {
     pub absolute_location: bool,
     /// How many uploads it loses.
     pub lost_uploads: usize,
+    /// How many manifests it says not to have their digest, though they do.
+    pub doubts: usize,
 }
 
 impl Default for Habits {
@@ -43,6 +45,7 @@ impl Default for Habits {
             stingy_scope: false,
             absolute_location: false,
             lost_uploads: 0,
+            doubts: 0,
         }
     }
 }
@@ -52,6 +55,7 @@ struct Held {
     blobs: BTreeMap<String, Bytes>,
     manifests: BTreeMap<String, Bytes>,
     lost: usize,
+    doubted: usize,
 }
 
 /// The registry; everything lies in one repository, whatever its name.
@@ -140,6 +144,11 @@ fn answer(habits: &Habits, held: &mut Held, seen: &Seen) -> Reply {
 
 fn manifests(habits: &Habits, held: &mut Held, seen: &Seen, name: &str) -> Reply {
     match seen.method.as_str() {
+        "PUT" if name.starts_with("sha256:") && held.doubted < habits.doubts => {
+            held.doubted += 1;
+            let error = json!({"errors": [{"code": "DIGEST_INVALID", "message": "provided digest did not match uploaded content"}]});
+            Response::builder().status(400).body(full(error.to_string())).unwrap()
+        }
         "PUT" => {
             let manifest: Value = serde_json::from_slice(&seen.body).unwrap();
             let blobs = manifest["layers"].as_array().cloned().unwrap_or_default();
