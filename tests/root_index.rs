@@ -107,6 +107,47 @@ fn trust_decides_which_indexes_are_used() {
 }
 
 #[test]
+fn entries_and_spans_are_listed() {
+    let fixture = Fixture::new();
+    let registry = DockerRegistry::start();
+    let image = registry.push(fixture.layout(), TAG, "fixture");
+    let lazyrun = Lazyrun::new();
+    lazyrun.ok(&["index", "build", &image]);
+    let rows = |options: &[&str]| -> Vec<Value> {
+        let mut args = vec!["index", "inspect", "--format", "json"];
+        args.extend_from_slice(options);
+        args.push(&image);
+        lazyrun.ok(&args).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    };
+    let layers = of_layers(&inspect(&lazyrun, &image), "Entries");
+    let entries = rows(&["--entries"]);
+    assert_eq!(entries.len() as u64, layers.iter().filter_map(Value::as_u64).sum::<u64>());
+    let file = entries.iter().find(|e| e["Path"] == "data/big.bin").expect("the big file");
+    assert_eq!(file["Type"], "file");
+    assert_eq!(file["Size"], big().len());
+    assert_eq!(file["Content"], format!("sha256:{}", sha256(&big())));
+    assert_eq!(file["Extents"][0][2], big().len());
+
+    // The spans of a layer are its layer file, without gaps.
+    let spans = rows(&["--spans", "--layer", "1"]);
+    let sizes = of_layers(&inspect(&lazyrun, &image), "LayerSize");
+    let mut at = 0;
+    for span in &spans {
+        assert_eq!(span["Offset"], at);
+        assert_eq!(span["Local"], true);
+        at += span["Size"].as_u64().expect("a size");
+    }
+    assert_eq!(json!(at), sizes[1]);
+    let digest = spans[0]["Layer"].as_str().expect("a digest").to_owned();
+    assert_eq!(rows(&["--spans", "--layer", &digest[..20]]), spans);
+
+    let shown = lazyrun.ok(&["index", "inspect", "--entries", &image]);
+    assert_eq!(shown.lines().count(), entries.len() + 1, "one header");
+    let why = lazyrun.fails(1, &["index", "inspect", "--spans", "--layer", "9", &image]);
+    assert!(why.contains("no layer 9"), "{why}");
+}
+
+#[test]
 fn indexes_are_verified_and_removed() {
     let fixture = Fixture::new();
     let registry = DockerRegistry::start();

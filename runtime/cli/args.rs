@@ -217,7 +217,16 @@ pub enum IndexCommand {
     },
     /// Show the indexes that are here
     Inspect {
-        /// `json`, or a template such as '{{.Digest}}'
+        /// List the entries instead, as they are in the tars
+        #[arg(long, conflicts_with = "spans")]
+        entries: bool,
+        /// List the spans instead
+        #[arg(long)]
+        spans: bool,
+        /// Only this layer of the list: its number, 0 at the bottom, or the beginning of its digest
+        #[arg(long, value_name = "LAYER")]
+        layer: Option<String>,
+        /// `json`, or a template such as '{{.Digest}}'; in lists for each row
         #[arg(long)]
         format: Option<String>,
         /// Reference of the image

@@ -1,9 +1,11 @@
 //! `lazyrun index`.
 
+use std::ops::Range;
+
 use serde::de::DeserializeOwned;
 
 use super::args::IndexCommand;
-use super::{Context, output, progress};
+use super::{Context, index_lists, output, progress};
 use crate::failure::Failure;
 use crate::ipc::indexes::{ArtifactSummary, IndexAction, IndexedImage, Pushed};
 use crate::ipc::protocol::{PullPolicy, Request};
@@ -25,8 +27,13 @@ pub(super) fn index(context: &Context, command: IndexCommand) -> Result<(), Fail
             let artifacts: Vec<ArtifactSummary> = call(context, &image, IndexAction::List)?;
             list(&artifacts, format.as_deref())
         }
-        IndexCommand::Inspect { format, image } => {
+        IndexCommand::Inspect { entries, spans, layer, format, image } => {
             let indexed: IndexedImage = call(context, &image, IndexAction::Inspect)?;
+            if entries || spans {
+                let layers = chosen(&indexed, layer.as_deref())?;
+                let list = if entries { index_lists::entries } else { index_lists::spans };
+                return list(&|action| call(context, &image, action), layers, format.as_deref());
+            }
             match format {
                 Some(format) => output::value(&indexed, Some(&format)),
                 None => output::print(&described(&indexed)),
@@ -36,6 +43,31 @@ pub(super) fn index(context: &Context, command: IndexCommand) -> Result<(), Fail
             let removed: Vec<Digest> = call(context, &image, IndexAction::Remove)?;
             removed.iter().try_for_each(|digest| output::print(&format!("Deleted: {digest}\n")))
         }
+    }
+}
+
+/// The layers that `--layer` means.
+fn chosen(image: &IndexedImage, layer: Option<&str>) -> Result<Range<usize>, Failure> {
+    let Some(layer) = layer else { return Ok(0..image.layers.len()) };
+    let hex = layer.strip_prefix("sha256:").unwrap_or(layer);
+    let found = match layer.parse::<usize>() {
+        Ok(number) if number < image.layers.len() => Some(number),
+        _ if hex.len() < 4 => None,
+        _ => image
+            .layers
+            .iter()
+            .position(|l| l.digest.hex().starts_with(hex) || l.diff_id.hex().starts_with(hex)),
+    };
+    match found {
+        Some(number) => Ok(number..number + 1),
+        None => Err(Failure::new(
+            1,
+            format!(
+                "{} has no layer {layer}; its {} count from 0 at the bottom",
+                image.reference,
+                image.layers.len()
+            ),
+        )),
     }
 }
 

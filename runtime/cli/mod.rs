@@ -3,6 +3,7 @@
 pub mod args;
 mod containers;
 mod images;
+mod index_lists;
 mod indexes;
 mod mounts;
 mod output;

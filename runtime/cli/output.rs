@@ -47,6 +47,19 @@ pub(super) fn rows<T: Serialize>(
     format: Option<&str>,
     columns: &[Column<'_, T>],
 ) -> Result<(), Failure> {
+    more_rows(rows, format, columns, true)
+}
+
+/// As [`rows`], for a list that comes in pieces: only the first has a `header`.
+///
+/// # Errors
+/// As [`rows`].
+pub(super) fn more_rows<T: Serialize>(
+    rows: &[T],
+    format: Option<&str>,
+    columns: &[Column<'_, T>],
+    header: bool,
+) -> Result<(), Failure> {
     let mut text = String::new();
     match format {
         Some(format) if format != "table" => {
@@ -57,8 +70,9 @@ pub(super) fn rows<T: Serialize>(
             }
         }
         _ => {
-            let header = columns.iter().map(|(name, _)| (*name).to_owned()).collect();
-            let lines: Vec<Vec<String>> = std::iter::once(header)
+            let names = header.then(|| columns.iter().map(|(name, _)| (*name).to_owned()).collect());
+            let lines: Vec<Vec<String>> = names
+                .into_iter()
                 .chain(rows.iter().map(|row| columns.iter().map(|(_, cell)| cell(row)).collect()))
                 .collect();
             text = table(&lines);

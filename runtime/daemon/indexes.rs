@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::Daemon;
 use super::images::Images;
 use crate::failure::Failure;
+use crate::ipc::index_lists::{EntryRow, Page, SpanRow};
 use crate::ipc::indexes::{
     ArtifactSummary, IndexAction, IndexSummary, IndexedImage, IndexedLayer, Pushed, compression_name,
     layout_name,
@@ -28,10 +29,20 @@ impl Daemon {
         action: IndexAction,
         progress: Arc<dyn Progress>,
     ) -> Result<Value> {
-        if action == IndexAction::Inspect {
-            // What is here, which is no reason to ask a registry.
+        // What is here is no reason to ask a registry.
+        let here = || {
             let record = self.images.find(&request.reference)?.into_iter().next().context("no record")?;
-            return Ok(serde_json::to_value(self.indexed(&self.images.load(&record)?)?)?);
+            self.images.load(&record)
+        };
+        match action {
+            IndexAction::Inspect => return Ok(serde_json::to_value(self.indexed(&here()?)?)?),
+            IndexAction::Entries { layer, from } => {
+                return Ok(serde_json::to_value(self.entries(&here()?, layer, from)?)?);
+            }
+            IndexAction::Spans { layer, from } => {
+                return Ok(serde_json::to_value(self.spans(&here()?, layer, from)?)?);
+            }
+            _ => {}
         }
         let image = self.images.resolve(&request).await?;
         Ok(match action {
@@ -53,7 +64,7 @@ impl Daemon {
             IndexAction::List => serde_json::to_value(self.list_indexes(&image, &request, &progress).await?)?,
             IndexAction::Remove => serde_json::to_value(self.remove_indexes(&image, &request).await?)?,
             // Answered above.
-            IndexAction::Inspect => Value::Null,
+            IndexAction::Inspect | IndexAction::Entries { .. } | IndexAction::Spans { .. } => Value::Null,
         })
     }
 
@@ -202,6 +213,30 @@ impl Daemon {
             return Err(Failure::new(1, format!("the registry has no such index of {name}")).into());
         }
         Ok(removed)
+    }
+
+    fn entries(&self, image: &ResolvedImage, layer: usize, from: usize) -> Result<Page<EntryRow>> {
+        let Some((digest, layer)) = self.indexed_layer(image, layer)? else { return Ok(Page::empty()) };
+        let row = |i| EntryRow::new(&digest, &layer.index().entry(i));
+        Ok(Page::of(from, layer.index().entry_count(), row))
+    }
+
+    fn spans(&self, image: &ResolvedImage, layer: usize, from: usize) -> Result<Page<SpanRow>> {
+        let Some((digest, layer)) = self.indexed_layer(image, layer)? else { return Ok(Page::empty()) };
+        let row = |i| SpanRow::new(&digest, &layer.index().span(i), layer.has_span(i));
+        Ok(Page::of(from, layer.index().span_count(), row))
+    }
+
+    /// A layer of an image, if it has an index here, and the digest of its blob.
+    fn indexed_layer(&self, image: &ResolvedImage, layer: usize) -> Result<Option<(String, Arc<Layer>)>> {
+        let Some(descriptor) = image.layers.get(layer) else {
+            let (name, count) = (image.reference.familiar(), image.layers.len());
+            return Err(
+                Failure::new(1, format!("{name} has no layer {layer}, its {count} count from 0")).into()
+            );
+        };
+        let found = self.images.fetcher().store().get(descriptor.diff_id)?;
+        Ok(found.map(|layer| (descriptor.digest.to_string(), layer)))
     }
 
     fn indexed(&self, image: &ResolvedImage) -> Result<IndexedImage> {

@@ -20,6 +20,22 @@ pub enum IndexAction {
     List,
     /// Tells what is here; answers [`IndexedImage`].
     Inspect,
+    /// Lists entries of one layer; answers a [`Page`](super::index_lists::Page) of
+    /// [`EntryRow`](super::index_lists::EntryRow)s.
+    Entries {
+        /// The layer, 0 at the bottom.
+        layer: usize,
+        /// The first entry to tell.
+        from: usize,
+    },
+    /// Lists spans of one layer; answers a [`Page`](super::index_lists::Page) of
+    /// [`SpanRow`](super::index_lists::SpanRow)s.
+    Spans {
+        /// The layer, 0 at the bottom.
+        layer: usize,
+        /// The first span to tell.
+        from: usize,
+    },
     /// Compares those that are here with the blobs; answers [`IndexedImage`].
     Verify,
     /// Deletes from the registry the artifact that the request names, or all of lazyrun's own; answers the list of

@@ -4,5 +4,6 @@
 pub mod client;
 pub mod fds;
 pub mod frame;
+pub mod index_lists;
 pub mod indexes;
 pub mod protocol;

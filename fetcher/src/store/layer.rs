@@ -295,7 +295,7 @@ impl Layer {
     }
 
     /// Whether a span may be used without a further look.
-    pub(crate) fn has_span(&self, span: usize) -> bool {
+    pub fn has_span(&self, span: usize) -> bool {
         has(&self.trusted, span)
     }
 
