@@ -8,6 +8,7 @@
 
 mod artifact;
 mod auth;
+mod bounds;
 mod client;
 mod discover;
 mod error;

@@ -111,7 +111,7 @@ fn main() -> io::Result<()> {
             }
         }
         let mut index = io::Cursor::new(Vec::new());
-        let options = StreamOptions { span_size: 4096, span_len: 1 << 16, max_span_len: 1 << 17 };
+        let options = StreamOptions { span_size: 4096, span_len: 1 << 16, max_span_len: 1 << 17, ..StreamOptions::default() };
         if index_layer(&bytes[..], &mut (), &mut index, &options).is_ok_and(|summary| summary.entries > 0) {
             put("index", &name, &[index.get_ref()])?;
         }

@@ -26,7 +26,7 @@ const LAYER_MAX: usize = 4 << 20;
 
 /// Indexes a blob; what is taken has to hydrate and each span to decode to the bytes that were streamed.
 fn layer(blob: &[u8]) -> Option<Vec<u8>> {
-    let options = StreamOptions { span_size: 4096, span_len: 1 << 16, max_span_len: 1 << 17 };
+    let options = StreamOptions { span_size: 4096, span_len: 1 << 16, max_span_len: 1 << 17, ..StreamOptions::default() };
     let indexed = common::index_blob_within(LAYER_MAX, blob, &options).ok()?;
     common::prove(blob, &indexed);
     common::hostile::visit(&indexed.index);

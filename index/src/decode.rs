@@ -52,7 +52,12 @@ impl Cutter {
     /// A cutter for those who know the spans already: it never cuts.
     pub(crate) fn never() -> Self {
         let never = u64::MAX;
-        Self::new(StreamOptions { span_size: never, span_len: never, max_span_len: never })
+        Self::new(StreamOptions {
+            span_size: never,
+            span_len: never,
+            max_span_len: never,
+            max_layer_len: never,
+        })
     }
 
     fn advance(&mut self, produced: usize) {

@@ -129,6 +129,12 @@ pub enum IndexError {
         /// The digest of the data.
         actual: Digest,
     },
+    /// The layer has more decoded bytes than are allowed ([`StreamOptions::max_layer_len`](crate::StreamOptions)).
+    #[error("it unpacks to more than the {limit} bytes that are allowed for its size")]
+    TooLong {
+        /// Decoded bytes that it may have.
+        limit: u64,
+    },
     /// The data has another length than the index says.
     #[error("{what} has {actual} bytes instead of {expected}")]
     LengthMismatch {

@@ -30,7 +30,7 @@ pub fn index_layer<R: Read + Send, W: Write + Seek>(
     out: W,
     opts: &StreamOptions,
 ) -> Result<StreamSummary, IndexError> {
-    let mut builder = Builder::new(sink, out, None)?;
+    let mut builder = Builder::new(sink, out, None, opts.max_layer_len)?;
     let passed = run(blob, cutter(opts), &mut builder, |_| {})?;
     Ok(builder.finish(&passed)?.0)
 }
@@ -81,7 +81,7 @@ pub fn prove_layer<R: Read + Send, W: Write + Seek>(
     opts: &StreamOptions,
 ) -> Result<StreamSummary, IndexError> {
     let (mut claims, mut tap) = follow(claimed, sink);
-    let mut builder = Builder::new(&mut claims, out, Some(Comparer::new(claimed)))?;
+    let mut builder = Builder::new(&mut claims, out, Some(Comparer::new(claimed)), opts.max_layer_len)?;
     let passed = run(blob, cutter(opts), &mut builder, |bytes| tap.feed(bytes))?;
     let (summary, comparer) = builder.finish(&passed)?;
     check_layer(claimed, summary.blob_digest, summary.diff_id)?;
@@ -116,8 +116,9 @@ struct Builder<'a, 'b, W, S: ?Sized> {
     record: Record<'b, W>,
     diff_id: Hasher,
     span_hasher: SpanHasher,
-    /// Bytes of the layer file so far.
+    /// Bytes of the layer file so far, and how many it may have.
     at: u64,
+    limit: u64,
     /// Where the open span starts in the layer file.
     span_start: u64,
     /// Where it starts in the blob.
@@ -168,6 +169,9 @@ impl<W: Write + Seek, S: PieceSink + ?Sized> Consumer for Builder<'_, '_, W, S> 
     }
 
     fn data(&mut self, bytes: &[u8], blob: u64) -> Result<(), IndexError> {
+        if self.limit - self.at < bytes.len() as u64 {
+            return Err(IndexError::TooLong { limit: self.limit });
+        }
         self.diff_id.update(bytes);
         self.span_hasher.update(bytes);
         let offset = self.at;
@@ -212,7 +216,7 @@ impl<W: Write + Seek, S: PieceSink + ?Sized> Consumer for Builder<'_, '_, W, S> 
 }
 
 impl<'a, 'b, W: Write + Seek, S: PieceSink + ?Sized> Builder<'a, 'b, W, S> {
-    fn new(sink: &'a mut S, out: W, comparer: Option<Comparer<'b>>) -> Result<Self, IndexError> {
+    fn new(sink: &'a mut S, out: W, comparer: Option<Comparer<'b>>, limit: u64) -> Result<Self, IndexError> {
         Ok(Self {
             sink,
             parser: Parser::new(),
@@ -220,6 +224,7 @@ impl<'a, 'b, W: Write + Seek, S: PieceSink + ?Sized> Builder<'a, 'b, W, S> {
             diff_id: Hasher::new(),
             span_hasher: SpanHasher::new(),
             at: 0,
+            limit,
             span_start: 0,
             span_blob: 0,
             entrance: Entrance::None,

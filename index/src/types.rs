@@ -146,11 +146,13 @@ pub struct StreamOptions {
     pub span_len: u64,
     /// Decoded bytes after which a span ends even if nothing can be restarted there.
     pub max_span_len: u64,
+    /// Decoded bytes at which a layer is refused: a few kilobytes may unpack to any number of zeros.
+    pub max_layer_len: u64,
 }
 
 impl Default for StreamOptions {
     fn default() -> Self {
-        Self { span_size: 512 << 10, span_len: 16 << 20, max_span_len: 32 << 20 }
+        Self { span_size: 512 << 10, span_len: 16 << 20, max_span_len: 32 << 20, max_layer_len: 1 << 40 }
     }
 }
 
@@ -158,7 +160,8 @@ impl StreamOptions {
     /// Values that cannot work (0, or an end before the start) are raised to the least that can.
     pub(crate) fn sane(self) -> Self {
         let span_len = self.span_len.max(4096);
-        Self { span_size: self.span_size.max(4096), span_len, max_span_len: self.max_span_len.max(span_len) }
+        let max_span_len = self.max_span_len.max(span_len);
+        Self { span_size: self.span_size.max(4096), span_len, max_span_len, ..self }
     }
 }
 

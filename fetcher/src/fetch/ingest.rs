@@ -21,6 +21,8 @@ use crate::store::{Layer, Staging};
 const TRIES: usize = 2;
 /// Decoded bytes gathered for one write.
 const WRITE_SIZE: usize = 1 << 20;
+/// Zeros in a row that are left out of the file, in bytes.
+const HOLE: usize = 64 << 10;
 
 pub(super) async fn run(
     inner: &Arc<Inner>,
@@ -64,7 +66,9 @@ pub(super) fn is_damage(error: &FetchError) -> bool {
         FetchError::WrongDigest { .. } | FetchError::WrongSize { .. } | FetchError::WrongDiffId { .. } => {
             true
         }
-        FetchError::Layer { source, .. } => !matches!(**source, IndexError::Entry { .. }),
+        FetchError::Layer { source, .. } => {
+            !matches!(**source, IndexError::Entry { .. } | IndexError::TooLong { .. })
+        }
         _ => false,
     }
 }
@@ -121,7 +125,8 @@ impl Job {
         let out = staging.create(&staging.index_path())?;
         let progress = |done| self.progress.advance(self.layer.diff_id, done, self.layer.size);
         let mut sink = FileSink::new(&data, &progress);
-        let summary = index_layer(reader, &mut sink, out, &self.inner.options.stream)
+        let options = self.inner.options.stream_of(self.layer.size);
+        let summary = index_layer(reader, &mut sink, out, &options)
             .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
         sink.flush().map_err(failed)?;
         data.set_len(summary.layer_size).map_err(failed)?;
@@ -172,7 +177,7 @@ impl<'a> FileSink<'a> {
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
-        self.data.write_all_at(&self.gathered, self.at)?;
+        write_with_holes(self.data, &self.gathered, self.at)?;
         self.at += self.gathered.len() as u64;
         self.gathered.clear();
         Ok(())
@@ -188,7 +193,7 @@ impl LayerSink for FileSink<'_> {
             self.flush()?;
         }
         if bytes.len() >= WRITE_SIZE {
-            self.data.write_all_at(bytes, offset)?;
+            write_with_holes(self.data, bytes, offset)?;
             self.at += bytes.len() as u64;
         } else {
             self.gathered.extend_from_slice(bytes);
@@ -203,6 +208,24 @@ impl LayerSink for FileSink<'_> {
     fn progress(&mut self, blob_bytes: u64) {
         (self.progress)(blob_bytes);
     }
+}
+
+/// Writes into a file that has nothing yet from `offset` on; long runs of zeros become holes, which cost no disk.
+fn write_with_holes(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let write = |from: usize, to: usize| match &bytes[from..to] {
+        [] => Ok(()),
+        run => file.write_all_at(run, offset + from as u64),
+    };
+    let (mut unwritten, mut at) = (0, 0);
+    for block in bytes.chunks(HOLE) {
+        let end = at + block.len();
+        if block.len() == HOLE && block.iter().all(|byte| *byte == 0) {
+            write(unwritten, at)?;
+            unwritten = end;
+        }
+        at = end;
+    }
+    write(unwritten, at)
 }
 
 /// Finds the cause behind what the decoder says: the network, the disk or the layer itself.

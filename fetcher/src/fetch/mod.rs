@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use lazyrun_index::{Digest, LayerId, StreamOptions};
 
+use crate::bounds::layer_limit;
 use crate::client::BlobSource;
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
@@ -82,6 +83,13 @@ impl Default for FetchOptions {
             max_readahead: 8 << 20,
             stream: StreamOptions::default(),
         }
+    }
+}
+
+impl FetchOptions {
+    /// How a layer with a blob of `size` bytes is streamed.
+    fn stream_of(&self, size: u64) -> StreamOptions {
+        StreamOptions { max_layer_len: layer_limit(size).min(self.stream.max_layer_len), ..self.stream }
     }
 }
 

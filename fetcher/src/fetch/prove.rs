@@ -47,7 +47,8 @@ async fn tar(inner: &Arc<Inner>, layer: &Arc<Layer>, progress: &Arc<dyn Progress
         let (inner, layer) = (&owned_inner, &owned_layer);
         let mut sink = Sink::new(layer, inner.state(layer.id()), &progress);
         // The index that comes out is as good as the adopted one that has been proven by it.
-        let proven = prove_layer(layer.index(), reader, &mut sink, io::empty(), &inner.options.stream);
+        let options = inner.options.stream_of(layer.index().blob_size());
+        let proven = prove_layer(layer.index(), reader, &mut sink, io::empty(), &options);
         let stored = layer.save_map();
         let contradiction = sink.contradiction.take();
         match proven {

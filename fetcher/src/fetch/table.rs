@@ -116,7 +116,8 @@ fn write_tar(
     let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
     let report = |done| progress.advance(layer.diff_id(), done, size);
     let mut sink = FileSink::new(&data, &report);
-    let passed = prove_layer(layer.index(), reader, &mut sink, out, &inner.options.stream);
+    let options = inner.options.stream_of(layer.index().blob_size());
+    let passed = prove_layer(layer.index(), reader, &mut sink, out, &options);
     let failed = |e| Pass::Failed(FetchError::store("writing", &path, e));
     sink.flush().map_err(failed)?;
     match passed {

@@ -19,8 +19,9 @@ pub(super) async fn run(
     prove::pass(inner, layer, move |reader, problem| {
         let (inner, layer) = (&owned_inner, &owned_layer);
         let index = layer.index();
+        let options = inner.options.stream_of(index.blob_size());
         let mut sink = Watched { layer: layer.diff_id(), total: index.blob_size(), progress: &progress };
-        match prove_layer(index, reader, &mut sink, io::empty(), &inner.options.stream) {
+        match prove_layer(index, reader, &mut sink, io::empty(), &options) {
             Ok(_) => Ok(()),
             Err(IndexError::Lie(mismatch)) if layer.adopted_from().is_some() => {
                 Err(inner.store.condemn(layer, &mismatch.to_string()))

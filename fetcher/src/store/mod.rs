@@ -19,6 +19,7 @@ use lazyrun_index::{Digest, LayerId, LayerIndex, Layout};
 pub use layer::Layer;
 pub(crate) use staging::Staging;
 
+use crate::bounds::check_expansion;
 use crate::error::FetchError;
 use crate::trust::Origin;
 use distrusted::Distrusted;
@@ -135,6 +136,9 @@ impl LayerStore {
         let parsed = LayerIndex::from_bytes(index.to_vec())
             .map_err(|source| FetchError::BadClaim { origin: origin.kind, source: Arc::new(source) })?;
         let id = parsed.id();
+        if let Err(source) = check_expansion(&parsed) {
+            return Err(FetchError::BadClaim { origin: origin.kind, source: Arc::new(source) });
+        }
         if let Some(reason) = self.distrusts(origin, parsed.blob_digest()) {
             return Err(FetchError::Distrusted { layer: id.diff_id, origin: origin.kind, reason });
         }

@@ -79,7 +79,7 @@ pub(crate) fn index_blob_within(
 
 /// Small spans, so that small layers have many.
 pub(crate) fn small_spans() -> StreamOptions {
-    StreamOptions { span_size: 4096, span_len: 1 << 20, max_span_len: 2 << 20 }
+    StreamOptions { span_size: 4096, span_len: 1 << 20, max_span_len: 2 << 20, ..StreamOptions::default() }
 }
 
 /// Checks digests, every span and hydration of an indexed blob.
