@@ -1,5 +1,7 @@
 //! The streaming decoders: blob bytes in, layer-file bytes and the places to restart at out.
 
+use std::ops::Range;
+
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use crate::gzip;
@@ -35,43 +37,72 @@ pub(crate) trait Output {
     fn cut(&mut self, end: u64, start: u64, entrance: Entrance) -> Result<(), IndexError>;
 }
 
+/// How far before touched bytes borders are used: deflate blocks are longer only where little is in them.
+const APPROACH: u64 = 128 << 10;
+/// Least decoded bytes of a span that ends for the sake of touched bytes.
+const MIN_CUT: u64 = 16 << 10;
+
 /// Decides where spans end.
-pub(crate) struct Cutter {
+pub(crate) struct Cutter<'a> {
     options: StreamOptions,
+    /// Runs of the layer file that are read together and little else: spans should follow them. Ascending, apart.
+    touched: &'a [Range<u64>],
+    /// Borders are where the caller likes, not where a block happens to end.
+    exact: bool,
     blob: u64,
     start: u64,
     at: u64,
     restartable: bool,
 }
 
-impl Cutter {
-    pub(crate) fn new(options: StreamOptions) -> Self {
-        Self { options, blob: 0, start: 0, at: 0, restartable: true }
+impl<'a> Cutter<'a> {
+    pub(crate) fn new(options: StreamOptions, touched: &'a [Range<u64>]) -> Self {
+        Self { options, touched, exact: false, blob: 0, start: 0, at: 0, restartable: true }
     }
 
     /// A cutter for those who know the spans already: it never cuts.
     pub(crate) fn never() -> Self {
         let never = u64::MAX;
-        Self::new(StreamOptions {
-            span_size: never,
-            span_len: never,
-            max_span_len: never,
-            max_layer_len: never,
-        })
+        let options =
+            StreamOptions { span_size: never, span_len: never, max_span_len: never, max_layer_len: never };
+        Self::new(options, &[])
     }
 
     fn advance(&mut self, produced: usize) {
         self.at += produced as u64;
+        while self.touched.first().is_some_and(|run| run.end <= self.start) {
+            self.touched = &self.touched[1..];
+        }
+    }
+
+    /// Where the next touched run is being approached.
+    fn approach(&self, run: &Range<u64>) -> u64 {
+        if self.exact { run.start } else { run.start.saturating_sub(APPROACH) }
+    }
+
+    /// Whether a touched run is near ahead, or has just been left behind.
+    fn hinted(&self) -> bool {
+        let Some(run) = self.touched.first() else { return false };
+        let ahead = self.at >= self.approach(run) && self.at <= run.start && self.at - self.start >= MIN_CUT;
+        ahead || (self.at >= run.end && self.start < run.end)
+    }
+
+    /// How many of `len` decoded bytes to make before asking again.
+    fn room(&self, len: usize) -> usize {
+        let places =
+            self.touched.first().into_iter().flat_map(|run| [self.approach(run), run.start, run.end]);
+        let next = places.filter(|place| *place > self.at).min();
+        next.map_or(len, |place| usize::try_from(place - self.at).map_or(len, |left| left.min(len)))
     }
 
     /// The next border is to become a checkpoint. Spans that cannot be restarted end at the first that can.
     fn due(&self, blob: u64) -> bool {
         let len = self.at - self.start;
-        len > 0 && (!self.restartable || self.full(blob, len))
+        len > 0 && (!self.restartable || self.full(blob, len) || self.hinted())
     }
 
     /// How much of `input` to decode before asking again: not past the byte after which the span is full.
-    fn cap<'a>(&self, blob: u64, input: &'a [u8]) -> &'a [u8] {
+    fn cap<'i>(&self, blob: u64, input: &'i [u8]) -> &'i [u8] {
         let left = self.options.span_size.saturating_sub(blob.saturating_sub(self.blob));
         if left == 0 {
             return input;
@@ -108,7 +139,7 @@ pub(crate) fn decode(
     compression: Compression,
     source: &mut impl Source,
     output: &mut impl Output,
-    cutter: Cutter,
+    cutter: Cutter<'_>,
 ) -> Result<u64, IndexError> {
     match compression {
         Compression::None => plain(source, output, cutter),
@@ -117,7 +148,12 @@ pub(crate) fn decode(
     }
 }
 
-fn plain(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
+fn plain(
+    source: &mut impl Source,
+    output: &mut impl Output,
+    mut cutter: Cutter<'_>,
+) -> Result<u64, IndexError> {
+    cutter.exact = true;
     loop {
         let at = source.offset();
         if cutter.due(at) {
@@ -128,7 +164,7 @@ fn plain(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter)
             return Ok(at);
         }
         let space = output.space();
-        let n = input.len().min(space.len());
+        let n = cutter.room(input.len().min(space.len()));
         space[..n].copy_from_slice(&input[..n]);
         source.consume(n);
         cutter.advance(n);
@@ -136,7 +172,11 @@ fn plain(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter)
     }
 }
 
-fn gzip(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
+fn gzip(
+    source: &mut impl Source,
+    output: &mut impl Output,
+    mut cutter: Cutter<'_>,
+) -> Result<u64, IndexError> {
     let mut inflater = Inflater::new().map_err(|reason| gzip::corrupt(0, reason))?;
     if !gzip::member_follows(source)? {
         return Err(gzip::truncated(source.offset()));
@@ -159,7 +199,7 @@ fn gzip_member(
     inflater: &mut Inflater,
     source: &mut impl Source,
     output: &mut impl Output,
-    cutter: &mut Cutter,
+    cutter: &mut Cutter<'_>,
 ) -> Result<(), IndexError> {
     let (mut crc, mut size) = (0, 0u32);
     let mut last_byte = 0;
@@ -169,6 +209,8 @@ fn gzip_member(
         let input = cutter.cap(offset, source.fill()?);
         let ended = input.is_empty();
         let space = output.space();
+        let room = cutter.room(space.len());
+        let space = &mut space[..room];
         let step =
             inflater.run(input, space, cutter.due(offset)).map_err(|reason| gzip::corrupt(offset, reason))?;
         crc = crc32(crc, &space[..step.produced]);
@@ -249,7 +291,11 @@ pub(crate) fn zstd_step(
     Ok((input.pos(), space.pos(), hint == 0))
 }
 
-fn zstd(source: &mut impl Source, output: &mut impl Output, mut cutter: Cutter) -> Result<u64, IndexError> {
+fn zstd(
+    source: &mut impl Source,
+    output: &mut impl Output,
+    mut cutter: Cutter<'_>,
+) -> Result<u64, IndexError> {
     let mut decoder = zstd_decoder()?;
     let mut between = true;
     loop {

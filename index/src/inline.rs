@@ -14,7 +14,7 @@ const PIECE: usize = 1000;
 /// Does what [`crate::pipeline::run`] does.
 pub(crate) fn run<R: Read + Send>(
     mut blob: R,
-    cutter: Cutter,
+    cutter: Cutter<'_>,
     consumer: &mut impl Consumer,
     mut tap: impl FnMut(&[u8]) + Send,
 ) -> Result<Passed, IndexError> {

@@ -53,7 +53,7 @@ pub use digest::{Digest, Hasher, ParseDigestError};
 pub use error::{IndexError, Name};
 pub use id::{LayerId, ParseLayerIdError};
 pub use reader::{EntryRef, LayerIndex};
-pub use stream::{hydrate_layer, index_layer, prove_layer};
+pub use stream::{hydrate_layer, index_layer, index_layer_along, prove_layer};
 pub use table::{Table, TableError, TocInfo, TocPlace};
 pub use types::{
     Compression, DigestOf, EntryKind, Extent, LayerSink, Layout, SpanInfo, StreamOptions, StreamSummary,

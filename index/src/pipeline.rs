@@ -51,7 +51,7 @@ pub(crate) struct Passed {
 /// After an error this returns as soon as the read that is under way does.
 pub(crate) fn run<R: Read + Send>(
     blob: R,
-    cutter: Cutter,
+    cutter: Cutter<'_>,
     consumer: &mut impl Consumer,
     tap: impl FnMut(&[u8]) + Send,
 ) -> Result<Passed, IndexError> {

@@ -1,6 +1,7 @@
 //! The sequential passes over a blob: building an index, hydrating with a known one, proving a claimed one.
 
 use std::io::{Read, Seek, Write};
+use std::ops::Range;
 
 use crate::claims::{Claims, follow};
 use crate::compare::{Comparer, Mismatch};
@@ -30,16 +31,28 @@ pub fn index_layer<R: Read + Send, W: Write + Seek>(
     out: W,
     opts: &StreamOptions,
 ) -> Result<StreamSummary, IndexError> {
+    index_layer_along(blob, sink, out, opts, &[])
+}
+
+/// As [`index_layer`], with spans that follow what is read together: where one of the runs `touched` of the layer file
+/// starts or ends, a span does so at the next place that can be entered. The runs ascend and lie apart.
+pub fn index_layer_along<R: Read + Send, W: Write + Seek>(
+    blob: R,
+    sink: &mut dyn LayerSink,
+    out: W,
+    opts: &StreamOptions,
+    touched: &[Range<u64>],
+) -> Result<StreamSummary, IndexError> {
     let mut builder = Builder::new(sink, out, None, opts.max_layer_len)?;
-    let passed = run(blob, cutter(opts), &mut builder, |_| {})?;
+    let passed = run(blob, cutter(opts, touched), &mut builder, |_| {})?;
     Ok(builder.finish(&passed)?.0)
 }
 
-fn cutter(opts: &StreamOptions) -> Cutter {
+fn cutter<'a>(opts: &StreamOptions, touched: &'a [Range<u64>]) -> Cutter<'a> {
     let mut options = opts.sane();
     options.max_span_len = options.max_span_len.min(SPAN_LEN_MAX / 2);
     options.span_len = options.span_len.min(options.max_span_len);
-    Cutter::new(options)
+    Cutter::new(options, touched)
 }
 
 /// Reads a layer blob once with its index known: every span's digest, the blob's and the diffID are checked.
@@ -82,7 +95,7 @@ pub fn prove_layer<R: Read + Send, W: Write + Seek>(
 ) -> Result<StreamSummary, IndexError> {
     let (mut claims, mut tap) = follow(claimed, sink);
     let mut builder = Builder::new(&mut claims, out, Some(Comparer::new(claimed)), opts.max_layer_len)?;
-    let passed = run(blob, cutter(opts), &mut builder, |bytes| tap.feed(bytes))?;
+    let passed = run(blob, cutter(opts, &[]), &mut builder, |bytes| tap.feed(bytes))?;
     let (summary, comparer) = builder.finish(&passed)?;
     check_layer(claimed, summary.blob_digest, summary.diff_id)?;
     claims.hear_all();

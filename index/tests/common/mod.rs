@@ -10,7 +10,7 @@ use std::io::{self, Cursor};
 
 use lazyrun_index::{
     Digest, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions, StreamSummary, hydrate_layer,
-    index_layer,
+    index_layer_along,
 };
 
 /// Keeps the layer file and the spans.
@@ -68,9 +68,19 @@ pub(crate) fn index_blob_within(
     blob: &[u8],
     options: &StreamOptions,
 ) -> Result<Indexed, IndexError> {
+    index_blob_along(limit, blob, options, &[])
+}
+
+/// The same, with spans that follow runs of the layer file.
+pub(crate) fn index_blob_along(
+    limit: usize,
+    blob: &[u8],
+    options: &StreamOptions,
+    touched: &[std::ops::Range<u64>],
+) -> Result<Indexed, IndexError> {
     let mut keep = Keep { limit, ..Keep::default() };
     let mut out = Cursor::new(Vec::new());
-    let summary = index_layer(blob, &mut keep, &mut out, options)?;
+    let summary = index_layer_along(blob, &mut keep, &mut out, options, touched)?;
     let index = LayerIndex::from_bytes(out.into_inner()).expect("an index just written opens");
     assert_eq!(index.spans().collect::<Vec<_>>(), keep.spans);
     assert_eq!(keep.progress, blob.len() as u64);
