@@ -24,11 +24,14 @@ mod trust;
 
 pub use artifact::{
     Descriptor, IndexArtifact, IndexSource, IndexedLayer, OWN_ARTIFACT_TYPE, OWN_LAYER_INDEX,
-    OWN_LAYER_INDEX_ZSTD, PushOptions, PushReport, SOCI_V1_ARTIFACT_TYPE, SOCI_V2_ARTIFACT_TYPE,
-    delete_index, list_indexes, push_indexes,
+    OWN_LAYER_INDEX_ZSTD, OWN_PROFILE_ZSTD, PushOptions, PushReport, SOCI_V1_ARTIFACT_TYPE,
+    SOCI_V2_ARTIFACT_TYPE, delete_index, list_indexes, push_indexes,
 };
 pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient, Uploaded};
-pub use discover::{ClaimedIndex, DiscoverOptions, FoundIndexes, discover, discover_with, pull_index};
+pub use discover::{
+    Beside, ClaimedIndex, DiscoverOptions, FoundIndexes, discover, discover_beside, discover_with,
+    pull_index, resolve_and_look,
+};
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
 pub use manifest::{LayerDescriptor, ResolvedImage};

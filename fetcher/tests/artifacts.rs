@@ -48,7 +48,7 @@ impl Scene {
 }
 
 fn at(time: &str) -> PushOptions {
-    PushOptions { created: Some(time.to_owned()), span_size: Some(1 << 19) }
+    PushOptions { created: Some(time.to_owned()), span_size: Some(1 << 19), profile: None }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,13 +1,15 @@
 //! What index artifacts an image has, and taking them away.
 
+use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use lazyrun_index::Digest;
 
 use super::document::{ArtifactDocument, Candidate, artifact_kind, candidates_in_list, pinned_by_manifest};
-use super::{MAX_BLOBS, OWN_ARTIFACT_TYPE, SOCI_V1_ARTIFACT_TYPE, kind_of};
+use super::{MAX_BLOBS, kind_of};
 use crate::client::RegistryClient;
 use crate::error::FetchError;
 use crate::manifest::ResolvedImage;
+use crate::reference::Reference;
 use crate::trust::{OriginKind, Trust};
 
 /// Artifacts that are looked at to list them.
@@ -60,7 +62,7 @@ pub async fn list_indexes(
 ) -> Result<(Vec<IndexArtifact>, Vec<String>), FetchError> {
     let mut candidates: Vec<Candidate> = pinned_by_manifest(image).into_iter().collect();
     candidates.extend(candidates_in_list(image));
-    candidates.extend(candidates_of_referrers(client, image).await?);
+    candidates.extend(candidates_of_referrers(client, &image.reference, image.manifest_digest).await?);
     candidates.sort_by(Candidate::order);
     let mut seen = std::collections::HashSet::new();
     candidates.retain(|c| seen.insert(c.digest));
@@ -77,15 +79,20 @@ pub async fn list_indexes(
     Ok((found, warnings))
 }
 
-/// The artifacts that refer to an image and are indexes of a kind that counts there.
+/// The artifacts that refer to an image's manifest and are indexes of a kind that counts there. One request for all
+/// kinds: a start waits for it.
 pub(crate) async fn candidates_of_referrers(
     client: &RegistryClient,
-    image: &ResolvedImage,
+    reference: &Reference,
+    manifest: Digest,
 ) -> Result<Vec<Candidate>, FetchError> {
-    let types = [OWN_ARTIFACT_TYPE, SOCI_V1_ARTIFACT_TYPE];
-    let referrers = client.referrers(&image.reference, image.manifest_digest, &types).await?;
+    let referrers = client.referrers(reference, manifest, &[]).await?;
     let made = referrers.iter().filter_map(|d| {
         let kind = d.artifact_type.as_deref().and_then(kind_of)?;
+        // Of version 2 only those count that the image itself names.
+        if kind == OriginKind::SociV2 {
+            return None;
+        }
         Some(Candidate::new(kind, Trust::Repository, d))
     });
     let mut found: Vec<Candidate> = made.collect();
@@ -124,7 +131,15 @@ pub(crate) async fn load_document(
     image: &ResolvedImage,
     digest: Digest,
 ) -> Result<(u64, ArtifactDocument), FetchError> {
-    let bytes = client.artifact_manifest(&image.reference, digest).await?;
+    check_document(image, digest, client.artifact_manifest(&image.reference, digest).await?)
+}
+
+/// Checks an artifact's manifest, if the registry has it, against the image; gives its length, too.
+pub(crate) fn check_document(
+    image: &ResolvedImage,
+    digest: Digest,
+    bytes: Option<Bytes>,
+) -> Result<(u64, ArtifactDocument), FetchError> {
     let bytes = bytes.ok_or_else(|| bad(image, digest, "the registry does not have it".to_owned()))?;
     let document = ArtifactDocument::parse(&bytes, image).map_err(|reason| bad(image, digest, reason))?;
     Ok((bytes.len() as u64, document))

@@ -7,8 +7,9 @@ use serde::Deserialize;
 
 use super::descriptor::{Descriptor, RawDescriptor, parse_descriptors};
 use super::{
-    CREATED, FORMAT, LAYER_DIFF_ID, LAYER_DIGEST, MAX_BLOBS, OWN_LAYER_INDEX, OWN_LAYER_INDEX_ZSTD,
-    SOCI_INDEX_DIGEST, SOCI_LAYER_DIGEST, SOCI_MANIFEST_DIGEST, SPAN_SIZE, index_limit, kind_of,
+    CREATED, FORMAT, LAYER_DIFF_ID, LAYER_DIGEST, MAX_BLOBS, MAX_PROFILE, OWN_LAYER_INDEX,
+    OWN_LAYER_INDEX_ZSTD, OWN_PROFILE_ZSTD, SOCI_INDEX_DIGEST, SOCI_LAYER_DIGEST, SOCI_MANIFEST_DIGEST,
+    SPAN_SIZE, index_limit, kind_of,
 };
 use crate::manifest::{LayerDescriptor, OCI_MANIFEST, ResolvedImage, printable};
 use crate::trust::{OriginKind, Trust};
@@ -115,6 +116,8 @@ pub(crate) struct ArtifactDocument {
     pub(crate) kind: OriginKind,
     /// Blobs and the layers of the image they are of.
     pub(crate) blobs: Vec<(Descriptor, LayerDescriptor)>,
+    /// Blob with the profile of a start.
+    pub(crate) profile: Option<Descriptor>,
     pub(crate) annotations: BTreeMap<String, String>,
 }
 
@@ -129,14 +132,19 @@ impl ArtifactDocument {
         if layers.len() > MAX_BLOBS {
             return Err(format!("its {} blobs are more than the {MAX_BLOBS} allowed", layers.len()));
         }
-        let mut blobs = Vec::new();
+        let (mut blobs, mut profile) = (Vec::new(), None);
         for layer in layers {
             let blob = layer.check().ok_or("one of its blobs has a digest that is not of sha256")?;
+            if kind == OriginKind::Own && blob.media_type == OWN_PROFILE_ZSTD {
+                // One that is too long saves nothing; the indexes are good all the same.
+                profile = profile.or(Some(blob).filter(|blob| blob.size <= MAX_PROFILE));
+                continue;
+            }
             if let Some(of) = match_layer(kind, &blob, image)? {
                 blobs.push((blob, of));
             }
         }
-        Ok(ArtifactDocument { kind, blobs, annotations: raw.annotations })
+        Ok(ArtifactDocument { kind, blobs, profile, annotations: raw.annotations })
     }
 
     /// Format version of the indexes, by annotation.

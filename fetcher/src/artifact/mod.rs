@@ -10,11 +10,11 @@ mod own;
 mod push;
 
 pub use admin::{IndexArtifact, IndexedLayer, delete_index, list_indexes};
-pub(crate) use admin::{bad, candidates_of_referrers, load_document};
+pub(crate) use admin::{bad, candidates_of_referrers, check_document, load_document};
 pub use descriptor::Descriptor;
 pub(crate) use descriptor::{parse_descriptors, parse_layers};
 pub(crate) use document::{ArtifactDocument, Candidate, candidates_in_list, pinned_by_manifest};
-pub(crate) use own::decode_blob;
+pub(crate) use own::{decode_blob, decode_profile};
 pub use push::{IndexSource, PushOptions, PushReport, push_indexes};
 
 use crate::trust::OriginKind;
@@ -25,6 +25,8 @@ pub const OWN_ARTIFACT_TYPE: &str = "application/vnd.lazyrun.index.v1+json";
 pub const OWN_LAYER_INDEX: &str = "application/vnd.lazyrun.layer-index.v2";
 /// The same, compressed with zstd.
 pub const OWN_LAYER_INDEX_ZSTD: &str = "application/vnd.lazyrun.layer-index.v2+zstd";
+/// Media type of a profile in it: which runs of its layers a start touches.
+pub const OWN_PROFILE_ZSTD: &str = "application/vnd.lazyrun.profile.v3+zstd";
 /// Artifact type of SOCI indexes that refer to their image.
 pub const SOCI_V1_ARTIFACT_TYPE: &str = "application/vnd.amazon.soci.index.v1+json";
 /// Artifact type of SOCI indexes that their image's manifest or index names.
@@ -51,6 +53,8 @@ pub(crate) const SOCI_LAYER_DIGEST: &str = "com.amazon.soci.image-layer-digest";
 const MAX_INDEX: u64 = 256 << 20;
 /// An index may be this long, in bytes, however small its layer's blob is.
 const SMALL_INDEX: u64 = 4 << 20;
+/// Longest profile, in bytes, before and after decompression.
+pub(crate) const MAX_PROFILE: u64 = 8 << 20;
 /// Most blobs an artifact may have.
 pub(crate) const MAX_BLOBS: usize = 512;
 

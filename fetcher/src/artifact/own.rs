@@ -9,8 +9,8 @@ use serde_json::{Map, Value, json};
 use super::descriptor::Descriptor;
 use super::document::subject_of;
 use super::{
-    CREATED, FORMAT, LAYER_DIFF_ID, LAYER_DIGEST, OWN_ARTIFACT_TYPE, OWN_LAYER_INDEX, OWN_LAYER_INDEX_ZSTD,
-    SPAN_SIZE, index_limit,
+    CREATED, FORMAT, LAYER_DIFF_ID, LAYER_DIGEST, MAX_PROFILE, OWN_ARTIFACT_TYPE, OWN_LAYER_INDEX,
+    OWN_LAYER_INDEX_ZSTD, OWN_PROFILE_ZSTD, SPAN_SIZE, index_limit,
 };
 use crate::manifest::{LayerDescriptor, OCI_MANIFEST, ResolvedImage};
 
@@ -19,6 +19,8 @@ pub(super) const EMPTY_CONFIG: &[u8] = b"{}";
 const EMPTY_CONFIG_TYPE: &str = "application/vnd.oci.empty.v1+json";
 /// Above this the indexes of real layers hardly shrink further, but it takes ten times as long.
 const LEVEL: i32 = 3;
+/// Profiles are short.
+const PROFILE_LEVEL: i32 = 12;
 /// Largest window that is decoded, as a power of two: what the level above uses is far below.
 const WINDOW_LOG: u32 = 27;
 
@@ -61,6 +63,27 @@ pub(crate) fn decode_blob(blob: Bytes, media_type: &str, layer: &LayerDescriptor
     check_index(index, layer)
 }
 
+/// Makes the blob of a profile.
+///
+/// # Errors
+/// When it is too long, as the end of a sentence.
+pub(super) fn make_profile(profile: &[u8]) -> Result<(Descriptor, Bytes), String> {
+    if profile.len() as u64 > MAX_PROFILE {
+        return Err(format!("it is longer than {MAX_PROFILE} bytes"));
+    }
+    let packed =
+        zstd::bulk::compress(profile, PROFILE_LEVEL).map_err(|e| format!("it cannot be compressed: {e}"))?;
+    Ok((Descriptor::new(OWN_PROFILE_ZSTD, Digest::of(&packed), packed.len() as u64), packed.into()))
+}
+
+/// Gets the profile out of a blob. What it says is not looked at here.
+///
+/// # Errors
+/// What is wrong with it, as the end of a sentence.
+pub(crate) fn decode_profile(blob: &[u8]) -> Result<Vec<u8>, String> {
+    unpack(blob, MAX_PROFILE)
+}
+
 fn unpack(blob: &[u8], limit: u64) -> Result<Vec<u8>, String> {
     let fail = |e: std::io::Error| format!("it cannot be decompressed: {e}");
     let mut decoder = zstd::stream::read::Decoder::with_buffer(blob).map_err(fail)?;
@@ -69,7 +92,7 @@ fn unpack(blob: &[u8], limit: u64) -> Result<Vec<u8>, String> {
     // Room is made as bytes come: what the frame's header says of its length is not believed.
     decoder.take(limit + 1).read_to_end(&mut index).map_err(fail)?;
     if index.len() as u64 > limit {
-        return Err(format!("it is larger than the {limit} bytes allowed for a layer of this size"));
+        return Err(format!("it is larger than the {limit} bytes allowed for it"));
     }
     Ok(index)
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use lazyrun_index::Digest;
 
-use super::own::{About, EMPTY_CONFIG, OwnBlob, make_blob, make_manifest};
+use super::own::{About, EMPTY_CONFIG, OwnBlob, make_blob, make_manifest, make_profile};
 use super::{Descriptor, index_limit};
 use crate::client::{RegistryClient, Uploaded};
 use crate::error::FetchError;
@@ -43,6 +43,8 @@ pub struct PushOptions {
     pub span_size: Option<u64>,
     /// Time (RFC 3339) to note in the artifact; it makes each artifact another one.
     pub created: Option<String>,
+    /// The profile of a start, for those who find the indexes; at most 8 MiB.
+    pub profile: Option<Bytes>,
 }
 
 /// What was pushed.
@@ -89,17 +91,13 @@ pub async fn push_indexes(
     }
     let config = Bytes::from_static(EMPTY_CONFIG);
     client.upload_blob(&image.reference, Digest::of(&config), config).await?;
-    let layers: Vec<Digest> = chosen.iter().map(|(layer, _)| layer.digest).collect();
+    let given: Vec<Digest> = chosen.iter().map(|(layer, _)| layer.digest).collect();
     let uploads: Vec<_> =
         chosen.into_iter().map(|(layer, source)| upload(client, image, layer, source)).collect();
     let uploaded: Vec<Option<(Descriptor, u32, u64)>> =
         stream::iter(uploads).buffered(PARALLEL).try_collect().await?;
-    let left_out = layers
-        .into_iter()
-        .zip(&uploaded)
-        .filter(|(_, blob)| blob.is_none())
-        .map(|(layer, _)| layer)
-        .collect();
+    let left_out =
+        given.into_iter().zip(&uploaded).filter(|(_, blob)| blob.is_none()).map(|(layer, _)| layer).collect();
     let blobs: Vec<(Descriptor, u32, u64)> = uploaded.into_iter().flatten().collect();
     let about = About {
         // Who reads it must know all of its indexes' formats, and prefers the artifact with the best worst.
@@ -107,12 +105,24 @@ pub async fn push_indexes(
         span_size: options.span_size,
         created: options.created.as_deref(),
     };
-    let sent = blobs.iter().map(|(_, _, sent)| sent).sum();
-    let descriptors: Vec<Descriptor> = blobs.into_iter().map(|(descriptor, _, _)| descriptor).collect();
+    let mut sent = blobs.iter().map(|(_, _, sent)| sent).sum();
+    let mut descriptors: Vec<Descriptor> = blobs.into_iter().map(|(descriptor, _, _)| descriptor).collect();
+    let layers = descriptors.len();
+    if let Some(profile) = &options.profile {
+        let (descriptor, bytes) = make_profile(profile).map_err(|reason| FetchError::Invalid {
+            image: image.reference.familiar(),
+            what: "profile",
+            reason,
+        })?;
+        if client.upload_blob(&image.reference, descriptor.digest, bytes).await? == Uploaded::Sent {
+            sent += descriptor.size;
+        }
+        descriptors.push(descriptor);
+    }
     let (artifact, bytes) = make_manifest(image, &descriptors, &about);
     let size = artifact.size + descriptors.iter().map(|d| d.size).sum::<u64>();
     client.put_artifact(&image.reference, image.manifest_digest, &artifact, bytes).await?;
-    Ok(PushReport { artifact: artifact.digest, layers: descriptors.len(), left_out, size, sent })
+    Ok(PushReport { artifact: artifact.digest, layers, left_out, size, sent })
 }
 
 /// Uploads one index; gives its descriptor, its format version and the bytes that were sent, or nothing if the

@@ -69,6 +69,15 @@ impl Default for ClientOptions {
     }
 }
 
+/// An image's manifest, verified, without its config.
+pub(crate) struct FoundImage {
+    pub(crate) manifest: Bytes,
+    /// Digest of the config.
+    config: Digest,
+    /// The list that led to it.
+    list: Option<Bytes>,
+}
+
 /// Talks to registries. Cheap to clone; clones share connections, tokens and counters.
 #[derive(Clone)]
 pub struct RegistryClient {
@@ -103,6 +112,16 @@ impl RegistryClient {
         reference: &Reference,
         platform: &Platform,
     ) -> Result<ResolvedImage, FetchError> {
+        let found = self.find_image(reference, platform).await?;
+        self.with_config(reference, found).await
+    }
+
+    /// The manifest of an image for a platform.
+    pub(crate) async fn find_image(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<FoundImage, FetchError> {
         let repository = Repository::of(reference);
         let mut bytes =
             self.manifest(reference, &repository, &reference.manifest_name(), reference.digest).await?;
@@ -110,11 +129,7 @@ impl RegistryClient {
         for _ in 0..=MAX_LIST_DEPTH {
             match manifest::parse(reference, &bytes)? {
                 Document::Image(image) => {
-                    let what = "config";
-                    let config = self.small_blob(&repository, image.config_digest, what, MAX_CONFIG).await?;
-                    let mut image = ResolvedImage::from_parts(reference.clone(), bytes, config)?;
-                    image.list = list_bytes;
-                    return Ok(image);
+                    return Ok(FoundImage { manifest: bytes, config: image.config_digest, list: list_bytes });
                 }
                 Document::List(list) => {
                     let digest = manifest::choose(reference, &list, platform)?;
@@ -129,6 +144,19 @@ impl RegistryClient {
             what: "manifest",
             reason: "lists are nested too deep".to_owned(),
         })
+    }
+
+    /// The image of a manifest.
+    pub(crate) async fn with_config(
+        &self,
+        reference: &Reference,
+        found: FoundImage,
+    ) -> Result<ResolvedImage, FetchError> {
+        let repository = Repository::of(reference);
+        let config = self.small_blob(&repository, found.config, "config", MAX_CONFIG).await?;
+        let mut image = ResolvedImage::from_parts(reference.clone(), found.manifest, config)?;
+        image.list = found.list;
+        Ok(image)
     }
 
     /// One manifest, verified against `want` or, by tag, against the digest the registry claims.

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 
 use super::{ClaimedIndex, NO_ROOM, Search};
-use crate::artifact::{ArtifactDocument, Candidate, Descriptor, bad, decode_blob};
+use crate::artifact::{ArtifactDocument, Candidate, Descriptor, bad, decode_blob, decode_profile};
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
 use crate::trust::{Origin, OriginKind};
@@ -34,10 +34,22 @@ pub(super) async fn take(search: &Search<'_>, candidate: &Candidate, document: A
         let reason = "it holds no index of the layers that lack one".to_owned();
         return search.warn(bad(search.image, candidate.digest, reason).to_string());
     }
-    let loads = wanted.iter().map(|(blob, layer)| load(search, &origin, blob, layer));
+    let loads = join_all(wanted.iter().map(|(blob, layer)| load(search, &origin, blob, layer)));
+    let profile = async {
+        match &document.profile {
+            Some(blob) if search.state().profile.is_none() => load_profile(search, blob).await,
+            _ => Ok(None),
+        }
+    };
+    let (loads, profile) = tokio::join!(loads, profile);
     let mut spoilt = false;
     let mut reasons = Vec::new();
-    for loaded in join_all(loads).await {
+    match profile {
+        Ok(None) => {}
+        Ok(profile) => search.state().profile = profile,
+        Err(reason) => reasons.push(format!("its profile: {reason}")),
+    }
+    for loaded in loads {
         match loaded {
             Loaded::Taken => {}
             Loaded::Missed(reason) => reasons.push(reason),
@@ -58,6 +70,16 @@ pub(super) async fn take(search: &Search<'_>, candidate: &Candidate, document: A
     if spoilt {
         search.disown(candidate.digest);
     }
+}
+
+/// Gets a profile; one that cannot be had costs nobody an index.
+async fn load_profile(search: &Search<'_>, blob: &Descriptor) -> Result<Option<Vec<u8>>, String> {
+    if !search.reserve(blob.size) {
+        return Err(NO_ROOM.to_owned());
+    }
+    let _turn = search.gate.acquire().await;
+    let bytes = search.client.blob(&search.image.reference, blob.digest, "profile", blob.size).await;
+    decode_profile(&bytes.map_err(|e| e.to_string())?).map(Some)
 }
 
 async fn load(search: &Search<'_>, origin: &Origin, blob: &Descriptor, layer: &LayerDescriptor) -> Loaded {

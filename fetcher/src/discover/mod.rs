@@ -4,6 +4,7 @@
 //! checked as far as that goes without the layer: digests, sizes, which image and layer it is of, and that it is
 //! a valid index. What fails is left out with a warning; an image without index still starts.
 
+mod beside;
 mod load;
 mod table_image;
 mod tables;
@@ -16,13 +17,15 @@ use lazyrun_index::Digest;
 use tokio::sync::{OnceCell, Semaphore};
 
 use crate::artifact::{
-    ArtifactDocument, Candidate, Descriptor, bad, candidates_in_list, candidates_of_referrers, load_document,
+    ArtifactDocument, Candidate, Descriptor, bad, candidates_in_list, check_document, load_document,
     pinned_by_manifest,
 };
 use crate::client::RegistryClient;
 use crate::error::FetchError;
 use crate::manifest::{LayerDescriptor, ResolvedImage};
 use crate::trust::{IndexPolicy, Origin, OriginKind, Trust, TrustMode};
+
+pub use beside::{Beside, resolve_and_look};
 
 /// Requests at a time.
 const PARALLEL: usize = 6;
@@ -63,6 +66,8 @@ pub struct ClaimedIndex {
 pub struct FoundIndexes {
     /// Indexes by the diffID of their layer; at most one for each layer that was asked for.
     pub layers: HashMap<Digest, ClaimedIndex>,
+    /// The profile that lies beside the first indexes that were taken: bytes that nobody has looked at.
+    pub profile: Option<Vec<u8>>,
     /// What was skipped and why: one sentence each, naming the artifact or layer.
     pub warnings: Vec<String>,
 }
@@ -87,11 +92,24 @@ pub async fn discover_with(
     policy: &IndexPolicy,
     options: &DiscoverOptions,
 ) -> FoundIndexes {
+    discover_beside(client, image, want, policy, options, Beside::default()).await
+}
+
+/// As [`discover_with`], with what has been seen beside the image already ([`resolve_and_look`]).
+pub async fn discover_beside(
+    client: &RegistryClient,
+    image: &ResolvedImage,
+    want: &[Digest],
+    policy: &IndexPolicy,
+    options: &DiscoverOptions,
+    beside: Beside,
+) -> FoundIndexes {
     let search = Search {
         client,
         image,
         policy,
-        refused: &options.refused,
+        options,
+        beside: Mutex::new(beside.found),
         gate: Semaphore::new(PARALLEL),
         decoders: Semaphore::new(DECODERS),
         table_image: OnceCell::new(),
@@ -107,7 +125,7 @@ pub async fn discover_with(
         search.warn(format!("the search for indexes was ended after {limit} s; {missing} layers have none"));
     }
     let state = search.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-    FoundIndexes { layers: state.found, warnings: state.warnings }
+    FoundIndexes { layers: state.found, profile: state.profile, warnings: state.warnings }
 }
 
 /// Gets one artifact's indexes of the layers `want`, by its digest: as a discovery that pins it.
@@ -134,7 +152,8 @@ struct Search<'a> {
     client: &'a RegistryClient,
     image: &'a ResolvedImage,
     policy: &'a IndexPolicy,
-    refused: &'a HashSet<Digest>,
+    options: &'a DiscoverOptions,
+    beside: Mutex<Option<beside::Listed>>,
     gate: Semaphore,
     decoders: Semaphore,
     /// Layers of the image that holds eStargz tables, once somebody needs them.
@@ -146,6 +165,7 @@ struct Search<'a> {
 struct State {
     want: Vec<LayerDescriptor>,
     found: HashMap<Digest, ClaimedIndex>,
+    profile: Option<Vec<u8>>,
     warnings: Vec<String>,
     /// Bytes that may still be taken.
     room: u64,
@@ -156,7 +176,7 @@ impl State {
         let mut seen = HashSet::new();
         let wanted = |l: &&LayerDescriptor| want.contains(&l.diff_id) && seen.insert(l.diff_id);
         let want = image.layers.iter().filter(wanted).cloned().collect();
-        State { want, found: HashMap::new(), warnings: Vec::new(), room: MAX_BYTES }
+        State { want, found: HashMap::new(), profile: None, warnings: Vec::new(), room: MAX_BYTES }
     }
 }
 
@@ -202,16 +222,20 @@ impl Search<'_> {
         if !self.policy.trust.admits(Trust::Repository) {
             return Vec::new();
         }
-        let found = {
-            let _turn = self.gate.acquire().await;
-            candidates_of_referrers(self.client, self.image).await
-        };
-        match found {
-            Ok(mut candidates) => {
-                candidates.retain(|c| !self.refused.contains(&c.digest));
-                candidates.truncate(MAX_CANDIDATES);
-                self.documents(candidates).await
+        let seen = self.beside.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let listed = match seen {
+            Some(listed) => listed,
+            None => {
+                let (reference, manifest) = (&self.image.reference, self.image.manifest_digest);
+                beside::list(self.client, reference, manifest, self.options).await
             }
+        };
+        let check = |(candidate, bytes): (Candidate, Result<_, FetchError>)| {
+            let document = bytes.and_then(|bytes| check_document(self.image, candidate.digest, bytes));
+            (candidate, document.map(|(_, document)| document))
+        };
+        match listed {
+            Ok(found) => found.into_iter().map(check).collect(),
             Err(error) => {
                 self.warn(format!("the indexes beside the image cannot be listed: {error}"));
                 Vec::new()
@@ -232,7 +256,7 @@ impl Search<'_> {
     }
 
     async fn document(&self, candidate: &Candidate) -> Result<ArtifactDocument, FetchError> {
-        if self.refused.contains(&candidate.digest) {
+        if self.options.refused.contains(&candidate.digest) {
             let reason = "it has lied about a layer before".to_owned();
             return Err(bad(self.image, candidate.digest, reason));
         }

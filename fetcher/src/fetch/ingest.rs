@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use lazyrun_index::{Digest, IndexError, LayerId, LayerSink, SpanInfo, StreamSummary, index_layer};
+use lazyrun_index::{Digest, IndexError, LayerId, LayerSink, SpanInfo, StreamSummary, index_layer_along};
 
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking};
@@ -42,10 +43,44 @@ pub(super) async fn run(
         drop(found);
         blocking("removing a layer", move || store.remove(id)).await?;
     }
+    with_retry(inner, layer, blobs, progress, &Arc::new(Plan::default())).await
+}
+
+/// Streams a layer that may be here already and puts what comes in its place.
+pub(super) async fn again(
+    inner: &Arc<Inner>,
+    layer: &LayerDescriptor,
+    blobs: &BlobSource,
+    progress: &Arc<dyn Progress>,
+    touched: Vec<Range<u64>>,
+) -> Result<Arc<Layer>, FetchError> {
+    let plan = Arc::new(Plan { touched, replace: true });
+    let layer = with_retry(inner, layer, blobs, progress, &plan).await?;
+    // What is under way is about the spans of the index that was here before.
+    inner.forget_state(layer.id());
+    Ok(layer)
+}
+
+/// How a layer is streamed.
+#[derive(Default)]
+struct Plan {
+    /// Runs of the layer file that spans follow.
+    touched: Vec<Range<u64>>,
+    /// Whether it takes the place of one that is in the store.
+    replace: bool,
+}
+
+async fn with_retry(
+    inner: &Arc<Inner>,
+    layer: &LayerDescriptor,
+    blobs: &BlobSource,
+    progress: &Arc<dyn Progress>,
+    plan: &Arc<Plan>,
+) -> Result<Arc<Layer>, FetchError> {
     let _slot = inner.scheduler.stream().await?;
     let mut tries = 1;
     loop {
-        match stream(inner, layer, blobs, progress).await {
+        match stream(inner, layer, blobs, progress, plan).await {
             Err(error) if tries < TRIES && is_damage(&error) => {
                 tracing::warn!(%error, source = blobs.name(), "layer is streamed again");
                 tries += 1;
@@ -78,6 +113,7 @@ async fn stream(
     layer: &LayerDescriptor,
     blobs: &BlobSource,
     progress: &Arc<dyn Progress>,
+    plan: &Arc<Plan>,
 ) -> Result<Arc<Layer>, FetchError> {
     let failure = Failure::default();
     let (feeder, reader) = pump(failure.clone());
@@ -87,6 +123,7 @@ async fn stream(
         host: blobs.name(),
         failure,
         progress: Arc::clone(progress),
+        plan: Arc::clone(plan),
     };
     let worker = blocking("streaming a layer", move || job.work(reader));
     let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), Pace::full(), |n| {
@@ -104,6 +141,7 @@ struct Job {
     host: String,
     failure: Failure,
     progress: Arc<dyn Progress>,
+    plan: Arc<Plan>,
 }
 
 impl Job {
@@ -113,7 +151,7 @@ impl Job {
         let staging = store.stage(LayerId::tar(self.layer.diff_id))?;
         let summary = self.index(&staging, reader)?;
         self.check(&summary)?;
-        let layer = store.publish(staging, summary.spans as usize)?;
+        let layer = store.publish(staging, summary.spans as usize, self.plan.replace)?;
         self.progress.advance(self.layer.diff_id, self.layer.size, self.layer.size);
         Ok(layer)
     }
@@ -126,7 +164,7 @@ impl Job {
         let progress = |done| self.progress.advance(self.layer.diff_id, done, self.layer.size);
         let mut sink = FileSink::new(&data, &progress);
         let options = self.inner.options.stream_of(self.layer.size);
-        let summary = index_layer(reader, &mut sink, out, &options)
+        let summary = index_layer_along(reader, &mut sink, out, &options, &self.plan.touched)
             .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
         sink.flush().map_err(failed)?;
         data.set_len(summary.layer_size).map_err(failed)?;

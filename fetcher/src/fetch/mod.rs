@@ -178,6 +178,22 @@ impl Fetcher {
         flight.wait("streaming a layer").await
     }
 
+    /// Streams a layer anew, whether it is here or not, with spans that follow the runs `touched` of its layer file
+    /// (ascending, apart), and puts it in the place of the one that is here. Handles of that one keep working.
+    ///
+    /// # Errors
+    /// As [`Fetcher::ingest`]; what was here is still here then.
+    pub async fn ingest_along(
+        &self,
+        descriptor: &LayerDescriptor,
+        blobs: BlobSource,
+        touched: Vec<Range<u64>>,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Arc<Layer>, FetchError> {
+        self.add_source(descriptor.diff_id, descriptor.clone(), blobs.clone());
+        ingest::again(&self.inner, descriptor, &blobs, &progress, touched).await
+    }
+
     /// Reads bytes of a layer file: what is local at once, otherwise the missing spans are fetched, verified and
     /// stored first. Shorter than `len` only at the end of the layer file.
     ///
@@ -258,6 +274,10 @@ impl Inner {
     fn state(&self, id: LayerId) -> Arc<LayerState> {
         let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(states.entry(id).or_default())
+    }
+
+    fn forget_state(&self, id: LayerId) {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
     /// Writes a complete layer out and marks it so durably, without anybody waiting for it.

@@ -81,7 +81,7 @@ async fn stream(
                     && index.diff_id() == layer.diff_id()
                     && index.blob_digest() == layer.index().blob_digest()
                 {
-                    let published = inner.store.publish(staging, index.span_count());
+                    let published = inner.store.publish(staging, index.span_count(), false);
                     if let Err(error) = published {
                         tracing::warn!(layer = %layer.id(), %error, "a tar layer file could not be kept");
                     }
@@ -89,7 +89,7 @@ async fn stream(
                 Err(inner.store.condemn(layer, &reason))
             }
             Err(Pass::Failed(error)) => Err(error),
-            Ok(spans) => inner.store.publish(staging, spans),
+            Ok(spans) => inner.store.publish(staging, spans, false),
         }
     })
     .await?;

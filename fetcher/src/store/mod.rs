@@ -149,7 +149,7 @@ impl LayerStore {
         let data_path = staging.data_path();
         staging.create(&data_path)?.set_len(parsed.layer_size()).map_err(|e| failed(&data_path, e))?;
         Standing::claim(staging.dir(), Digest::of(index), origin).map_err(|e| failed(staging.dir(), e))?;
-        self.publish_as(staging, parsed.span_count(), false)
+        self.publish_as(staging, parsed.span_count(), false, false)
     }
 
     /// Why a claim from this origin about this blob is not to be believed: one turned out to be a lie before.
@@ -256,15 +256,27 @@ impl LayerStore {
         Staging::new(&self.inner.layers, id)
     }
 
-    /// Publishes a finished layer, of which all spans are present.
-    pub(crate) fn publish(&self, staging: Staging, span_count: usize) -> Result<Arc<Layer>, FetchError> {
-        self.publish_as(staging, span_count, true)
+    /// Publishes a finished layer, of which all spans are present. One that is here already stays and is returned
+    /// unless it is to be replaced.
+    pub(crate) fn publish(
+        &self,
+        staging: Staging,
+        span_count: usize,
+        replace: bool,
+    ) -> Result<Arc<Layer>, FetchError> {
+        self.publish_as(staging, span_count, true, replace)
     }
 
-    fn publish_as(&self, staging: Staging, spans: usize, whole: bool) -> Result<Arc<Layer>, FetchError> {
+    fn publish_as(
+        &self,
+        staging: Staging,
+        spans: usize,
+        whole: bool,
+        replace: bool,
+    ) -> Result<Arc<Layer>, FetchError> {
         let id = staging.id();
         let mut open = self.open_layers();
-        if self.open_in(&mut open, id)?.is_some_and(|old| old.lie().is_some()) {
+        if self.open_in(&mut open, id)?.is_some_and(|old| replace || old.lie().is_some()) {
             open.remove(&id);
             staging::discard(&self.inner.layers, &self.path_of(id))?;
         }

@@ -43,7 +43,7 @@ fn publish(store: &LayerStore, tar: &[u8]) -> Arc<Layer> {
     let options = StreamOptions { span_size: 64 << 10, ..StreamOptions::default() };
     let summary = index_layer(tar, &mut Copy(&data), out, &options).unwrap();
     assert!(summary.spans > 3);
-    store.publish(staging, summary.spans as usize).unwrap()
+    store.publish(staging, summary.spans as usize, false).unwrap()
 }
 
 fn read(layer: &Layer, offset: u64, len: usize) -> Option<Vec<u8>> {
