@@ -30,7 +30,7 @@ pub use artifact::{
 pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient, Uploaded};
 pub use discover::{
     Beside, ClaimedIndex, DiscoverOptions, FoundIndexes, discover, discover_beside, discover_with,
-    pull_index, resolve_and_look,
+    find_profile, pull_index, resolve_and_look,
 };
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};

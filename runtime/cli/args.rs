@@ -124,6 +124,12 @@ pub enum Command {
         #[command(subcommand)]
         command: IndexCommand,
     },
+    /// Profiles: what starts of an image touch, in order
+    Profile {
+        /// What to do.
+        #[command(subcommand)]
+        command: ProfileCommand,
+    },
     /// The local copies of layers
     Cache {
         /// What to do.
@@ -183,16 +189,65 @@ pub enum Command {
     Keeper,
 }
 
+/// `lazyrun profile`
+#[derive(Debug, Subcommand)]
+pub enum ProfileCommand {
+    /// Show which files starts touch, in order of first touch
+    Show {
+        /// `json`, or a template such as '{{.Path}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Reference of the image
+        image: String,
+    },
+    /// Start the image once, without a network, and keep what it touches in place of what is known
+    Build {
+        /// Network of the container
+        #[arg(long, default_value = "none")]
+        network: String,
+        /// Reference of the image
+        image: String,
+        /// Command instead of the image's own
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Push the profile beside the image, with the indexes of its layers
+    Push {
+        /// `json`, or a template such as '{{.Digest}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Reference of the image
+        image: String,
+    },
+    /// Take the profile over from the registry
+    Pull {
+        /// Reference of the image
+        image: String,
+    },
+    /// Forget the profile that is here
+    Rm {
+        /// Reference of the image
+        image: String,
+    },
+}
+
 /// `lazyrun index`
 #[derive(Debug, Subcommand)]
 pub enum IndexCommand {
     /// Make the indexes of all layers, streaming each layer once
     Build {
+        /// Stream the layers that starts touch anew, with spans that follow what is touched, so that a start fetches little
+        /// else
+        #[arg(long)]
+        profile: bool,
         /// Reference of the image
         image: String,
     },
-    /// Push the indexes beside the image, building those that are missing
+    /// Push the indexes beside the image, building those that are missing, and the profile if there is one
     Push {
+        /// Leave the profile out
+        #[arg(long)]
+        no_profile: bool,
         /// Time to note in the artifact (RFC 3339); without it equal indexes make equal artifacts
         #[arg(long, value_name = "TIME")]
         created: Option<String>,

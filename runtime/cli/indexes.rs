@@ -13,11 +13,14 @@ use lazyrun_index::Digest;
 
 pub(super) fn index(context: &Context, command: IndexCommand) -> Result<(), Failure> {
     match command {
-        IndexCommand::Build { image } => manifest_digest(context, &image, IndexAction::Build),
+        IndexCommand::Build { profile, image } => {
+            manifest_digest(context, &image, IndexAction::Build { along_profile: profile })
+        }
         IndexCommand::Pull { image } => manifest_digest(context, &image, IndexAction::Pull),
         IndexCommand::Verify { image } => manifest_digest(context, &image, IndexAction::Verify),
-        IndexCommand::Push { created, format, image } => {
-            let pushed: Pushed = call(context, &image, IndexAction::Push { created })?;
+        IndexCommand::Push { no_profile, created, format, image } => {
+            let action = IndexAction::Push { without_profile: no_profile, created };
+            let pushed: Pushed = call(context, &image, action)?;
             match format {
                 Some(format) => output::value(&pushed, Some(&format)),
                 None => output::print(&format!("{}\n", pushed.digest)),
@@ -71,7 +74,11 @@ fn chosen(image: &IndexedImage, layer: Option<&str>) -> Result<Range<usize>, Fai
     }
 }
 
-fn call<T: DeserializeOwned>(context: &Context, image: &str, action: IndexAction) -> Result<T, Failure> {
+pub(super) fn call<T: DeserializeOwned>(
+    context: &Context,
+    image: &str,
+    action: IndexAction,
+) -> Result<T, Failure> {
     let request = Request::Index { image: context.image(image, PullPolicy::Missing), action };
     context.daemon()?.call(&request, &mut progress::Shown::new(context.progress))
 }

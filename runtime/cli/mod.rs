@@ -7,6 +7,7 @@ mod index_lists;
 mod indexes;
 mod mounts;
 mod output;
+mod profiles;
 mod progress;
 mod run;
 mod system;
@@ -85,6 +86,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Pull { quiet, image } => images::pull(context, quiet, &image)?,
         Command::Rmi { force, images } => return images::remove(context, force, &images),
         Command::Index { command } => indexes::index(context, command)?,
+        Command::Profile { command } => return profiles::profile(context, command),
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
         Command::Mount(args) => mounts::mount(context, &args)?,
         Command::Union { args } => return Ok(union::main(&args, false)),

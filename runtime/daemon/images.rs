@@ -8,8 +8,9 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, IndexPolicy, Layer, LayerDescriptor,
-    Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust, discover_with,
+    Beside, BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, IndexPolicy, Layer,
+    LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust, TrustMode,
+    discover_beside, resolve_and_look,
 };
 use lazyrun_index::{Digest, LayerId};
 use tokio::sync::mpsc;
@@ -73,14 +74,26 @@ impl Images {
     /// # Errors
     /// A bad reference, a registry's refusal, or an image that isn't here with `--pull never`.
     pub async fn resolve(&self, request: &ImageRequest) -> Result<ResolvedImage> {
+        Ok(self.find_image(request, false).await?.0)
+    }
+
+    /// As [`Images::resolve`]; where the registry is asked, it is also asked what lies beside the image.
+    async fn resolve_and_look(&self, request: &ImageRequest) -> Result<(ResolvedImage, Beside)> {
+        self.find_image(request, true).await
+    }
+
+    async fn find_image(&self, request: &ImageRequest, look: bool) -> Result<(ResolvedImage, Beside)> {
         let reference: Reference = request.reference.parse()?;
         let client = self.client(&request.registry)?;
-        let known = match request.pull {
-            PullPolicy::Always => None,
-            PullPolicy::Missing | PullPolicy::Never => self.recorded(&reference)?,
+        let known = match (request.pull, self.recorded(&reference)?) {
+            // One small request where nothing has changed.
+            (PullPolicy::Always, Some(known)) if !is_current(&client, &known).await => None,
+            (_, known) => known,
         };
-        let image = match (known, request.pull) {
-            (Some(image), _) => image,
+        let trust = request.index.trust.unwrap_or_else(|| TrustMode::default_for(&reference));
+        let look = look && request.index.digest.is_none() && trust.admits(Trust::Repository);
+        let (image, beside) = match (known, request.pull) {
+            (Some(image), _) => (image, Beside::default()),
             (None, PullPolicy::Never) => {
                 let name = reference.familiar();
                 return Err(Failure::daemon(format!(
@@ -88,10 +101,13 @@ impl Images {
                 ))
                 .into());
             }
-            (None, _) => client.resolve(&reference, &Platform::host()).await?,
+            (None, _) if look => {
+                resolve_and_look(&client, &reference, &Platform::host(), &self.discovery()).await?
+            }
+            (None, _) => (client.resolve(&reference, &Platform::host()).await?, Beside::default()),
         };
         self.add_sources(&client, &image);
-        Ok(image)
+        Ok((image, beside))
     }
 
     fn add_sources(&self, client: &RegistryClient, image: &ResolvedImage) {
@@ -195,6 +211,19 @@ impl Images {
         policy
     }
 
+    /// An image and its layers, ready to be started from: [`Images::resolve`] and [`Images::layers`] with as few round
+    /// trips as it takes.
+    ///
+    /// # Errors
+    /// As those.
+    pub async fn ready(&self, request: &ImageRequest, progress: &Arc<dyn Progress>) -> Result<Ready> {
+        let (image, beside) = self.resolve_and_look(request).await?;
+        let policy = Self::policy(request, &image);
+        let profile = self.adopt_found(&image, &request.registry, &policy, beside, progress).await?;
+        let layers = self.indexed_layers(&image, &request.registry, &policy, progress).await?;
+        Ok(Ready { image, layers, profile })
+    }
+
     /// The layers of an image, each with an index: one that is here, one that is found in the registry and that the
     /// policy admits, or one that is made by streaming the layer; layers are streamed all at once.
     ///
@@ -207,7 +236,18 @@ impl Images {
         policy: &IndexPolicy,
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Arc<Layer>>> {
-        self.adopt_found(image, registry, policy, progress).await?;
+        self.adopt_found(image, registry, policy, Beside::default(), progress).await?;
+        self.indexed_layers(image, registry, policy, progress).await
+    }
+
+    /// The layers of an image; those that have no index yet are streamed.
+    async fn indexed_layers(
+        &self,
+        image: &ResolvedImage,
+        registry: &RegistryOptions,
+        policy: &IndexPolicy,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Vec<Arc<Layer>>> {
         let source = self.client(registry)?.blobs(&image.reference);
         let one = |descriptor: LayerDescriptor| self.layer(descriptor, source.clone(), policy, progress);
         let layers = try_join_all(image.layers.iter().cloned().map(one)).await?;
@@ -245,7 +285,7 @@ impl Images {
     }
 
     /// Looks for indexes of the layers that have none here and takes over what the policy admits. Whatever goes wrong
-    /// with that is a note: the layers can be streamed.
+    /// with that is a note: the layers can be streamed. Returns the profile that lies with the indexes.
     ///
     /// # Errors
     /// The store's.
@@ -254,8 +294,9 @@ impl Images {
         image: &ResolvedImage,
         registry: &RegistryOptions,
         policy: &IndexPolicy,
+        beside: Beside,
         progress: &Arc<dyn Progress>,
-    ) -> Result<()> {
+    ) -> Result<Option<Vec<u8>>> {
         let client = self.client(registry)?;
         let store = self.fetcher.store();
         let mut want = Vec::new();
@@ -271,10 +312,9 @@ impl Images {
             want.push(diff_id);
         }
         if want.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
-        let options = DiscoverOptions { refused: store.refused_artifacts(), ..DiscoverOptions::default() };
-        let found = discover_with(&client, image, &want, policy, &options).await;
+        let found = discover_beside(&client, image, &want, policy, &self.discovery(), beside).await;
         for warning in &found.warnings {
             tracing::warn!(image = %image.reference, warning, "an index is not used");
             progress.note(warning);
@@ -288,7 +328,12 @@ impl Images {
                 Err(error) => progress.note(&error.to_string()),
             }
         }
-        Ok(())
+        Ok(found.profile)
+    }
+
+    fn discovery(&self) -> DiscoverOptions {
+        let refused = self.fetcher.store().refused_artifacts();
+        DiscoverOptions { refused, ..DiscoverOptions::default() }
     }
 
     // Hydrates a layer, which proves its index; tells of a lie.
@@ -427,6 +472,23 @@ impl Images {
         }
         Ok(())
     }
+}
+
+/// Whether the registry's tag still leads to an image that is recorded here.
+async fn is_current(client: &RegistryClient, image: &ResolvedImage) -> bool {
+    let known = image.list.as_ref().map_or(image.manifest_digest, |list| Digest::of(list));
+    // What goes wrong here goes wrong once more, and is told, when the manifest itself is asked for.
+    matches!(client.tag_digest(&image.reference).await, Ok(Some(now)) if now == known)
+}
+
+/// An image that can be started from.
+pub struct Ready {
+    /// The image.
+    pub image: ResolvedImage,
+    /// Its layers, bottom first, each with an index.
+    pub layers: Vec<Arc<Layer>>,
+    /// A profile that was found with the indexes: bytes that nobody has looked at.
+    pub profile: Option<Vec<u8>>,
 }
 
 /// Progress that nobody watches.

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    IndexPolicy, IndexSource, Layer, OriginKind, Progress, PushOptions, ResolvedImage, TrustMode,
+    Beside, IndexPolicy, IndexSource, Layer, OriginKind, Progress, PushOptions, ResolvedImage, TrustMode,
     delete_index, list_indexes, push_indexes,
 };
-use lazyrun_index::{Digest, Layout, StreamOptions};
+use lazyrun_index::{Digest, LayerId, Layout, StreamOptions};
 use serde_json::Value;
 
 use super::Daemon;
+use super::foresee::no_profile;
 use super::images::Images;
 use crate::failure::Failure;
 use crate::ipc::index_lists::{EntryRow, Page, SpanRow};
@@ -46,8 +47,11 @@ impl Daemon {
         }
         let image = self.images.resolve(&request).await?;
         Ok(match action {
-            IndexAction::Build => {
+            IndexAction::Build { along_profile } => {
                 self.proven_layers(&image, &request, &progress).await?;
+                if along_profile {
+                    self.rebuild_along_profile(&image, &request, &progress).await?;
+                }
                 serde_json::to_value(self.indexed(&image)?)?
             }
             IndexAction::Pull => {
@@ -58,8 +62,18 @@ impl Daemon {
                 self.verify_indexes(&image, &request, &progress).await?;
                 serde_json::to_value(self.indexed(&image)?)?
             }
-            IndexAction::Push { created } => {
-                serde_json::to_value(self.push_indexes(&image, &request, created, &progress).await?)?
+            IndexAction::Push { without_profile, created } => {
+                let layers = self.proven_layers(&image, &request, &progress).await?;
+                let profile = self.profile_of(&image).filter(|_| !without_profile);
+                let profile = profile.map(|(_, profile)| profile.to_json()).transpose()?;
+                let options = PushOptions {
+                    span_size: Some(StreamOptions::default().span_size),
+                    created,
+                    profile: profile.map(Into::into),
+                };
+                serde_json::to_value(
+                    self.push_indexes(&image, &request, &layers, &options, &progress).await?,
+                )?
             }
             IndexAction::List => serde_json::to_value(self.list_indexes(&image, &request, &progress).await?)?,
             IndexAction::Remove => serde_json::to_value(self.remove_indexes(&image, &request).await?)?,
@@ -79,6 +93,35 @@ impl Daemon {
         self.images.layers(image, &request.registry, &policy, progress).await
     }
 
+    /// Streams the layers that the image's profile touches anew, with spans that follow it.
+    async fn rebuild_along_profile(
+        &self,
+        image: &ResolvedImage,
+        request: &ImageRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<()> {
+        let (_, profile) = self.profile_of(image).ok_or_else(|| no_profile(&image.reference))?;
+        let source = self.images.client(&request.registry)?.blobs(&image.reference);
+        let jobs = image.layers.iter().enumerate().map(|(number, descriptor)| {
+            let (runs, source) = (profile.runs(number), source.clone());
+            async move {
+                if runs.is_empty() {
+                    return anyhow::Ok(());
+                }
+                let id = LayerId::tar(descriptor.diff_id);
+                self.images.stop_hydrating(&[id]);
+                let fetcher = self.images.fetcher();
+                let layer = fetcher.ingest_along(descriptor, source, runs, Arc::clone(progress)).await?;
+                // The same bytes in another file: whoever comes next takes that, and the old one can go.
+                self.views.release(|view| view.layers.iter().any(|l| l.id() == id));
+                self.service.forget(layer.file_name());
+                Ok(())
+            }
+        });
+        try_join_all(jobs).await?;
+        Ok(())
+    }
+
     async fn pull_indexes(
         &self,
         image: &ResolvedImage,
@@ -86,7 +129,7 @@ impl Daemon {
         progress: &Arc<dyn Progress>,
     ) -> Result<()> {
         let policy = Images::policy(request, image);
-        self.images.adopt_found(image, &request.registry, &policy, progress).await?;
+        self.images.adopt_found(image, &request.registry, &policy, Beside::default(), progress).await?;
         let store = self.images.fetcher().store();
         let mut missing = 0;
         for layer in &image.layers {
@@ -140,13 +183,13 @@ impl Daemon {
         &self,
         image: &ResolvedImage,
         request: &ImageRequest,
-        created: Option<String>,
+        layers: &[Arc<Layer>],
+        options: &PushOptions,
         progress: &Arc<dyn Progress>,
     ) -> Result<Pushed> {
-        let layers = self.proven_layers(image, request, progress).await?;
         let client = self.images.client(&request.registry)?;
         let mut indexes = Vec::new();
-        for (descriptor, layer) in image.layers.iter().zip(&layers) {
+        for (descriptor, layer) in image.layers.iter().zip(layers) {
             let tar_of_this_blob =
                 layer.id().layout == Layout::Tar && layer.index().blob_digest() == descriptor.digest;
             let foreign = layer.adopted_from().filter(|origin| origin.kind != OriginKind::Own);
@@ -160,12 +203,17 @@ impl Daemon {
                     .note(&format!("layer {} has no index of this blob and is left out", descriptor.digest));
             }
         }
-        let options = PushOptions { span_size: Some(StreamOptions::default().span_size), created };
-        let report = push_indexes(&client, image, &indexes, &options).await?;
+        let report = push_indexes(&client, image, &indexes, options).await?;
         for layer in &report.left_out {
             progress.note(&format!("the index of layer {layer} is longer than the layer and is left out"));
         }
-        Ok(Pushed { digest: report.artifact, layers: report.layers, size: report.size, sent: report.sent })
+        Ok(Pushed {
+            digest: report.artifact,
+            layers: report.layers,
+            size: report.size,
+            profile: options.profile.is_some(),
+            sent: report.sent,
+        })
     }
 
     async fn list_indexes(

@@ -1,6 +1,7 @@
 //! The daemon: owns the store, the FUSE sessions, the views and the containers of one root directory.
 
 pub mod containers;
+mod foresee;
 pub mod images;
 mod indexes;
 pub mod layer_service;

@@ -6,19 +6,14 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lazyrun_fetcher::{Layer, Progress, ResolvedImage};
-use lazyrun_index::Digest;
+use lazyrun_fetcher::{Progress, ResolvedImage};
 use oci_spec::image::ImageConfiguration;
 
 use super::Daemon;
 use super::containers::{Container, Record, write_record};
-use super::images::Images;
-use super::layer_service::inode_of;
-use super::profile::prefetch;
-use super::views::{MountedView, chain_id};
+use super::views::MountedView;
 use crate::container::config::{ShimConfig, StatusLine};
 use crate::container::spec;
 use crate::failure::Failure;
@@ -26,9 +21,6 @@ use crate::ipc::fds;
 use crate::ipc::protocol::{NetworkMode, RunRequest, Started};
 use crate::network::{self, Attachment};
 use crate::{names, proc};
-
-/// After this time a container counts as started, and what it reads is no longer recorded.
-const START: Duration = Duration::from_secs(30);
 
 const ROOTFS_FD: RawFd = 3;
 const NETNS_FD: RawFd = 4;
@@ -74,12 +66,10 @@ impl Daemon {
         let plan = self.plan_for(request.plan)?;
         // The network is made while the image comes.
         let image = async {
-            let image = self.images.resolve(&request.image).await?;
-            let policy = Images::policy(&request.image, &image);
-            let layers = self.images.layers(&image, &request.image.registry, &policy, progress).await?;
-            let foreseen = self.foresee(&layers);
-            let view = self.views.get(layers, plan, foreseen.is_none()).await?;
-            anyhow::Ok((image, view))
+            let ready = self.images.ready(&request.image, progress).await?;
+            let recorded = self.foresee(&ready);
+            let view = self.views.get(ready.layers, plan, recorded).await?;
+            anyhow::Ok((ready.image, view))
         };
         let ((image, view), mut network) = tokio::try_join!(image, self.prepare_network(&id, &request))?;
         let dir = self.paths.containers().join(&id);
@@ -90,42 +80,6 @@ impl Daemon {
         let started = self.adopt_shim(&dir, record, shim, &mut network, Arc::clone(&view)).await?;
         half_made.0 = None;
         Ok(started)
-    }
-
-    // Has what an earlier start touched fetched first and the rest after it. Without an earlier start: records
-    // this one.
-    fn foresee(self: &Arc<Self>, layers: &[Arc<Layer>]) -> Option<()> {
-        let diff_ids: Vec<_> = layers.iter().map(|l| l.diff_id()).collect();
-        let chain = chain_id(&diff_ids)?;
-        let (this, layers) = (Arc::clone(self), layers.to_vec());
-        let recorded = self.profiles.load(chain).filter(|profile| profile.fits(&layers));
-        if let Some(profile) = recorded {
-            if layers.iter().any(|l| !l.is_hydrated()) {
-                tokio::spawn(async move {
-                    prefetch(this.images.fetcher(), &layers, &profile).await;
-                    this.images.hydrate_later(&layers);
-                });
-            }
-            return Some(());
-        }
-        self.images.hydrate_later(&layers);
-        let files = layers.iter().map(|l| (inode_of(l.file_name()), l.id())).collect();
-        if self.service.recorder.start(chain, files) {
-            tokio::spawn(async move {
-                tokio::time::sleep(START).await;
-                this.save_profile(chain);
-            });
-        }
-        None
-    }
-
-    /// Ends the recording of a start and keeps what it saw.
-    pub(super) fn save_profile(&self, chain: Digest) {
-        if let Some(profile) = self.service.recorder.finish(chain)
-            && let Err(error) = self.profiles.save(chain, &profile)
-        {
-            tracing::warn!(%chain, %error, "what a start touched can't be kept");
-        }
     }
 
     async fn prepare_network<'a>(self: &'a Arc<Self>, id: &str, request: &RunRequest) -> Result<Network<'a>> {

@@ -13,7 +13,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Daemon;
-use super::images::Images;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, Request};
 use crate::ipc::{fds, frame};
@@ -97,15 +96,16 @@ impl Daemon {
             Request::Index { image, action } => {
                 self.with_progress(stream, |p| self.index(image, action, p)).await?
             }
+            Request::Profile { image, action } => {
+                self.with_progress(stream, |p| self.profile(image, action, p)).await?
+            }
             Request::Mount { image, target, plan, writable } => {
                 let (id, fd, plan) = self
                     .with_progress(stream, |p| async move {
                         let plan = self.plan_for(plan)?;
-                        let resolved = self.images.resolve(&image).await?;
-                        let policy = Images::policy(&image, &resolved);
-                        let layers = self.images.layers(&resolved, &image.registry, &policy, &p).await?;
-                        self.images.hydrate_later(&layers);
-                        let view = self.views.get(layers, plan, false).await?;
+                        let ready = self.images.ready(&image, &p).await?;
+                        self.images.hydrate_later(&ready.layers);
+                        let view = self.views.get(ready.layers, plan, false).await?;
                         let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
                         Ok((id, fd, plan))
                     })
@@ -227,11 +227,9 @@ impl Daemon {
     }
 
     async fn pull(self: &Arc<Self>, request: ImageRequest, progress: Arc<dyn Progress>) -> Result<Value> {
-        let image = self.images.resolve(&request).await?;
-        let policy = Images::policy(&request, &image);
-        let layers = self.images.layers(&image, &request.registry, &policy, &progress).await?;
-        self.images.hydrate(&layers, &progress).await?;
-        let records = self.images.find(&image.reference.to_string())?;
+        let ready = self.images.ready(&request, &progress).await?;
+        self.images.hydrate(&ready.layers, &progress).await?;
+        let records = self.images.find(&ready.image.reference.to_string())?;
         let record = records.first().context("the image was removed meanwhile")?;
         Ok(serde_json::to_value(self.images.summary(record)?)?)
     }

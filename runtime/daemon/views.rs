@@ -17,7 +17,7 @@ use lazyrun_fs::view::View;
 use lazyrun_index::{Digest, LayerId, Layout};
 
 use super::layer_service::{LayerService, inode_of};
-use super::profile::delete_others;
+use super::profile::{Devices, ShortReadahead, delete_others};
 use crate::keeper::store::Kept;
 
 /// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
@@ -33,6 +33,8 @@ pub struct MountedView {
     pub direct: bool,
     /// The layers, bottom first.
     pub layers: Vec<Arc<Layer>>,
+    // While a start from this view is recorded.
+    readahead: Mutex<Option<ShortReadahead>>,
     // The server of plan `overlay`, which has a FUSE connection for each view.
     _server: Option<ServerHandle>,
 }
@@ -159,7 +161,15 @@ impl Views {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
             None => None,
         };
-        let view = MountedView { id: id.clone(), plan, tree, direct, layers, _server: server };
+        let view = MountedView {
+            id: id.clone(),
+            plan,
+            tree,
+            direct,
+            layers,
+            readahead: Mutex::default(),
+            _server: server,
+        };
         self.lock().insert((id, plan), Arc::new(view));
         Ok(())
     }
@@ -208,6 +218,13 @@ impl Views {
             return None;
         }
         Some(Arc::clone(view))
+    }
+
+    /// A start from the views of this chain is no longer recorded.
+    pub fn recorded(&self, chain: Digest) {
+        for view in self.lock().values().filter(|view| view.id.chain == chain) {
+            view.readahead.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
     }
 
     /// Takes down views that nobody uses and for which `which` says yes; returns the layer files of those in use.
@@ -262,12 +279,17 @@ impl Views {
             devices.push(Device::Local(appendix));
         }
         let request = Request::Erofs { image, devices, directio: false };
+        let before = recorded.then(Devices::now);
+        // The view reads layer files, which are read ahead as well: as far as it is allowed when they are opened.
+        let while_opened = before.as_ref().and_then(|_| ShortReadahead::of_fuse(&*self.flat));
         let tree = self
             .mounter
             .mount(&request, &[self.flat.as_fd()])
             .with_context(|| format!("mounting the EROFS view of {}", id.chain))?;
         self.keep(&id, Plan::Erofs, direct, &tree, None)?;
-        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, _server: None })
+        drop(while_opened);
+        let readahead = Mutex::new(before.and_then(|before| before.shorten_new()));
+        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, readahead, _server: None })
     }
 
     fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>) -> Result<MountedView> {
@@ -281,6 +303,7 @@ impl Views {
             tree: mount.tree,
             direct: false,
             layers,
+            readahead: Mutex::default(),
             _server: Some(server),
         })
     }

@@ -8,9 +8,14 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IndexAction {
     /// Builds those of all layers here, streaming each blob that has no proven one; answers [`IndexedImage`].
-    Build,
+    Build {
+        /// Streams every layer that the image's profile touches anew, with spans that follow the profile.
+        along_profile: bool,
+    },
     /// Pushes them beside the image, building what is missing; answers [`Pushed`].
     Push {
+        /// Leaves out the image's profile.
+        without_profile: bool,
         /// Time (RFC 3339) to note in the artifact.
         created: Option<String>,
     },
@@ -132,6 +137,8 @@ pub struct Pushed {
     pub layers: usize,
     /// Bytes in all.
     pub size: u64,
+    /// Whether the image's profile is in it.
+    pub profile: bool,
     /// Bytes that the registry did not have yet.
     pub sent: u64,
 }

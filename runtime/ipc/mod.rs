@@ -6,4 +6,5 @@ pub mod fds;
 pub mod frame;
 pub mod index_lists;
 pub mod indexes;
+pub mod profiles;
 pub mod protocol;

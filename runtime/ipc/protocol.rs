@@ -8,6 +8,7 @@ use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::indexes::IndexAction;
+use super::profiles::ProfileAction;
 use crate::container::spec::RunOptions;
 use crate::network::PortMapping;
 
@@ -106,6 +107,13 @@ pub enum Request {
         image: ImageRequest,
         /// What to do.
         action: IndexAction,
+    },
+    /// Does something with the profile of an image; [`ProfileAction`] says what it answers.
+    Profile {
+        /// The image.
+        image: ImageRequest,
+        /// What to do.
+        action: ProfileAction,
     },
     /// All images, as a list of [`ImageSummary`].
     Images,

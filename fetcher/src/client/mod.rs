@@ -25,6 +25,7 @@ use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
 use crate::platform::Platform;
 use crate::reference::Reference;
 use crate::stats::ClientStats;
+use call::Action;
 use transport::{Call, Repository, Transport, host_of};
 
 pub use push::Uploaded;
@@ -114,6 +115,24 @@ impl RegistryClient {
     ) -> Result<ResolvedImage, FetchError> {
         let found = self.find_image(reference, platform).await?;
         self.with_config(reference, found).await
+    }
+
+    /// The digest that a tag (or digest) leads to now, by a request without a body; `None` when the registry does not
+    /// say.
+    ///
+    /// # Errors
+    /// When the registry cannot be asked or has no such image.
+    pub async fn tag_digest(&self, reference: &Reference) -> Result<Option<Digest>, FetchError> {
+        let repository = Repository::of(reference);
+        let resource = format!("manifests/{}", reference.manifest_name());
+        let call = Call {
+            action: Action::Probe,
+            accept: Some(manifest::ACCEPT),
+            ..Call::get(&repository, resource)
+        };
+        let response = self.transport.policy().run(|| self.transport.send(&call)).await?;
+        let header = response.headers().get("docker-content-digest");
+        Ok(header.and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok()))
     }
 
     /// The manifest of an image for a platform.

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use lazyrun_index::Digest;
 
 use super::{DiscoverOptions, MAX_CANDIDATES};
-use crate::artifact::{Candidate, candidates_of_referrers};
+use crate::artifact::{Candidate, candidates_of_referrers, check_document, decode_profile};
 use crate::client::RegistryClient;
 use crate::error::FetchError;
 use crate::manifest::ResolvedImage;
@@ -45,6 +45,26 @@ pub async fn resolve_and_look(
         within(options.limit, list(client, reference, manifest, options))
     );
     Ok((image?, Beside { found: beside }))
+}
+
+/// The profile that lies with the best index artifact beside an image that has one. Nobody has looked at its bytes.
+///
+/// # Errors
+/// When the registry cannot be asked.
+pub async fn find_profile(
+    client: &RegistryClient,
+    image: &ResolvedImage,
+) -> Result<Option<Vec<u8>>, FetchError> {
+    let options = DiscoverOptions::default();
+    for (candidate, bytes) in list(client, &image.reference, image.manifest_digest, &options).await? {
+        let Ok((_, document)) = check_document(image, candidate.digest, bytes?) else { continue };
+        let Some(blob) = document.profile else { continue };
+        let bytes = client.blob(&image.reference, blob.digest, "profile", blob.size).await?;
+        if let Ok(profile) = decode_profile(&bytes) {
+            return Ok(Some(profile));
+        }
+    }
+    Ok(None)
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {

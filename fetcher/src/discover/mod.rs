@@ -25,7 +25,7 @@ use crate::error::FetchError;
 use crate::manifest::{LayerDescriptor, ResolvedImage};
 use crate::trust::{IndexPolicy, Origin, OriginKind, Trust, TrustMode};
 
-pub use beside::{Beside, resolve_and_look};
+pub use beside::{Beside, find_profile, resolve_and_look};
 
 /// Requests at a time.
 const PARALLEL: usize = 6;

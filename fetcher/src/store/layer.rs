@@ -300,7 +300,7 @@ impl Layer {
     }
 
     /// Whether a span is neither proven nor waiting for proof.
-    pub(crate) fn lacks_span(&self, span: usize) -> bool {
+    pub fn lacks_span(&self, span: usize) -> bool {
         !has(&self.trusted, span) && !has(&self.suspect, span)
     }
 
