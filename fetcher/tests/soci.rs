@@ -169,3 +169,64 @@ async fn bad_ztocs_are_skipped_by_name() {
         assert!(found.warnings[0].contains(&digest(&soci).to_string()), "{:?}", found.warnings);
     }
 }
+
+/// The bytes of a file in the index's test data.
+fn data(file: &str) -> Bytes {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../index/tests/data").join(file);
+    Bytes::from(std::fs::read(path).unwrap())
+}
+
+/// An image that the real tool made indexes of: as it was, or as the tool converted it.
+fn real_image(manifest: &str) -> TestImage {
+    let layer = |file: &str| {
+        let blob = data(file);
+        let tar = common::filter("gzip", &["-dcq"], &blob);
+        TestLayer { tar, blob, media_type: "application/vnd.oci.image.layer.v1.tar+gzip" }
+    };
+    let layers = vec![layer("ztocs/layer.tar.gz"), layer("ztocs/bytes.tar.gz")];
+    let documents = |file: &str| data(&format!("soci-image/{file}.json"));
+    TestImage { manifest: documents(manifest), config: documents("config"), ..TestImage::new(layers) }
+}
+
+async fn put_real(registry: &Registry, document: &str) -> Value {
+    registry.put_blob("app", Bytes::from_static(b"{}")).await;
+    registry.put_blob("app", data("ztocs/gzip-40k.ztoc")).await;
+    let bytes = data(&format!("soci-image/{document}.json"));
+    registry.put_manifest("app", &Digest::of(&bytes).to_string(), bytes.clone(), MANIFEST).await;
+    let manifest: Value = serde_json::from_slice(&bytes).unwrap();
+    json!({"mediaType": MANIFEST, "digest": Digest::of(&bytes).to_string(), "size": bytes.len(),
+        "artifactType": manifest["config"]["mediaType"]})
+}
+
+fn is_of_the_first_layer(found: &FoundIndexes, image: &ResolvedImage, kind: OriginKind, trust: Trust) {
+    assert_eq!(found.warnings, [] as [String; 0]);
+    assert_eq!(found.layers.len(), 1, "the tool left the small layer out");
+    let claimed = &found.layers[&image.layers[0].diff_id];
+    assert_eq!((claimed.origin.kind, claimed.origin.trust), (kind, trust));
+    let index = LayerIndex::from_bytes(claimed.bytes.clone()).unwrap();
+    assert_eq!((index.layout(), index.span_count()), (Layout::Tar, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_of_the_real_tool_are_found() {
+    let registry = Registry::start().await;
+    let bench = Bench::new();
+    let plain = real_image("image");
+    let name = registry.push(&plain, "app", "plain").await;
+    let soci = put_real(&registry, "index-v1").await;
+    let image = bench.resolve(&name).await;
+    put_referrers(&registry, &image, std::slice::from_ref(&soci)).await;
+    let found = find(&bench, &image, &REPOSITORY).await;
+    is_of_the_first_layer(&found, &image, OriginKind::SociV1, Trust::Repository);
+
+    put_real(&registry, "index-v2").await;
+    let converted = real_image("converted");
+    let alone = registry.push(&converted, "app", "converted").await;
+    registry.put_manifest("app", "list", data("soci-image/converted-list.json"), INDEX).await;
+    for name in [alone, format!("{}/app:list", registry.address)] {
+        let image = bench.resolve(&name).await;
+        assert_eq!(image.manifest_digest, converted.digest(), "{name}");
+        let found = find(&bench, &image, &BOUND).await;
+        is_of_the_first_layer(&found, &image, OriginKind::SociV2, Trust::Bound);
+    }
+}

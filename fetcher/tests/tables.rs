@@ -12,7 +12,7 @@ use lazyrun_fetcher::{
     FoundIndexes, IndexPolicy, IndexSource, OriginKind, PushOptions, ResolvedImage, Trust, TrustMode,
     discover, push_indexes,
 };
-use lazyrun_index::{Digest, LayerIndex, Layout, estargz};
+use lazyrun_index::{Digest, LayerIndex, Layout};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -148,17 +148,10 @@ async fn tables_that_do_not_fit_their_digest_are_skipped_by_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn external_tables_are_found_by_tag() {
     let registry = Registry::start().await;
-    let (inner, annotations) = fixture("estargz.tar.gz");
-    let size = inner.blob.len() as u64;
-    let tail = estargz::tail_range(size);
-    let tail = inner.blob.slice(tail.start as usize..);
-    let range = estargz::locate(&tail, size, None).unwrap().unwrap().range().unwrap();
-    let table = inner.blob.slice(range.start as usize..range.end as usize);
-    // The same layer with its table cut off and the footer that says so.
-    let mut blob = inner.blob[..range.start as usize].to_vec();
-    blob.extend_from_slice(&[0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 0xff, 21, 0]);
-    blob.extend_from_slice(b"SG\x11\0STARGZEXTERNALTOC\x01\0\0\xff\xff\0\0\0\0\0\0\0\0");
-    let (bench, image) = push(&registry, &[(unpacked(blob), annotations)]).await;
+    let (layer, annotations) = fixture("estargz-external.tar.gz");
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../index/tests/data/tables");
+    let table = Bytes::from(std::fs::read(format!("{dir}/estargz-external-toc.tar.gz")).unwrap());
+    let (bench, image) = push(&registry, &[(layer, annotations)]).await;
 
     let found = find(&bench, &image, &BOUND).await;
     assert!(found.layers.is_empty());

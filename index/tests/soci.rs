@@ -29,7 +29,11 @@ fn convert(ztoc: &Ztoc, blob: &[u8], tar: &[u8]) -> Result<LayerIndex, IndexErro
 
 /// Checks a zTOC's index against the layer: entries, every span, and both passes over the blob.
 fn check(ztoc: &Ztoc, blob: &[u8], tar: &[u8]) -> LayerIndex {
-    let index = convert(ztoc, blob, tar).unwrap();
+    check_bytes(&ztoc.bytes(), blob, tar)
+}
+
+fn check_bytes(ztoc: &[u8], blob: &[u8], tar: &[u8]) -> LayerIndex {
+    let index = LayerIndex::from_bytes(ztoc_to_index(ztoc, &facts(blob, tar)).unwrap()).unwrap();
     assert_eq!(index.layout(), Layout::Tar);
     let own = index_blob(blob, &small_spans()).unwrap();
     compare(&index, &own.index).unwrap();
@@ -50,6 +54,45 @@ fn check(ztoc: &Ztoc, blob: &[u8], tar: &[u8]) -> LayerIndex {
         hydrate_layer(&index, blob, &mut Keep::default()).unwrap();
     }
     index
+}
+
+fn data(file: &str) -> Vec<u8> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(file);
+    std::fs::read(path).unwrap()
+}
+
+fn unpacked(blob: &[u8]) -> Vec<u8> {
+    index_blob(blob, &small_spans()).unwrap().layer
+}
+
+#[test]
+fn ztocs_of_the_real_tool() {
+    for (ztoc, layer, spans) in [
+        ("gzip-4m", "ztocs/layer.tar.gz", 1),
+        ("gzip-40k", "ztocs/layer.tar.gz", 2),
+        ("members-40k", "ztocs/members.tar.gz", 6),
+        ("empty-first-100k", "ztocs/empty-first.tar.gz", 2),
+        ("estargz-minchunk-60k", "tables/estargz-minchunk.tar.gz", 4),
+    ] {
+        let blob = data(layer);
+        let index = check_bytes(&data(&format!("ztocs/{ztoc}.ztoc")), &blob, &unpacked(&blob));
+        assert_eq!(index.span_count(), spans, "{ztoc}");
+        assert!(index.entry_count() > 35 && index.spans().all(|s| s.digest_of == DigestOf::Blob));
+    }
+    let tar = unpacked(&data("ztocs/layer.tar.gz"));
+    let index = check_bytes(&data("ztocs/plain-64k.ztoc"), &tar, &tar);
+    assert_eq!(index.span_count(), tar.len().div_ceil(65536));
+    // Names that are no UTF-8 are bytes there too.
+    let blob = data("ztocs/bytes.tar.gz");
+    let index = check_bytes(&data("ztocs/bytes.ztoc"), &blob, &unpacked(&blob));
+    assert_eq!(index.entry(1).path(), b"caf\xe9");
+}
+
+#[test]
+fn a_real_ztoc_of_a_sparse_file_is_refused() {
+    let blob = data("ztocs/sparse.tar.gz");
+    let refused = ztoc_to_index(&data("ztocs/sparse.ztoc"), &facts(&blob, &unpacked(&blob))).unwrap_err();
+    assert!(refused.to_string().contains("sparse"), "{refused}");
 }
 
 #[test]

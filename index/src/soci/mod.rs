@@ -228,6 +228,10 @@ fn spans(
                 let blob_end = next.map_or(facts.blob_size, |next| next.blob_before);
                 let blob_len = blob_end.checked_sub(point.blob);
                 let len = end - point.tar;
+                if len == 0 {
+                    // Only what comes before the tar's first byte: nothing of the tar needs it.
+                    continue;
+                }
                 let whole = NewEntrance::Deflate { bits: point.bits, window: point.window };
                 let span = NewSpan {
                     blob_offset: point.blob,

@@ -29,7 +29,8 @@ pub(super) struct Checkpoint<'a> {
     pub(super) window: &'a [u8],
 }
 
-/// The checkpoints of a gzip blob; there are exactly `count`.
+/// The checkpoints of a gzip blob; there are exactly `count`. Several may lie at the tar's first byte: the tool sets
+/// one at each block in front of which nothing was decoded, as behind an empty member.
 pub(super) fn gzip(packed: &[u8], count: usize) -> Result<Vec<Checkpoint<'_>>, String> {
     let (said, rest) = packed.split_first_chunk().ok_or("its checkpoints are cut off")?;
     let said = u32::from_le_bytes(*said) as usize;
@@ -57,7 +58,7 @@ pub(super) fn gzip(packed: &[u8], count: usize) -> Result<Vec<Checkpoint<'_>>, S
     if checkpoints.first().is_some_and(|first| first.tar != 0) {
         return Err("its first span does not start with the tar".into());
     }
-    if !checkpoints.is_sorted_by(|a, b| a.tar < b.tar && a.blob_before <= b.blob_before) {
+    if !checkpoints.is_sorted_by(|a, b| (a.tar < b.tar || b.tar == 0) && a.blob_before <= b.blob_before) {
         return Err("its spans are not in order".into());
     }
     Ok(checkpoints)
@@ -135,7 +136,8 @@ mod tests {
             ("cut", good[..good.len() - 1].to_vec(), 2),
             ("longer", [&good[..], &[0]].concat(), 2),
             ("not from the start", packed(&[(18, 1, 0), (100, 4000, 3)], 2), 2),
-            ("unsorted", packed(&[(18, 0, 0), (100, 0, 0)], 2), 2),
+            ("unsorted", packed(&[(18, 0, 0), (100, 4000, 0), (200, 3999, 0)], 3), 3),
+            ("two at one byte inside", packed(&[(18, 0, 0), (100, 4000, 0), (200, 4000, 0)], 3), 3),
             ("backwards in the blob", packed(&[(18, 0, 0), (17, 4000, 0)], 2), 2),
             ("negative", packed(&[(18, 0, 0), (-1, 4000, 0)], 2), 2),
             ("negative in the tar", packed(&[(18, 0, 0), (100, -4000, 0)], 2), 2),

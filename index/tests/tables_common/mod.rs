@@ -18,8 +18,13 @@ pub(crate) struct Fixture {
     pub(crate) file: String,
     pub(crate) diff_id: Digest,
     pub(crate) annotations: HashMap<String, String>,
+    /// The file with the table, if it lies outside of the layer.
+    #[serde(default)]
+    pub(crate) table: Option<String>,
     #[serde(skip)]
     pub(crate) blob: Vec<u8>,
+    #[serde(skip)]
+    external: Vec<u8>,
 }
 
 impl Fixture {
@@ -45,7 +50,9 @@ impl Fixture {
 
     /// The packed table.
     pub(crate) fn packed(&self) -> &[u8] {
-        bytes(&self.blob, &self.place().range().expect("a table inside"))
+        let range = self.place().range();
+        assert_eq!(range.is_none(), self.table.is_some(), "{}", self.file);
+        range.map_or(&self.external, |range| bytes(&self.blob, &range))
     }
 }
 
@@ -63,9 +70,12 @@ pub(crate) fn fixtures() -> Vec<Fixture> {
     let dir = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/tables");
     let list = std::fs::read(dir.join("tables.json")).unwrap();
     let mut fixtures: Vec<Fixture> = serde_json::from_slice(&list).unwrap();
-    assert!(fixtures.len() >= 5);
+    assert!(fixtures.len() >= 10);
     for fixture in &mut fixtures {
         fixture.blob = std::fs::read(dir.join(&fixture.file)).unwrap();
+        if let Some(table) = &fixture.table {
+            fixture.external = std::fs::read(dir.join(table)).unwrap();
+        }
     }
     fixtures
 }
