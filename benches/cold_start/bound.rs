@@ -42,8 +42,16 @@ impl fmt::Display for Start {
     }
 }
 
+/// The same start by two indexes.
+pub(crate) struct Starts {
+    /// One that knows nothing of it.
+    pub(crate) plain: Start,
+    /// One whose spans follow its profile.
+    pub(crate) along: Start,
+}
+
 /// Starts the image on a complete instance, without readahead, and sees what it touched.
-pub(crate) fn measure(exe: &Path, image: &str, args: &[String]) -> Start {
+pub(crate) fn measure(exe: &Path, image: &str, args: &[String]) -> Starts {
     let instance = Instance::fresh(exe, None, &[]).expect("an instance");
     instance.run(["index", "build", image]).expect("index the image");
     let dir = tempfile::tempdir().expect("a mount point");
@@ -56,9 +64,11 @@ pub(crate) fn measure(exe: &Path, image: &str, args: &[String]) -> Start {
     let mut run = instance.command(["run", "--rm", "--network", "none", "--union", "erofs", image]);
     timed(run.args(args)).expect("a start");
     let touched = touched_files(dir.path()).expect("see what was touched");
-    let layers = layers(&instance, image);
+    let plain = account(&touched, &layers(&instance, image));
     timed(instance.command(["umount"]).arg(dir.path())).expect("unmount the image");
-    account(&touched, &layers)
+    timed(instance.command(["profile", "build", image]).args(args)).expect("record a start");
+    instance.run(["index", "build", "--profile", image]).expect("build the index along the profile");
+    Starts { plain, along: account(&touched, &layers(&instance, image)) }
 }
 
 /// The directory of the backing device of a mount that is no block device's.

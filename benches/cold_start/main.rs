@@ -99,14 +99,17 @@ fn main() {
     let ways = if options.ways.is_empty() { Way::all(options.read_all) } else { options.ways.clone() };
     let registry = DockerRegistry::start();
     registry.push(&layout, &tag, "bench");
+    registry.push(&layout, &tag, "bare");
     let containerd = Containerd::start();
-    let start = bound::measure(Path::new(EXE), &format!("{}/bench:{tag}", registry.addr()), &args);
-    eprintln!("{start}");
+    let starts = bound::measure(Path::new(EXE), &format!("{}/bench:{tag}", registry.addr()), &args);
+    eprintln!("{}", starts.plain);
+    eprintln!("with spans along the profile, their spans are {}", megabytes(starts.along.spans));
     let mut reports = Vec::new();
     for link in &options.link {
         let shaper = Shaper::start(registry.addr(), link.0).expect("start the shaper");
         let image = format!("{}/bench:{tag}", shaper.addr());
-        let bench = Bench { shaper: &shaper, containerd: &containerd, image, args: &args };
+        let bare = format!("{}/bare:{tag}", shaper.addr());
+        let bench = Bench { shaper: &shaper, containerd: &containerd, image, bare, args: &args };
         bench.publish();
         let mut samples = Vec::new();
         for round in 1..=options.rounds {
@@ -118,7 +121,7 @@ fn main() {
                 }
             }
         }
-        reports.push(Report { link: *link, rounds: options.rounds, start: &start, ways: &ways, samples });
+        reports.push(Report { link: *link, rounds: options.rounds, starts: &starts, ways: &ways, samples });
     }
     if options.json {
         let all: Vec<_> = reports.iter().map(Report::json).collect();

@@ -7,14 +7,14 @@ use lazyrun::bench::report::{megabytes, table};
 use serde_json::{Value, json};
 
 use crate::Link;
-use crate::bound::Start;
+use crate::bound::{Start, Starts};
 use crate::ways::{Sample, Way};
 
 /// What was measured over one link.
 pub(crate) struct Report<'a> {
     pub(crate) link: Link,
     pub(crate) rounds: usize,
-    pub(crate) start: &'a Start,
+    pub(crate) starts: &'a Starts,
     pub(crate) ways: &'a [Way],
     pub(crate) samples: Vec<(Way, Sample)>,
 }
@@ -25,11 +25,16 @@ impl Report<'_> {
         median(&of.map(|(_, sample)| field(sample)).collect::<Vec<_>>())
     }
 
+    /// What the start touches, by the index that is used.
+    fn start(&self, way: Way) -> &Start {
+        if way == Way::Shared { &self.starts.along } else { &self.starts.plain }
+    }
+
     /// Seconds that the network needs at least.
     fn bound(&self, way: Way) -> Option<f64> {
         let rtt = self.link.0.rtt_ms / 1000.0;
         let bandwidth = self.link.0.mbit * 1e6 / 8.0;
-        let transfer = if bandwidth > 0.0 { self.start.spans as f64 / bandwidth } else { 0.0 };
+        let transfer = if bandwidth > 0.0 { self.start(way).spans as f64 / bandwidth } else { 0.0 };
         Some(f64::from(way.round_trips()?) * rtt + transfer)
     }
 
@@ -42,7 +47,7 @@ impl Report<'_> {
     /// Bytes that came over those of the touched pages.
     fn amplification(&self, way: Way) -> Option<f64> {
         way.round_trips()?;
-        Some(self.median(way, |s| s.bytes)? / self.start.compressed)
+        Some(self.median(way, |s| s.bytes)? / self.start(way).compressed)
     }
 
     fn ratio(&self, way: Way) -> Option<f64> {
@@ -69,10 +74,11 @@ impl Report<'_> {
             "mbit": self.link.0.mbit,
             "rtt_ms": self.link.0.rtt_ms,
             "rounds": self.rounds,
-            "touched_files": self.start.files,
-            "touched_pages_bytes": self.start.pages,
-            "touched_pages_compressed": self.start.compressed,
-            "touched_spans_compressed": self.start.spans,
+            "touched_files": self.starts.plain.files,
+            "touched_pages_bytes": self.starts.plain.pages,
+            "touched_pages_compressed": self.starts.plain.compressed,
+            "touched_spans_compressed": self.starts.plain.spans,
+            "touched_spans_compressed_along_profile": self.starts.along.spans,
             "ways": self.ways.iter().map(way).collect::<Vec<_>>(),
         })
     }

@@ -82,16 +82,21 @@ pub(crate) struct Bench<'a> {
     pub(crate) shaper: &'a Shaper,
     pub(crate) containerd: &'a Containerd,
     pub(crate) image: String,
+    /// The same image in another repository, where only an index lies beside it.
+    pub(crate) bare: String,
     pub(crate) args: &'a [String],
 }
 
 impl Bench<'_> {
-    /// Puts an index, and the profile of one start, beside the image.
+    /// Puts an index, and in one of the repositories the profile of one start, beside the image.
     pub(crate) fn publish(&self) {
         let instance = fresh();
-        timed(&mut self.command(&instance, &[])).expect("a first start");
-        instance.run(["pull", "--quiet", &self.image]).expect("complete the image");
-        instance.run(["index", "push", &self.image]).expect("push its index");
+        timed(&mut self.command(&instance, &self.image, &[])).expect("a first start");
+        instance.run(["index", "push", "--no-profile", &self.bare]).expect("push its index");
+        instance
+            .run(["index", "build", "--profile", &self.image])
+            .expect("build its index along the profile");
+        instance.run(["index", "push", &self.image]).expect("push index and profile");
     }
 
     /// One start.
@@ -99,22 +104,23 @@ impl Bench<'_> {
         match way {
             Way::Containerd => self.containerd(),
             Way::Pull => self.pull(),
-            Way::NoIndex => self.lazyrun(&fresh(), &["--index-trust", "proven"]),
-            Way::Index | Way::Shared => self.lazyrun(&fresh(), &[]),
+            Way::NoIndex => self.lazyrun(&fresh(), &self.bare, &["--index-trust", "proven"]),
+            Way::Index => self.lazyrun(&fresh(), &self.bare, &[]),
+            Way::Shared => self.lazyrun(&fresh(), &self.image, &[]),
             Way::Kept => {
                 let instance = self.complete();
-                timed(&mut self.command(&instance, &[])).expect("a first start");
-                instance.run(["cache", "drop", &self.image]).expect("drop its data");
-                self.lazyrun(&instance, &[])
+                timed(&mut self.command(&instance, &self.bare, &[])).expect("a first start");
+                instance.run(["cache", "drop", &self.bare]).expect("drop its data");
+                self.lazyrun(&instance, &self.bare, &[])
             }
             Way::Warm => {
                 let instance = self.complete();
                 // The second start no longer records a profile, the third finds what it needs in memory.
                 for _ in 0..2 {
-                    timed(&mut self.command(&instance, &[])).expect("a start");
+                    timed(&mut self.command(&instance, &self.bare, &[])).expect("a start");
                 }
                 self.shaper.reset();
-                self.measure(&mut self.command(&instance, &[]), 0.0)
+                self.measure(&mut self.command(&instance, &self.bare, &[]), 0.0)
             }
         }
     }
@@ -133,14 +139,14 @@ impl Bench<'_> {
 
     fn complete(&self) -> Instance {
         let instance = fresh();
-        instance.run(["pull", "--quiet", &self.image]).expect("pull the image");
+        instance.run(["pull", "--quiet", &self.bare]).expect("pull the image");
         instance
     }
 
     /// As `ctr run` does by default, without a network of the container's own beyond loopback.
-    fn command(&self, instance: &Instance, options: &[&str]) -> std::process::Command {
+    fn command(&self, instance: &Instance, image: &str, options: &[&str]) -> std::process::Command {
         let mut run = instance.command(["run", "--rm", "--network", "none"]);
-        run.args(options).arg(&self.image).args(self.args);
+        run.args(options).arg(image).args(self.args);
         run
     }
 
@@ -162,17 +168,17 @@ impl Bench<'_> {
         self.shaper.reset();
     }
 
-    fn lazyrun(&self, instance: &Instance, options: &[&str]) -> Sample {
+    fn lazyrun(&self, instance: &Instance, image: &str, options: &[&str]) -> Sample {
         self.reset();
-        self.measure(&mut self.command(instance, options), 0.0)
+        self.measure(&mut self.command(instance, image, options), 0.0)
     }
 
     fn pull(&self) -> Sample {
         let instance = fresh();
         self.reset();
-        let pull = timed(&mut instance.command(["pull", "--quiet", "--index-trust", "proven", &self.image]));
+        let pull = timed(&mut instance.command(["pull", "--quiet", "--index-trust", "proven", &self.bare]));
         let pull = pull.expect("pull").total.as_secs_f64();
-        self.measure(&mut self.command(&instance, &[]), pull)
+        self.measure(&mut self.command(&instance, &self.bare, &[]), pull)
     }
 
     fn containerd(&self) -> Sample {

@@ -279,16 +279,28 @@ pub(crate) fn zstd_decoder() -> Result<Decoder<'static>, IndexError> {
     Ok(decoder)
 }
 
-/// One step of a zstd decoder: bytes consumed, bytes produced, and whether it stands between two frames.
+/// What one call of a zstd decoder did.
+pub(crate) struct ZstdStep {
+    pub(crate) consumed: usize,
+    pub(crate) produced: usize,
+    /// It stands between two frames.
+    pub(crate) between: bool,
+    /// It may have used one byte more than it says to have consumed: that of a frame's end is given back until all that
+    /// was decoded is taken.
+    pub(crate) holds_byte: bool,
+}
+
+/// One step of a zstd decoder.
 pub(crate) fn zstd_step(
     decoder: &mut Decoder<'_>,
     input: &[u8],
     space: &mut [u8],
-) -> std::io::Result<(usize, usize, bool)> {
+) -> std::io::Result<ZstdStep> {
     let mut input = InBuffer::around(input);
     let mut space = OutBuffer::around(space);
     let hint = decoder.run(&mut input, &mut space)?;
-    Ok((input.pos(), space.pos(), hint == 0))
+    let (consumed, produced) = (input.pos(), space.pos());
+    Ok(ZstdStep { consumed, produced, between: hint == 0, holds_byte: hint == 1 })
 }
 
 fn zstd(
@@ -308,18 +320,18 @@ fn zstd(
             cutter.cut(output, offset, offset, Entrance::ZstdFrame { skip: 0 })?;
         }
         let input = cutter.cap(offset, source.fill()?);
-        let (consumed, produced, frame_end) =
-            zstd_step(&mut decoder, input, output.space()).map_err(|e| zstd_corrupt(offset, &e))?;
-        source.consume(consumed);
-        between = frame_end;
+        let step = zstd_step(&mut decoder, input, output.space()).map_err(|e| zstd_corrupt(offset, &e))?;
+        source.consume(step.consumed);
+        between = step.between;
         let offset = source.offset();
-        cutter.advance(produced);
-        output.filled(produced, offset)?;
-        if ended && consumed == 0 && produced == 0 {
+        cutter.advance(step.produced);
+        output.filled(step.produced, offset)?;
+        if ended && step.consumed == 0 && step.produced == 0 {
             return Err(IndexError::BlobTruncated { format: "zstd", offset });
         }
         if !between && cutter.overdue(offset) {
-            cutter.cut(output, offset, offset, Entrance::None)?;
+            let held = step.holds_byte && !source.fill()?.is_empty();
+            cutter.cut(output, offset + u64::from(held), offset, Entrance::None)?;
         }
     }
 }

@@ -143,11 +143,11 @@ impl Zstd<'_> {
             let offset = self.source.offset();
             let input = self.source.fill()?;
             let ended = input.is_empty();
-            let (consumed, produced, _) = zstd_step(&mut self.decoder, input, &mut out[done..])
+            let step = zstd_step(&mut self.decoder, input, &mut out[done..])
                 .map_err(|e| zstd_corrupt(offset, &e))?;
-            done += produced;
-            self.source.consume(consumed);
-            if ended && consumed == 0 && produced == 0 {
+            done += step.produced;
+            self.source.consume(step.consumed);
+            if ended && step.consumed == 0 && step.produced == 0 {
                 return Err(IndexError::BlobTruncated { format: "zstd", offset });
             }
         }

@@ -61,6 +61,13 @@ impl Daemon {
         }
     }
 
+    /// Keeps the profile that came with the indexes for a later start, unless there is one.
+    pub(super) fn keep_profile(&self, ready: &Ready) {
+        if let Some(chain) = chain_of(&ready.layers) {
+            self.own_profile(chain, ready);
+        }
+    }
+
     /// The profile that is here, or the one that came with the indexes.
     fn own_profile(&self, chain: Digest, ready: &Ready) -> Option<Profile> {
         if let Some(own) = self.profiles.load(chain).filter(|profile| profile.fits(&ready.layers)) {

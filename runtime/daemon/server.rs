@@ -104,6 +104,7 @@ impl Daemon {
                     .with_progress(stream, |p| async move {
                         let plan = self.plan_for(plan)?;
                         let ready = self.images.ready(&image, &p).await?;
+                        self.keep_profile(&ready);
                         self.images.hydrate_later(&ready.layers);
                         let view = self.views.get(ready.layers, plan, false).await?;
                         let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
@@ -228,6 +229,7 @@ impl Daemon {
 
     async fn pull(self: &Arc<Self>, request: ImageRequest, progress: Arc<dyn Progress>) -> Result<Value> {
         let ready = self.images.ready(&request, &progress).await?;
+        self.keep_profile(&ready);
         self.images.hydrate(&ready.layers, &progress).await?;
         let records = self.images.find(&ready.image.reference.to_string())?;
         let record = records.first().context("the image was removed meanwhile")?;
