@@ -313,6 +313,21 @@ pub enum FetchError {
         /// File being written.
         path: PathBuf,
     },
+    /// A layer that would take what is kept free of the disk.
+    #[error(
+        "layer {digest} does not fit on the disk that holds {path}: {free} bytes are free, of which {reserve} stay free; \
+             free some or remove images that are not needed"
+    )]
+    NoRoom {
+        /// Digest of the blob.
+        digest: Digest,
+        /// File being written.
+        path: PathBuf,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes that are kept.
+        reserve: u64,
+    },
     /// Any other trouble with the store.
     #[error("{what} {path} failed: {source}")]
     Store {

@@ -3,6 +3,7 @@
 mod common;
 
 use std::ffi::CStr;
+use std::io::Read as _;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
@@ -29,22 +30,42 @@ fn small_tmpfs(size: &CStr) -> OwnedFd {
     }
 }
 
+/// A tar of one file that compresses to a thousandth and has no zeros that could be holes.
+fn bomb() -> Vec<u8> {
+    let len = 64 << 20;
+    let mut header = tar::Header::new_ustar();
+    header.set_size(len);
+    header.set_mode(0o644);
+    let mut archive = tar::Builder::new(Vec::new());
+    archive.append_data(&mut header, "ones", std::io::repeat(1).take(len)).unwrap();
+    archive.into_inner().unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_an_error_that_leaves_nothing() {
     let mount = small_tmpfs(c"1500k");
     let root = PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));
     let fetcher = Fetcher::new(LayerStore::open(&root).unwrap(), quick_fetch());
     let client = RegistryClient::new(quick_client()).unwrap();
-    let image =
-        TestImage::new(vec![TestLayer::gzip(tar(1, 30, 100_000)), TestLayer::gzip(tar(2, 5, 100_000))]);
+    let image = TestImage::new(vec![
+        TestLayer::gzip(tar(1, 30, 100_000)),
+        TestLayer::gzip(tar(2, 5, 100_000)),
+        TestLayer::gzip(bomb()),
+    ]);
+    assert!(image.layers[2].blob.len() < 200_000);
     let served = image.clone();
     let server = Server::start(move |seen| serve(&served, seen)).await;
     let resolved = client.resolve(&server.name("app:v1").parse().unwrap(), &amd64()).await.unwrap();
     let blobs = client.blobs(&resolved.reference);
 
-    let error = fetcher.ingest(&resolved.layers[0], blobs.clone(), no_progress()).await.unwrap_err();
-    assert!(matches!(error, FetchError::DiskFull { .. }), "{error}");
-    assert_eq!(std::fs::read_dir(root.join("layers")).unwrap().count(), 0);
+    for i in [0, 2] {
+        let error = fetcher.ingest(&resolved.layers[i], blobs.clone(), no_progress()).await.unwrap_err();
+        let FetchError::NoRoom { digest, free, reserve, .. } = &error else { panic!("{error}") };
+        assert_eq!((*digest, *reserve), (image.layers[i].digest(), (1500 << 10) / 20), "{error}");
+        assert!(*free >= *reserve, "{error}");
+        assert!(error.to_string().contains(&image.layers[i].digest().to_string()), "{error}");
+        assert_eq!(std::fs::read_dir(root.join("layers")).unwrap().count(), 0);
+    }
 
     // What fits still works, also when the disk fills up later.
     let layer = fetcher.ingest(&resolved.layers[1], blobs, no_progress()).await.unwrap();

@@ -1,17 +1,15 @@
 //! The first stream of a layer: one pass that fills the layer file, builds the index and proves both digests.
 
-use std::fs::File;
-use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use lazyrun_index::{Digest, IndexError, LayerId, LayerSink, SpanInfo, StreamSummary, index_layer_along};
+use lazyrun_index::{Digest, IndexError, LayerId, StreamSummary, index_layer_along};
 
 use super::pump::{Failure, Pace, PumpReader, pump};
+use super::sink::{FileSink, sink_error};
 use super::{Inner, Progress, blocking};
 use crate::client::BlobSource;
 use crate::error::FetchError;
@@ -20,10 +18,6 @@ use crate::store::{Layer, Staging};
 
 /// Tries when what comes is not what its digests say: bytes may break on the way.
 const TRIES: usize = 2;
-/// Decoded bytes gathered for one write.
-const WRITE_SIZE: usize = 1 << 20;
-/// Zeros in a row that are left out of the file, in bytes.
-const HOLE: usize = 64 << 10;
 
 pub(super) async fn run(
     inner: &Arc<Inner>,
@@ -158,11 +152,11 @@ impl Job {
 
     fn index(&self, staging: &Staging, reader: PumpReader) -> Result<StreamSummary, FetchError> {
         let data_path = staging.data_path();
-        let failed = |e| FetchError::store("writing", &data_path, e);
+        let failed = |e| sink_error(self.layer.digest, &data_path, e);
         let data = staging.create(&data_path)?;
         let out = staging.create(&staging.index_path())?;
         let progress = |done| self.progress.advance(self.layer.diff_id, done, self.layer.size);
-        let mut sink = FileSink::new(&data, &progress);
+        let mut sink = FileSink::new(&data, self.inner.options.disk_reserve, &progress);
         let options = self.inner.options.stream_of(self.layer.size);
         let summary = index_layer_along(reader, &mut sink, out, &options, &self.plan.touched)
             .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
@@ -199,79 +193,12 @@ impl Job {
     }
 }
 
-/// Writes the layer file. Nobody reads it before it is proven and published.
-pub(super) struct FileSink<'a> {
-    data: &'a File,
-    /// Byte at which `gathered` starts.
-    at: u64,
-    gathered: Vec<u8>,
-    /// Hears how many bytes of the blob are consumed.
-    progress: &'a (dyn Fn(u64) + Sync),
-}
-
-impl<'a> FileSink<'a> {
-    pub(super) fn new(data: &'a File, progress: &'a (dyn Fn(u64) + Sync)) -> Self {
-        FileSink { data, at: 0, gathered: Vec::with_capacity(WRITE_SIZE), progress }
-    }
-
-    pub(super) fn flush(&mut self) -> io::Result<()> {
-        write_with_holes(self.data, &self.gathered, self.at)?;
-        self.at += self.gathered.len() as u64;
-        self.gathered.clear();
-        Ok(())
-    }
-}
-
-impl LayerSink for FileSink<'_> {
-    fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        if offset != self.at + self.gathered.len() as u64 {
-            return Err(io::Error::other("streamed bytes are not in order"));
-        }
-        if self.gathered.len() + bytes.len() > WRITE_SIZE {
-            self.flush()?;
-        }
-        if bytes.len() >= WRITE_SIZE {
-            write_with_holes(self.data, bytes, offset)?;
-            self.at += bytes.len() as u64;
-        } else {
-            self.gathered.extend_from_slice(bytes);
-        }
-        Ok(())
-    }
-
-    fn span(&mut self, _: &SpanInfo) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn progress(&mut self, blob_bytes: u64) {
-        (self.progress)(blob_bytes);
-    }
-}
-
-/// Writes into a file that has nothing yet from `offset` on; long runs of zeros become holes, which cost no disk.
-fn write_with_holes(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    let write = |from: usize, to: usize| match &bytes[from..to] {
-        [] => Ok(()),
-        run => file.write_all_at(run, offset + from as u64),
-    };
-    let (mut unwritten, mut at) = (0, 0);
-    for block in bytes.chunks(HOLE) {
-        let end = at + block.len();
-        if block.len() == HOLE && block.iter().all(|byte| *byte == 0) {
-            write(unwritten, at)?;
-            unwritten = end;
-        }
-        at = end;
-    }
-    write(unwritten, at)
-}
-
 /// Finds the cause behind what the decoder says: the network, the disk or the layer itself.
 pub(super) fn layer_error(digest: Digest, error: IndexError, network: &Failure, data: &Path) -> FetchError {
     match (network.take(), error) {
         (Some(cause), _) => cause,
         (None, IndexError::Sink { source, .. } | IndexError::IndexIo { source, .. }) => {
-            FetchError::store("writing", data, source)
+            sink_error(digest, data, source)
         }
         (None, error) => FetchError::Layer { digest, source: Arc::new(error) },
     }

@@ -11,6 +11,7 @@ mod prefetch;
 mod prove;
 mod pump;
 mod scheduler;
+mod sink;
 mod spans;
 mod table;
 mod verify;
@@ -68,6 +69,8 @@ pub struct FetchOptions {
     pub streams: usize,
     /// Most compressed bytes read ahead of a fault.
     pub max_readahead: u64,
+    /// Bytes of the store's disk that streams of layers leave free, or a twentieth of a disk for which that is less.
+    pub disk_reserve: u64,
     /// How new layers are cut into spans.
     pub stream: StreamOptions,
 }
@@ -81,6 +84,7 @@ impl Default for FetchOptions {
             background_requests: 2,
             streams: 6,
             max_readahead: 8 << 20,
+            disk_reserve: 512 << 20,
             stream: StreamOptions::default(),
         }
     }

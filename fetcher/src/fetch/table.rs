@@ -10,9 +10,9 @@ use lazyrun_index::{
     prove_layer,
 };
 
-use super::ingest::{self, FileSink};
 use super::pump::{Failure, PumpReader};
-use super::{Inner, Progress, blocking, hydrate, prove};
+use super::sink::{FileSink, sink_error};
+use super::{Inner, Progress, blocking, hydrate, ingest, prove};
 use crate::error::FetchError;
 use crate::store::{Layer, Staging};
 
@@ -115,10 +115,10 @@ fn write_tar(
     let out = staging.create(&staging.index_path()).map_err(Pass::Failed)?;
     let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
     let report = |done| progress.advance(layer.diff_id(), done, size);
-    let mut sink = FileSink::new(&data, &report);
+    let mut sink = FileSink::new(&data, inner.options.disk_reserve, &report);
     let options = inner.options.stream_of(layer.index().blob_size());
     let passed = prove_layer(layer.index(), reader, &mut sink, out, &options);
-    let failed = |e| Pass::Failed(FetchError::store("writing", &path, e));
+    let failed = |e| Pass::Failed(sink_error(digest, &path, e));
     sink.flush().map_err(failed)?;
     match passed {
         Ok(summary) => {
