@@ -12,7 +12,7 @@ use super::Daemon;
 use super::images::Ready;
 use super::layer_service::inode_of;
 use super::profile::{PathTouches, Profile, Watched, paths_of, prefetch, translate};
-use super::views::chain_id;
+use super::views::{Purpose, chain_id};
 use crate::failure::Failure;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
@@ -22,11 +22,10 @@ const START: Duration = Duration::from_secs(30);
 
 impl Daemon {
     /// Has what earlier starts touched fetched first and the rest after it, and records what this one touches.
-    /// Whether contents have to be read through FUSE for that even if all of them are local: so it is as long as there
-    /// is no profile of this image.
-    pub(super) fn foresee(self: &Arc<Self>, ready: &Ready) -> bool {
+    /// It is recorded even if all contents are local as long as there is no profile of this image.
+    pub(super) fn foresee(self: &Arc<Self>, ready: &Ready) -> Purpose {
         let layers = ready.layers.clone();
-        let Some(chain) = chain_of(&layers) else { return false };
+        let Some(chain) = chain_of(&layers) else { return Purpose::Start };
         let own = self.own_profile(chain, ready);
         let missing = layers.iter().any(|l| !l.is_hydrated());
         let unknown = own.is_none();
@@ -46,7 +45,7 @@ impl Daemon {
                 this.images.hydrate_later(&layers);
             });
         }
-        unknown
+        if unknown { Purpose::Recorded } else { Purpose::Start }
     }
 
     fn record_start(self: &Arc<Self>, chain: Digest, layers: &[Arc<Layer>]) {
@@ -115,7 +114,7 @@ impl Daemon {
 
     /// Ends the recording of a start and keeps what it saw, beside what earlier ones saw.
     pub(super) fn save_profile(&self, chain: Digest) {
-        self.views.recorded(chain);
+        self.views.started(chain);
         let Some(seen) = self.service.recorder.finish(chain) else { return };
         let profile = match self.profiles.load(chain) {
             Some(mut known) if known.is_about_same(&seen) => {

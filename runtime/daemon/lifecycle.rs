@@ -8,7 +8,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::containers::{Container, Record};
-use super::views::chain_id;
+use super::views::{Purpose, chain_id};
 use super::{Daemon, layer_ids};
 use crate::container::config::ShimConfig;
 use crate::container::shim;
@@ -178,7 +178,7 @@ impl Daemon {
     async fn recover_view(self: &Arc<Self>, record: &Record) -> Option<Arc<super::views::MountedView>> {
         let layers = self.known_layers(&layer_ids(&record.layers, &record.diff_ids))?;
         self.images.hydrate_later(&layers);
-        match self.views.get(layers, record.plan.parse().ok()?, false).await {
+        match self.views.get(layers, record.plan.parse().ok()?, Purpose::Use).await {
             Ok(view) => Some(view),
             Err(error) => {
                 tracing::warn!(container = record.id, %error, "the view of a running container can't be taken over");

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use lazyrun_index::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
-use super::views::MountedView;
+use super::views::{MountedView, Purpose};
 use super::{Daemon, layer_ids};
 use crate::names;
 
@@ -168,7 +168,7 @@ impl Daemon {
             ) {
                 (Some(layers), Ok(plan)) => {
                     self.images.hydrate_later(&layers);
-                    self.views.get(layers, plan, false).await.ok()
+                    self.views.get(layers, plan, Purpose::Use).await.ok()
                 }
                 _ => None,
             };

@@ -67,8 +67,8 @@ impl Daemon {
         // The network is made while the image comes.
         let image = async {
             let ready = self.images.ready(&request.image, progress).await?;
-            let recorded = self.foresee(&ready);
-            let view = self.views.get(ready.layers, plan, recorded).await?;
+            let purpose = self.foresee(&ready);
+            let view = self.views.get(ready.layers, plan, purpose).await?;
             anyhow::Ok((ready.image, view))
         };
         let ((image, view), mut network) = tokio::try_join!(image, self.prepare_network(&id, &request))?;

@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Daemon;
+use super::views::Purpose;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, Request};
 use crate::ipc::{fds, frame};
@@ -106,7 +107,7 @@ impl Daemon {
                         let ready = self.images.ready(&image, &p).await?;
                         self.keep_profile(&ready);
                         self.images.hydrate_later(&ready.layers);
-                        let view = self.views.get(ready.layers, plan, false).await?;
+                        let view = self.views.get(ready.layers, plan, Purpose::Use).await?;
                         let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
                         Ok((id, fd, plan))
                     })

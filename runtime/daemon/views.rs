@@ -33,10 +33,22 @@ pub struct MountedView {
     pub direct: bool,
     /// The layers, bottom first.
     pub layers: Vec<Arc<Layer>>,
-    // While a start from this view is recorded.
+    // During a start from this view.
     readahead: Mutex<Option<ShortReadahead>>,
     // The server of plan `overlay`, which has a FUSE connection for each view.
     _server: Option<ServerHandle>,
+}
+
+/// What a view is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A start that is recorded: contents are read through FUSE even when all of them are local, so that they can be
+    /// seen.
+    Recorded,
+    /// A start.
+    Start,
+    /// Anything else.
+    Use,
 }
 
 /// All views of an instance.
@@ -178,22 +190,21 @@ impl Views {
     ///
     /// # Errors
     /// When the layers don't merge, or the kernel refuses the mount.
-    /// With `recorded`, contents are read through FUSE even when all of them are local, so that they can be seen.
     pub async fn get(
         self: &Arc<Self>,
         layers: Vec<Arc<Layer>>,
         plan: Plan,
-        recorded: bool,
+        purpose: Purpose,
     ) -> Result<Arc<MountedView>> {
         let id = ViewId::of(&layers);
         let _building = self.building.lock().await;
-        if let Some(view) = self.reusable(&id, plan, recorded) {
+        if let Some(view) = self.reusable(&id, plan, purpose) {
             return Ok(view);
         }
         let this = Arc::clone(self);
         let runtime = tokio::runtime::Handle::current();
         let mounted = tokio::task::spawn_blocking(move || match plan {
-            Plan::Erofs => this.mount_erofs(id, layers, recorded, &runtime),
+            Plan::Erofs => this.mount_erofs(id, layers, purpose, &runtime),
             Plan::Overlay => this.mount_fuse(id, layers),
             Plan::Fuse => bail!("the mount plan fuse is not available in this version"),
         });
@@ -203,7 +214,7 @@ impl Views {
     }
 
     // A view nobody uses is mounted anew once its layers are whole: then without FUSE.
-    fn reusable(&self, id: &ViewId, plan: Plan, recorded: bool) -> Option<Arc<MountedView>> {
+    fn reusable(&self, id: &ViewId, plan: Plan, purpose: Purpose) -> Option<Arc<MountedView>> {
         if !mount::shares_detached() {
             return None;
         }
@@ -211,7 +222,7 @@ impl Views {
         let key = (id.clone(), plan);
         let view = mounted.get(&key)?;
         let unused = Arc::strong_count(view) == 1;
-        let direct = !recorded && view.layers.iter().all(|l| l.is_hydrated());
+        let direct = purpose != Purpose::Recorded && view.layers.iter().all(|l| l.is_hydrated());
         if unused && plan == Plan::Erofs && view.direct != direct {
             let view = mounted.remove(&key)?;
             self.discard(&view);
@@ -220,8 +231,8 @@ impl Views {
         Some(Arc::clone(view))
     }
 
-    /// A start from the views of this chain is no longer recorded.
-    pub fn recorded(&self, chain: Digest) {
+    /// Starts from the views of this chain are over.
+    pub fn started(&self, chain: Digest) {
         for view in self.lock().values().filter(|view| view.id.chain == chain) {
             view.readahead.lock().unwrap_or_else(PoisonError::into_inner).take();
         }
@@ -261,7 +272,7 @@ impl Views {
         &self,
         id: ViewId,
         layers: Vec<Arc<Layer>>,
-        recorded: bool,
+        purpose: Purpose,
         runtime: &tokio::runtime::Handle,
     ) -> Result<MountedView> {
         let image = self.image_path(&id);
@@ -269,7 +280,7 @@ impl Views {
         if !image.exists() {
             self.build(&layers, &image, &appendix, runtime)?;
         }
-        let direct = !recorded && layers.iter().all(|l| l.is_hydrated());
+        let direct = purpose != Purpose::Recorded && layers.iter().all(|l| l.is_hydrated());
         let device = |layer: &Arc<Layer>| match direct {
             true => Device::Local(layer.data_path()),
             false => Device::Flat(layer.file_name().to_owned()),
@@ -279,7 +290,8 @@ impl Views {
             devices.push(Device::Local(appendix));
         }
         let request = Request::Erofs { image, devices, directio: false };
-        let before = recorded.then(Devices::now);
+        // What is read ahead of a start would be taken for touched, or, where it is missing, be waited for.
+        let before = (purpose != Purpose::Use && !direct).then(Devices::now);
         // The view reads layer files, which are read ahead as well: as far as it is allowed when they are opened.
         let while_opened = before.as_ref().and_then(|_| ShortReadahead::of_fuse(&*self.flat));
         let tree = self

@@ -80,7 +80,7 @@ impl Default for FetchOptions {
         FetchOptions {
             fault_timeout: Duration::from_secs(30),
             fault_requests: 8,
-            prefetch_requests: 3,
+            prefetch_requests: 6,
             background_requests: 2,
             streams: 6,
             max_readahead: 8 << 20,
@@ -232,6 +232,12 @@ impl Fetcher {
     /// When something cannot be had after retries; what came stays.
     pub async fn prefetch(&self, layer: &Arc<Layer>, spans: Range<usize>) -> Result<(), FetchError> {
         prefetch::run(&self.inner, layer, spans).await
+    }
+
+    /// Compressed bytes that the link to the registries carries during one round trip, as far as the traffic so far
+    /// tells.
+    pub fn in_flight(&self) -> Option<u64> {
+        self.inner.scheduler.link.in_flight()
     }
 
     /// Fetches everything of a layer that is not local, at lower priority than faults, or joins the hydration
