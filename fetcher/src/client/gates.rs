@@ -17,6 +17,9 @@ use super::retry::{RetryPolicy, retry_after};
 
 /// Requests that may wait for a host that has never complained.
 const MAX_WINDOW: f64 = 64.0;
+/// The pause after a complaint that names none doubles so often. Each request has its own patience on top: a gate that
+/// stayed closed for long would hold back even the news that the host is well again.
+const MAX_DOUBLINGS: usize = 4;
 /// Hosts remembered. Redirects are foreign text: they may name any number.
 const MAX_HOSTS: usize = 1024;
 
@@ -180,7 +183,7 @@ impl Pass {
             .with_max_delay(self.max_wait)
             .without_max_times()
             .with_jitter();
-        delays.build().nth(cuts.min(16)).unwrap_or(self.max_wait)
+        delays.build().nth(cuts.min(MAX_DOUBLINGS)).unwrap_or(self.max_wait)
     }
 }
 

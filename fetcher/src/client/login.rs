@@ -73,7 +73,7 @@ impl Transport {
             request = request.header(AUTHORIZATION, sensitive(&auth::basic(user, password))?);
         }
         let response = self.timed(&host, "a token", request.send()).await?;
-        self.answered(pass, &response);
+        self.answered(&pass, &response);
         match response.status() {
             StatusCode::OK => {
                 let body = self.body(response, "a token", MAX_SMALL_BODY).await?;

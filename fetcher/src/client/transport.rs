@@ -194,12 +194,12 @@ impl Transport {
             None => self.timed(&host, &call.resource, request.send()).await?,
             Some(progress) => self.timed_upload(&host, &call.resource, request.send(), &progress).await?,
         };
-        self.answered(pass, &response);
+        self.answered(&pass, &response);
         Ok(response)
     }
 
     /// Gives the place in the host's window back, and lets the host say that it is too much.
-    pub(super) fn answered(&self, pass: Pass, response: &Response) {
+    pub(super) fn answered(&self, pass: &Pass, response: &Response) {
         if pass.answered(response.status(), response.headers()) {
             self.counters.throttled.fetch_add(1, Relaxed);
         }
