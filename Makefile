@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-micro soak
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-micro soak evil
 
 build:
 	$(CARGO) build --workspace
@@ -71,6 +71,10 @@ bench-micro:
 SEEDS ?= 500
 soak:
 	UNION_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fs --test root_union_model -- --ignored
+
+# Mixes of misbehaviours of a registry, SEEDS of them.
+evil:
+	EVIL_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fetcher --test evil -- --ignored
 
 # Every fuzz target for T seconds each, with bounded memory and time for each input. Needs cargo-fuzz; what fuzzing asks
 # of a nightly compiler works on the stable one with RUSTC_BOOTSTRAP. See fuzz/README.md.

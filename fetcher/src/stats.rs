@@ -10,6 +10,12 @@ pub struct ClientStats {
     pub requests: u64,
     /// Body bytes received.
     pub bytes: u64,
+    /// Answers by which a host said that it is too much (429, 503).
+    pub throttled: u64,
+    /// Second requests sent beside a fault's slow one.
+    pub hedges: u64,
+    /// Second requests that brought bytes first.
+    pub hedges_won: u64,
 }
 
 /// What a [`Fetcher`](crate::Fetcher) has done since it was made.
@@ -45,11 +51,20 @@ pub struct FetchStats {
 pub(crate) struct ClientCounters {
     pub(crate) requests: AtomicU64,
     pub(crate) bytes: AtomicU64,
+    pub(crate) throttled: AtomicU64,
+    pub(crate) hedges: AtomicU64,
+    pub(crate) hedges_won: AtomicU64,
 }
 
 impl ClientCounters {
     pub(crate) fn snapshot(&self) -> ClientStats {
-        ClientStats { requests: self.requests.load(Relaxed), bytes: self.bytes.load(Relaxed) }
+        ClientStats {
+            requests: self.requests.load(Relaxed),
+            bytes: self.bytes.load(Relaxed),
+            throttled: self.throttled.load(Relaxed),
+            hedges: self.hedges.load(Relaxed),
+            hedges_won: self.hedges_won.load(Relaxed),
+        }
     }
 }
 

@@ -406,6 +406,27 @@ async fn lies_about_digests_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn endless_documents_stop_at_their_bound() {
+    use futures_util::{StreamExt as _, stream};
+    let sent = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&sent);
+    let server = Server::start(move |_| {
+        let count = Arc::clone(&count);
+        let piece = Bytes::from(vec![b' '; 64 << 10]);
+        let pieces = stream::repeat(piece).map(move |piece| {
+            count.fetch_add(piece.len(), Ordering::SeqCst);
+            Ok::<_, std::io::Error>(hyper::body::Frame::data(piece))
+        });
+        Response::new(http_body_util::BodyExt::boxed(http_body_util::StreamBody::new(pieces)))
+    })
+    .await;
+    let error = ingest(&Bench::new(), &server.name("app:v1")).await.unwrap_err();
+    assert!(matches!(error, FetchError::TooLarge { .. }), "{error}");
+    // What sockets hold comes on top of the 4 MiB.
+    assert!(sent.load(Ordering::SeqCst) < 32 << 20, "{} bytes were taken", sent.load(Ordering::SeqCst));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_layer_that_is_no_tar_is_named_as_such() {
     let layer = TestLayer {
         tar: vec![7; 5000],

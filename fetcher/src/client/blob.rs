@@ -1,13 +1,16 @@
 //! Reading blobs: whole or in ranges, resumed where a connection broke.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use futures_util::future::{Either, select};
 use futures_util::{Stream, stream};
 use lazyrun_index::Digest;
-use reqwest::{Response, Url};
+use reqwest::Response;
 
 use super::range::{BodyStart, judge};
 use super::transport::{Call, Repository, Transport, host_of};
@@ -15,8 +18,10 @@ use crate::error::FetchError;
 
 /// Bytes that are read and thrown away for a range from a server that ignores ranges.
 const MAX_SKIP: u64 = 8 << 20;
-/// Progress that earns a broken read another try.
-const PROGRESS_FOR_RETRY: u64 = 4 << 20;
+/// Progress that earns a broken read all its tries again: some proxies cut every connection after a while.
+const PROGRESS_FOR_RETRY: u64 = 256 << 10;
+/// Tries of a read that is answered against the protocol: a single such answer may be somebody's on the way.
+const PROTOCOL_TRIES: usize = 2;
 
 /// The blobs of one repository, with what it takes to read them.
 #[derive(Clone)]
@@ -80,7 +85,11 @@ impl BlobSource {
             end: range.end.max(range.start),
             whole: range.start == 0 && size == Some(range.end),
             body: None,
+            ready: None,
+            patient: false,
+            hedge: None,
             failures: 0,
+            protocol_failures: 0,
             credited: range.start,
             first_byte: None,
         }
@@ -96,7 +105,13 @@ pub struct BlobReader {
     end: u64,
     whole: bool,
     body: Option<Body>,
+    /// A piece that came while connecting.
+    ready: Option<Bytes>,
+    patient: bool,
+    /// Where a second request goes when the first is slow, until there was one.
+    hedge: Option<BlobSource>,
     failures: usize,
+    protocol_failures: usize,
     credited: u64,
     first_byte: Option<Duration>,
 }
@@ -104,6 +119,27 @@ pub struct BlobReader {
 struct Body {
     response: Response,
     skip: u64,
+}
+
+/// What one request is for.
+#[derive(Clone, Copy)]
+struct Wish {
+    digest: Digest,
+    start: u64,
+    position: u64,
+    end: u64,
+    whole: bool,
+    patient: bool,
+    /// A second request beside a slow one.
+    second: bool,
+}
+
+/// What one request brought: a piece of its body and what is to come.
+struct Got {
+    body: Body,
+    chunk: Bytes,
+    /// Time to the header, if the request was sent for this.
+    first_byte: Option<Duration>,
 }
 
 impl BlobReader {
@@ -122,29 +158,140 @@ impl BlobReader {
         self.first_byte
     }
 
+    /// Lets other requests to the same host go first: nobody waits for these bytes.
+    pub(crate) fn patient(mut self) -> Self {
+        self.patient = true;
+        self
+    }
+
+    /// Allows one second request, to `other` or to the same place, when a request brings nothing for much longer
+    /// than usual. Whichever brings something first goes on.
+    pub(crate) fn hedged(mut self, other: Option<BlobSource>) -> Self {
+        self.hedge = Some(other.unwrap_or_else(|| self.source.clone()));
+        self
+    }
+
     /// The next piece; `None` when all bytes of the range have come.
     ///
     /// # Errors
     /// When the bytes do not come after retries. The reader may be asked again after an error.
     pub async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
+        if let Some(chunk) = self.ready.take() {
+            return Ok(Some(chunk));
+        }
         while !self.is_done() {
             match self.step().await {
-                Ok(Some(chunk)) => return Ok(Some(chunk)),
-                Ok(None) => {}
+                Ok(chunk) if chunk.is_empty() => {}
+                Ok(chunk) => return Ok(Some(chunk)),
                 Err(error) => self.after_failure(error).await?,
             }
         }
         Ok(None)
     }
 
+    /// Makes sure that the first piece has come, with retries.
+    pub(crate) async fn connect(&mut self) -> Result<(), FetchError> {
+        if self.ready.is_none() && self.body.is_none() {
+            self.ready = self.next().await?;
+        }
+        Ok(())
+    }
+
     /// Connects if there is no connection and reads one piece of the body.
-    async fn step(&mut self) -> Result<Option<Bytes>, FetchError> {
-        let mut body = match self.body.take() {
-            Some(body) => body,
-            None => self.open().await?,
+    async fn step(&mut self) -> Result<Bytes, FetchError> {
+        let wish = Wish {
+            digest: self.digest,
+            start: self.start,
+            position: self.position,
+            end: self.end,
+            whole: self.whole,
+            patient: self.patient,
+            second: false,
         };
-        let transport = Arc::clone(&self.source.transport);
-        let Some(mut chunk) = transport.next_chunk(&mut body.response, &self.what()).await? else {
+        let first = wish.piece(self.source.clone(), self.body.take());
+        let mut got = match self.hedge.take() {
+            None => first.await?,
+            Some(other) => {
+                let mut first = pin!(first);
+                let patience = self.source.transport.hedges.patience(&self.source.repository.endpoint);
+                match tokio::time::timeout(patience, first.as_mut()).await {
+                    Ok(got) => {
+                        self.hedge = Some(other);
+                        got?
+                    }
+                    Err(_) if !self.source.transport.hedges.take() => first.await?,
+                    Err(_) => {
+                        let counters = &self.source.transport.counters;
+                        counters.hedges.fetch_add(1, Relaxed);
+                        tracing::debug!(blob = %self.digest, ?patience, "a slow request gets a second one");
+                        let wish = Wish { second: true, ..wish };
+                        let second = pin!(wish.piece(other.clone(), None));
+                        // An error of one leaves the other its chance.
+                        let (got, second_won) = match select(first, second).await {
+                            Either::Left((Ok(got), _)) => (Ok(got), false),
+                            Either::Left((Err(_), second)) => (second.await, true),
+                            Either::Right((Ok(got), _)) => (Ok(got), true),
+                            Either::Right((Err(_), first)) => (first.await, false),
+                        };
+                        let got = got?;
+                        if second_won {
+                            counters.hedges_won.fetch_add(1, Relaxed);
+                            self.source = other;
+                        }
+                        got
+                    }
+                }
+            }
+        };
+        self.first_byte = got.first_byte.or(self.first_byte);
+        let wanted = self.end - self.position;
+        if got.chunk.len() as u64 > wanted {
+            got.chunk.truncate(wanted as usize);
+        }
+        self.position += got.chunk.len() as u64;
+        self.body = Some(got.body);
+        Ok(got.chunk)
+    }
+
+    /// Waits before the next try, or gives the error back when there were enough.
+    async fn after_failure(&mut self, error: FetchError) -> Result<(), FetchError> {
+        self.body = None;
+        if self.position - self.credited >= PROGRESS_FOR_RETRY {
+            self.failures = 0;
+            self.protocol_failures = 0;
+            self.credited = self.position;
+        }
+        let policy = self.source.transport.policy();
+        let asked = error.retry_after().unwrap_or_default();
+        let resumable = match &error {
+            FetchError::Truncated { .. } => true,
+            FetchError::Protocol { .. } => {
+                self.protocol_failures += 1;
+                self.protocol_failures < PROTOCOL_TRIES
+            }
+            error => error.is_transient(),
+        };
+        let Some(wait) = policy.delays().nth(self.failures).filter(|_| resumable && asked <= policy.max_wait)
+        else {
+            return Err(error);
+        };
+        self.failures += 1;
+        let wait = wait.max(asked);
+        tracing::debug!(%error, ?wait, blob = %self.digest, position = self.position, "blob read is resumed");
+        tokio::time::sleep(wait).await;
+        Ok(())
+    }
+}
+
+impl Wish {
+    /// Sends a request unless there is a body to go on with, and reads the next piece of the body.
+    async fn piece(self, source: BlobSource, body: Option<Body>) -> Result<Got, FetchError> {
+        let (mut body, first_byte) = match body {
+            Some(body) => (body, None),
+            None => self.open(&source).await?,
+        };
+        let what = self.what();
+        let Some(mut chunk) = source.transport.next_chunk(&mut body.response, &what).await? else {
             return Err(FetchError::Truncated {
                 host: host_of(body.response.url()),
                 digest: self.digest,
@@ -158,71 +305,31 @@ impl BlobReader {
             // Cannot truncate: it is at most the length of a buffer.
             let _ = chunk.split_to(skipped as usize);
         }
-        let wanted = self.end - self.position;
-        if chunk.len() as u64 > wanted {
-            chunk.truncate(wanted as usize);
-        }
-        self.position += chunk.len() as u64;
-        self.body = Some(body);
-        Ok(Some(chunk).filter(|c| !c.is_empty()))
+        Ok(Got { body, chunk, first_byte })
     }
 
-    /// Makes sure that a response has begun, with retries.
-    pub(crate) async fn connect(&mut self) -> Result<(), FetchError> {
-        while self.body.is_none() && !self.is_done() {
-            match self.open().await {
-                Ok(body) => self.body = Some(body),
-                Err(error) => self.after_failure(error).await?,
-            }
-        }
-        Ok(())
-    }
-
-    async fn open(&mut self) -> Result<Body, FetchError> {
+    async fn open(self, source: &BlobSource) -> Result<(Body, Option<Duration>), FetchError> {
         let from_start = self.whole && self.position == 0;
-        let mut call = Call::blob(&self.source.repository, self.digest);
+        let mut call = Call::blob(&source.repository, self.digest);
         call.range = (!from_start).then_some((self.position, self.end));
+        (call.patient, call.apart) = (self.patient, self.second);
         let began = Instant::now();
-        let response = self.source.transport.send(&call).await?;
-        self.first_byte = Some(began.elapsed());
+        let response = source.transport.send(&call).await?;
+        let first_byte = began.elapsed();
+        source.transport.hedges.observe(&source.repository.endpoint, first_byte);
+        let host = || host_of(response.url());
         let start = judge(response.status(), response.headers(), self.position, self.end)
-            .map_err(|reason| self.protocol(response.url(), reason))?;
-        match start {
-            BodyStart::AtRange => Ok(Body { response, skip: 0 }),
+            .map_err(|reason| FetchError::Protocol { host: host(), what: self.what(), reason })?;
+        let skip = match start {
+            BodyStart::AtRange => 0,
             // A stream that is resumed has to get there anyhow; a lone range must not cost a whole blob.
-            BodyStart::Skip(skip) if skip <= MAX_SKIP || self.whole => Ok(Body { response, skip }),
-            BodyStart::Skip(_) => {
-                Err(FetchError::RangeIgnored { host: host_of(response.url()), digest: self.digest })
-            }
-        }
-    }
-
-    /// Waits before the next try, or gives the error back when there were enough.
-    async fn after_failure(&mut self, error: FetchError) -> Result<(), FetchError> {
-        self.body = None;
-        if self.position - self.credited >= PROGRESS_FOR_RETRY {
-            self.failures = 0;
-            self.credited = self.position;
-        }
-        let policy = self.source.transport.policy();
-        let asked = error.retry_after().unwrap_or_default();
-        let resumable = error.is_transient() || matches!(error, FetchError::Truncated { .. });
-        let Some(wait) = policy.delays().nth(self.failures).filter(|_| resumable && asked <= policy.max_wait)
-        else {
-            return Err(error);
+            BodyStart::Skip(skip) if skip <= MAX_SKIP || self.whole => skip,
+            BodyStart::Skip(_) => return Err(FetchError::RangeIgnored { host: host(), digest: self.digest }),
         };
-        self.failures += 1;
-        let wait = wait.max(asked);
-        tracing::debug!(%error, ?wait, blob = %self.digest, position = self.position, "blob read is resumed");
-        tokio::time::sleep(wait).await;
-        Ok(())
+        Ok((Body { response, skip }, Some(first_byte)))
     }
 
-    fn what(&self) -> String {
+    fn what(self) -> String {
         format!("blob {}", self.digest)
-    }
-
-    fn protocol(&self, url: &Url, reason: String) -> FetchError {
-        FetchError::Protocol { host: host_of(url), what: self.what(), reason }
     }
 }

@@ -71,6 +71,10 @@ pub(crate) struct Call<'a> {
     pub(crate) range: Option<(u64, u64)>,
     /// The blob, whose final URL is then remembered.
     pub(crate) blob: Option<Digest>,
+    /// Nobody waits for it: other requests to the same host go first.
+    pub(crate) patient: bool,
+    /// Not over the connection that other requests share.
+    pub(crate) apart: bool,
 }
 
 impl<'a> Call<'a> {
@@ -84,6 +88,8 @@ impl<'a> Call<'a> {
             accept: None,
             range: None,
             blob: None,
+            patient: false,
+            apart: false,
         }
     }
 

@@ -60,7 +60,7 @@ impl Transport {
         wanted: &auth::TokenRequest,
     ) -> Result<Authorization, FetchError> {
         let host = host_of(&wanted.url);
-        self.gates.wait(&host).await;
+        let pass = self.gates.enter(&host, false).await;
         let client = self.client_for(&wanted.url)?;
         let mut request = match &wanted.form {
             Some(form) => client
@@ -73,6 +73,7 @@ impl Transport {
             request = request.header(AUTHORIZATION, sensitive(&auth::basic(user, password))?);
         }
         let response = self.timed(&host, "a token", request.send()).await?;
+        self.answered(&pass, &response);
         match response.status() {
             StatusCode::OK => {
                 let body = self.body(response, "a token", MAX_SMALL_BODY).await?;

@@ -3,6 +3,8 @@
 
 mod blob;
 mod call;
+mod gates;
+mod hedge;
 mod login;
 mod push;
 mod range;

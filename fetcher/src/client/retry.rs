@@ -1,8 +1,6 @@
 //! When and how long to wait before asking again.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use backon::{BackoffBuilder, ExponentialBuilder, Retryable as _};
 use reqwest::header::{HeaderMap, RETRY_AFTER};
@@ -47,28 +45,6 @@ impl RetryPolicy {
             .adjust(|e, wait| wait.map(|w| e.retry_after().map_or(w, |after| after.max(w))))
             .notify(|e, wait| tracing::debug!(error = %e, ?wait, "request is repeated"))
             .await
-    }
-}
-
-/// Hosts that asked to be left alone, and until when. All requests of the node to such a host wait.
-#[derive(Default)]
-pub(crate) struct Gates {
-    until: Mutex<HashMap<String, Instant>>,
-}
-
-impl Gates {
-    pub(crate) fn close(&self, host: &str, wait: Duration) {
-        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        until.retain(|_, at| *at > now);
-        until.insert(host.to_owned(), now + wait);
-    }
-
-    pub(crate) async fn wait(&self, host: &str) {
-        let at = self.until.lock().unwrap_or_else(PoisonError::into_inner).get(host).copied();
-        if let Some(at) = at {
-            tokio::time::sleep_until(at.into()).await;
-        }
     }
 }
 

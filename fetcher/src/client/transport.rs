@@ -14,8 +14,10 @@ use serde::Deserialize;
 use super::ClientOptions;
 use super::call::UploadProgress;
 pub(crate) use super::call::{Call, Repository};
+use super::gates::{Gates, Pass};
+use super::hedge::Hedges;
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
-use super::retry::{Gates, RetryPolicy, retry_after};
+use super::retry::{RetryPolicy, retry_after};
 use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
 use crate::manifest::printable;
@@ -24,6 +26,9 @@ use crate::stats::ClientCounters;
 /// Largest token answer or error body that is read, in bytes.
 pub(super) const MAX_SMALL_BODY: u64 = 256 << 10;
 
+/// How often one call answers a 401. Tokens are shared, and some are good for few requests.
+const MAX_ANSWERS: usize = 3;
+
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
     pub(crate) options: ClientOptions,
@@ -31,6 +36,8 @@ pub(crate) struct Transport {
     trusted: OnceLock<Result<Client, String>>,
     insecure: OnceLock<Result<Client, String>>,
     local: OnceLock<Result<Client, String>>,
+    /// As `trusted`, with connections of its own for requests apart.
+    spare: OnceLock<Result<Client, String>>,
     /// Insecure registries that turned out to speak only plain http.
     plain: Mutex<HashMap<String, bool>>,
     pub(super) credentials: CredentialStore,
@@ -43,12 +50,14 @@ pub(crate) struct Transport {
     pub(super) referrers_api: Mutex<HashSet<String>>,
     redirects: RedirectCache,
     pub(super) gates: Gates,
+    pub(super) hedges: Hedges,
 }
 
 impl Transport {
     pub(crate) fn new(options: ClientOptions) -> Self {
         // reqwest is built without a crypto provider; whoever was first keeps theirs.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        let policy = policy_of(&options);
         Transport {
             credentials: CredentialStore::new(options.docker_config.clone()),
             options,
@@ -56,38 +65,38 @@ impl Transport {
             trusted: OnceLock::new(),
             insecure: OnceLock::new(),
             local: OnceLock::new(),
+            spare: OnceLock::new(),
             plain: Mutex::default(),
             tokens: TokenCache::default(),
             token_turn: tokio::sync::Mutex::default(),
             referrers_turn: tokio::sync::Mutex::default(),
             referrers_api: Mutex::default(),
             redirects: RedirectCache::default(),
-            gates: Gates::default(),
+            gates: Gates::new(&policy),
+            hedges: Hedges::default(),
         }
     }
 
     pub(crate) fn policy(&self) -> RetryPolicy {
-        RetryPolicy {
-            retries: self.options.retries,
-            base: self.options.retry_base,
-            max_wait: self.options.max_retry_wait,
-        }
+        policy_of(&self.options)
     }
 
-    /// Sends a call, answers a 401 once, follows redirects; the answer's status is 200 or 206 (or 416).
+    /// Sends a call, answers a 401, follows redirects; the answer's status is 200 or 206 (or 416).
     pub(crate) async fn send(&self, call: &Call<'_>) -> Result<Response, FetchError> {
         if let Some(response) = self.send_to_known_place(call).await? {
             return Ok(response);
         }
         let key = call.token_key();
         let mut authorization = self.tokens.get(&key);
-        for answered in [false, true] {
+        for answered in 0..=MAX_ANSWERS {
             let base = self.base_url(&call.repository.endpoint).await?;
             let response = self.follow(&base, call, authorization.as_ref()).await?;
             if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &base) {
                 return self.check(response, call).await;
             }
-            if answered {
+            // A token may be used up by others before it is used here; what else was refused stays refused.
+            let again = authorization.as_ref().is_none_or(|a| a.value.starts_with("Bearer "));
+            if answered > 0 && (answered == MAX_ANSWERS || !again) {
                 self.tokens.forget(&key);
                 let reason = if authorization.is_some() {
                     "the credentials were not accepted"
@@ -169,8 +178,9 @@ impl Transport {
         authorization: Option<&Authorization>,
     ) -> Result<Response, FetchError> {
         let host = host_of(url);
-        self.gates.wait(&host).await;
-        let (mut request, progress) = call.request(self.client_for(url)?, url);
+        let client = if call.apart { self.client_apart(url)? } else { self.client_for(url)? };
+        let pass = self.gates.enter(&host, call.patient).await;
+        let (mut request, progress) = call.request(client, url);
         if let Some(accept) = call.accept {
             request = request.header(ACCEPT, accept);
         }
@@ -184,12 +194,15 @@ impl Transport {
             None => self.timed(&host, &call.resource, request.send()).await?,
             Some(progress) => self.timed_upload(&host, &call.resource, request.send(), &progress).await?,
         };
-        if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
-            && let Some(wait) = retry_after(response.headers())
-        {
-            self.gates.close(&host, wait.min(self.options.max_retry_wait));
-        }
+        self.answered(&pass, &response);
         Ok(response)
+    }
+
+    /// Gives the place in the host's window back, and lets the host say that it is too much.
+    pub(super) fn answered(&self, pass: &Pass, response: &Response) {
+        if pass.answered(response.status(), response.headers()) {
+            self.counters.throttled.fetch_add(1, Relaxed);
+        }
     }
 
     /// Waits for a response's header at most as long as a stall may last, and words the errors.
@@ -397,6 +410,16 @@ impl Transport {
         client.as_ref().map_err(|reason| FetchError::Tls { host, reason: reason.clone() })
     }
 
+    /// As `client_for`, but over connections of its own where requests would share one (HTTP/2).
+    fn client_apart(&self, url: &Url) -> Result<&Client, FetchError> {
+        let host = host_of(url);
+        if is_loopback(url) || self.is_insecure(&host) {
+            return self.client_for(url);
+        }
+        let client = self.spare.get_or_init(|| self.build_client(false, true));
+        client.as_ref().map_err(|reason| FetchError::Tls { host, reason: reason.clone() })
+    }
+
     fn build_client(&self, insecure: bool, proxied: bool) -> Result<Client, String> {
         let build = |roots: bool| {
             let mut builder = Client::builder()
@@ -425,6 +448,10 @@ impl Transport {
     pub(super) fn protocol(&self, host: &str, call: &Call<'_>, reason: &str) -> FetchError {
         FetchError::Protocol { host: host.to_owned(), what: call.resource.clone(), reason: reason.to_owned() }
     }
+}
+
+fn policy_of(options: &ClientOptions) -> RetryPolicy {
+    RetryPolicy { retries: options.retries, base: options.retry_base, max_wait: options.max_retry_wait }
 }
 
 pub(super) fn denied(call: &Call<'_>, reason: &str) -> FetchError {

@@ -68,9 +68,11 @@ pub(super) async fn fetch(
 async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>) -> Result<(), FetchError> {
     let mut next = run.ranks.start;
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
-    for source in inner.sources(layer)? {
+    let sources = inner.sources(layer)?;
+    for (i, source) in sources.iter().enumerate() {
+        let other = sources.get(i + 1).cloned();
         for _ in 0..TRIES {
-            match from_source(inner, layer, run, &source, &mut next).await {
+            match from_source(inner, layer, run, source, other.clone(), &mut next).await {
                 Ok(()) => return Ok(()),
                 Err(error @ (FetchError::DiskFull { .. } | FetchError::Store { .. })) => return Err(error),
                 Err(error @ FetchError::Corrupt { .. }) => {
@@ -90,12 +92,14 @@ async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>)
 /// A decode under way and the span it is for.
 type Decoding = (usize, JoinHandle<Result<(), FetchError>>);
 
-/// Reads spans from `next` on; `next` moves with every span that is stored.
+/// Reads spans from `next` on; `next` moves with every span that is stored. A fault that is slow is asked of `other`
+/// as well.
 async fn from_source(
     inner: &Arc<Inner>,
     layer: &Arc<Layer>,
     run: &Arc<Run>,
     source: &BlobSource,
+    other: Option<BlobSource>,
     next: &mut usize,
 ) -> Result<(), FetchError> {
     let index = layer.index();
@@ -103,10 +107,14 @@ async fn from_source(
     let ends = (*next..run.ranks.end).map(|i| layer.span_at(i));
     let end = ends.map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
+    let reader = source.reader(index.blob_digest(), begin..end, Some(index.blob_size()));
     let mut arriving = Arriving {
         inner,
         run,
-        reader: source.reader(index.blob_digest(), begin..end, Some(index.blob_size())),
+        reader: match run.class {
+            Class::Fault => reader.hedged(other),
+            Class::Background => reader.patient(),
+        },
         buffer: BytesMut::new(),
         base: begin,
     };

@@ -3,6 +3,7 @@
 
 pub mod artifacts;
 pub mod claim;
+pub mod evil;
 pub mod fake;
 pub mod registry;
 pub mod server;
