@@ -50,7 +50,12 @@ impl DockerRegistry {
 
     /// Pushes one tag of an OCI layout and returns the reference, `127.0.0.1:PORT/NAME:TAG`.
     pub fn push(&self, layout: &Path, tag: &str, name: &str) -> String {
-        let reference = format!("{}/{name}:{tag}", self.addr);
+        self.push_as(layout, tag, name, tag)
+    }
+
+    /// As `push`, under another tag.
+    pub fn push_as(&self, layout: &Path, tag: &str, name: &str, as_tag: &str) -> String {
+        let reference = format!("{}/{name}:{as_tag}", self.addr);
         let output = Command::new("skopeo")
             .args(["copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false", "--insecure-policy"])
             .arg(format!("oci:{}:{tag}", layout.display()))

@@ -14,6 +14,8 @@ use tempfile::TempDir;
 pub const BIG: usize = 24 << 20;
 /// The image's tag.
 pub const TAG: &str = "v1";
+/// The tag of another version of it, whose layer with `/data` has a file more, in front of the others.
+pub const NEXT_TAG: &str = "v2";
 
 /// The image's layout and a registry that serves it.
 pub struct Fixture {
@@ -89,24 +91,49 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+type Part = fn(&mut Layer) -> io::Result<()>;
+
+fn write_layer(layout: &Layout, part: Part, encoding: Encoding) -> LayerBlob {
+    let mut layer = Layer { tar: tar::Builder::new(layout.layer(encoding).expect("start a layer")) };
+    part(&mut layer).expect("write a layer");
+    layer.tar.into_inner().and_then(LayerWriter::finish).expect("finish a layer")
+}
+
 fn image() -> (TempDir, Vec<LayerBlob>) {
     let dir = tempfile::tempdir().expect("a directory for the image");
     let mut layout = Layout::create(dir.path()).expect("create a layout");
-    let parts: [fn(&mut Layer) -> io::Result<()>; 3] = [base, data, changes];
-    let mut layers = Vec::new();
-    for (part, encoding) in parts.into_iter().zip([Encoding::Gzip(6), Encoding::Gzip(4), Encoding::Plain]) {
-        let mut layer = Layer { tar: tar::Builder::new(layout.layer(encoding).expect("start a layer")) };
-        part(&mut layer).expect("write a layer");
-        layers.push(layer.tar.into_inner().and_then(LayerWriter::finish).expect("finish a layer"));
-    }
-    let settings = ImageSettings {
+    let parts: [Part; 3] = [base, data, changes];
+    let encodings = [Encoding::Gzip(6), Encoding::Gzip(4), Encoding::Plain];
+    let write = |(part, encoding)| write_layer(&layout, part, encoding);
+    let layers: Vec<LayerBlob> = parts.into_iter().zip(encodings).map(write).collect();
+    layout.add_image(TAG, &layers, &settings()).expect("write the manifest");
+    (dir, layers)
+}
+
+/// The layout of both versions of the image.
+pub fn two_versions() -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory for the images");
+    let mut layout = Layout::create(dir.path()).expect("create a layout");
+    let base = write_layer(&layout, base, Encoding::Gzip(6));
+    let old = write_layer(&layout, data, Encoding::Gzip(4));
+    let more: Part = |layer| {
+        layer.dir("data", 0o755)?;
+        layer.file("data/another", 0o644, &noise(77, 3_000_001))?;
+        data(layer)
+    };
+    let new = write_layer(&layout, more, Encoding::Gzip(4));
+    layout.add_image(TAG, &[base.clone(), old], &settings()).expect("write a manifest");
+    layout.add_image(NEXT_TAG, &[base, new], &settings()).expect("write a manifest");
+    dir
+}
+
+fn settings() -> ImageSettings {
+    ImageSettings {
         cmd: vec!["/bin/sh".into(), "-c".into(), "echo the default command".into()],
         env: vec!["PATH=/usr/local/bin:/bin:/usr/bin".into(), "GREETING=hello".into()],
         workdir: "/data".into(),
         ..ImageSettings::default()
-    };
-    layout.add_image(TAG, &layers, &settings).expect("write the manifest");
-    (dir, layers)
+    }
 }
 
 /// A layer under construction.
