@@ -72,7 +72,7 @@ pub struct EntryRow {
     /// Major and minor number of a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<(u32, u32)>,
-    /// Extended attributes: name, value in base64.
+    /// Extended attributes: name (`base64:` and the bytes where it is no UTF-8), value in base64.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     pub xattrs: BTreeMap<String, String>,
     /// sha256 of a regular file's contents, if known.
@@ -131,7 +131,7 @@ impl EntryRow {
             link: Some(link).filter(|link| !link.is_empty()),
             link_base64,
             device: device.then(|| entry.rdev()),
-            xattrs: entry.xattrs().map(|(n, v)| (readable(n).0, BASE64_STANDARD.encode(v))).collect(),
+            xattrs: entry.xattrs().map(|(n, v)| (key(n), BASE64_STANDARD.encode(v))).collect(),
             content: entry.content().map(|digest| digest.to_string()),
             extents: entry.extents().take(MAX_EXTENTS).map(extent).collect(),
             extent_count: entry.extents().len(),
@@ -182,6 +182,14 @@ fn readable(bytes: &[u8]) -> (String, Option<String>) {
     }
 }
 
+/// A name that no other name gives.
+fn key(name: &[u8]) -> String {
+    match readable(name) {
+        (_, Some(bytes)) => format!("base64:{bytes}"),
+        (text, None) => text,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,5 +200,6 @@ mod tests {
         let (shown, bytes) = readable(b"a\xff");
         assert_eq!(shown, "a\u{fffd}");
         assert_eq!(BASE64_STANDARD.decode(bytes.unwrap()).unwrap(), b"a\xff");
+        assert_eq!((key(b"user.x").as_str(), key(b"user.\xff").as_str()), ("user.x", "base64:dXNlci7/"));
     }
 }
