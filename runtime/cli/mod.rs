@@ -3,6 +3,7 @@
 pub mod args;
 mod containers;
 mod images;
+pub mod index_args;
 mod index_lists;
 mod indexes;
 mod mounts;
