@@ -258,11 +258,26 @@ fn table_image(dir: &Path, layer: &Value) {
             "annotations": layer["annotations"],
         }],
     });
-    let (manifest, size) = layout.blob(manifest.to_string().as_bytes()).expect("store the manifest");
-    let index = json!({ "schemaVersion": 2, "manifests": [{
-        "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": manifest, "size": size,
-        "annotations": { "org.opencontainers.image.ref.name": TAG },
-    }] });
+    let tagged = |manifest: &Value, tag: &str| {
+        let (manifest, size) = layout.blob(manifest.to_string().as_bytes()).expect("store a manifest");
+        json!({
+            "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": manifest, "size": size,
+            "annotations": { "org.opencontainers.image.ref.name": tag },
+        })
+    };
+    let mut manifests = vec![tagged(&manifest, TAG)];
+    // A table that lies elsewhere is a layer of an image beside this one.
+    if let Some(table) = layer["table"].as_str() {
+        let bytes = fs::read(tables().join(table)).expect("a table");
+        let (table, size) = layout.blob(&bytes).expect("store the table");
+        let mut beside = manifest.clone();
+        beside["layers"] = json!([{
+            "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": table, "size": size,
+            "annotations": { "containerd.io/snapshot/stargz/layer.digest": digest },
+        }]);
+        manifests.push(tagged(&beside, &format!("{TAG}-esgztoc")));
+    }
+    let index = json!({ "schemaVersion": 2, "manifests": manifests });
     fs::write(dir.join("index.json"), index.to_string()).expect("write the layout's index");
 }
 
