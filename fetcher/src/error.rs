@@ -315,8 +315,8 @@ pub enum FetchError {
     },
     /// A layer that would take what is kept free of the disk.
     #[error(
-        "layer {digest} does not fit on the disk that holds {path}: {free} bytes are free, of which {reserve} stay free; \
-             free some or remove images that are not needed"
+        "layer {digest} does not fit: the disk that holds {path} has {free} bytes of free space, of which {reserve} \
+         stay free; free some or remove images that are not needed"
     )]
     NoRoom {
         /// Digest of the blob.
