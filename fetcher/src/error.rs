@@ -40,7 +40,7 @@ pub enum FetchError {
     },
     /// 401 or 403, after trying what credentials there are.
     #[error(
-        "access to {image} was denied by {host}: {reason}; log in with `docker login {host}` if it is private or check that it exists"
+        "access to {image} was denied by {host}: {reason}; log in with `lazyrun login {host}` if it is private or check that it exists"
     )]
     Denied {
         /// Registry and repository.
@@ -49,6 +49,38 @@ pub enum FetchError {
         host: String,
         /// The registry's words, or which credentials were tried.
         reason: String,
+    },
+    /// A file that says how registries are talked to is malformed or cannot be read.
+    #[error("the registry settings in {}{} cannot be used: {reason}", .file.display(), line_hint(.line))]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// Line, counted from 1, where one is to blame.
+        line: Option<usize>,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A proxy of a kind that is not spoken here.
+    #[error("the proxy {url} cannot be used: it has to be an http:// or https:// URL")]
+    Proxy {
+        /// Its URL without secrets.
+        url: String,
+    },
+    /// The machine's administrator does not want it.
+    #[error("image {image} is blocked by {}", .file.display())]
+    Blocked {
+        /// Registry and repository.
+        image: String,
+        /// The file that says so.
+        file: PathBuf,
+    },
+    /// No host may be asked for something.
+    #[error("no host of {image} may be asked to {what}; see its capabilities by `lazyrun registry show`")]
+    Incapable {
+        /// Registry and repository.
+        image: String,
+        /// "pull", "resolve tags" or "push".
+        what: &'static str,
     },
     /// The docker configuration or a credential helper could not be used.
     #[error("credentials for {host} could not be read: {reason}")]
@@ -370,11 +402,20 @@ pub enum FetchError {
     },
 }
 
+fn line_hint(line: &Option<usize>) -> String {
+    line.map_or_else(String::new, |line| format!(", line {line},"))
+}
+
 fn retry_hint(after: &Option<Duration>) -> String {
     after.map_or_else(String::new, |d| format!(" and asks to wait {} s", d.as_secs()))
 }
 
 impl FetchError {
+    /// A configuration file that cannot be used.
+    pub(crate) fn bad_config(file: &Path, line: Option<usize>, reason: impl Into<String>) -> FetchError {
+        FetchError::Config { file: file.to_owned(), line, reason: reason.into() }
+    }
+
     /// Wraps an I/O error of the store, telling a full disk apart.
     pub(crate) fn store(what: &'static str, path: &Path, source: io::Error) -> FetchError {
         match source.kind() {

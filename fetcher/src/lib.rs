@@ -15,6 +15,7 @@ mod error;
 mod fetch;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod hosts;
 mod manifest;
 mod platform;
 mod reference;
@@ -27,13 +28,18 @@ pub use artifact::{
     OWN_LAYER_INDEX_ZSTD, OWN_PROFILE_ZSTD, PushOptions, PushReport, SOCI_V1_ARTIFACT_TYPE,
     SOCI_V2_ARTIFACT_TYPE, delete_index, list_indexes, push_indexes,
 };
-pub use client::{BlobReader, BlobSource, ClientOptions, RegistryClient, Uploaded};
+pub use auth::{Kept, erase_login, save_login};
+pub use client::{
+    BlobReader, BlobSource, ClientOptions, CredentialReport, HostReport, Proxies, RegistryClient, TlsReport,
+    Uploaded,
+};
 pub use discover::{
     Beside, ClaimedIndex, DiscoverOptions, FoundIndexes, discover, discover_beside, discover_with,
     find_profile, pull_index, resolve_and_look,
 };
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
+pub use hosts::HostFiles;
 pub use manifest::{LayerDescriptor, ResolvedImage};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};

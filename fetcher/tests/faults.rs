@@ -36,7 +36,7 @@ fn logged_in(address: &str, user: &str, password: &str) -> (Bench, tempfile::Tem
     let path = dir.path().join("config.json");
     let config = serde_json::json!({"auths": {address: {"username": user, "password": password}}});
     std::fs::write(&path, config.to_string()).unwrap();
-    (Bench::with(ClientOptions { docker_config: Some(path), ..quick_client() }, quick_fetch()), dir)
+    (Bench::with(ClientOptions { credential_files: vec![path], ..quick_client() }, quick_fetch()), dir)
 }
 
 fn base64(text: &str) -> String {
@@ -136,7 +136,7 @@ async fn basic_works_and_identity_tokens_are_posted() {
     let path = dir.path().join("config.json");
     let auths = serde_json::json!({"auths": {server.address.to_string(): {"identitytoken": "id-tok"}}});
     std::fs::write(&path, auths.to_string()).unwrap();
-    let bench = Bench::with(ClientOptions { docker_config: Some(path), ..quick_client() }, quick_fetch());
+    let bench = Bench::with(ClientOptions { credential_files: vec![path], ..quick_client() }, quick_fetch());
     ingest(&bench, &server.name("app:v1")).await.unwrap();
 }
 

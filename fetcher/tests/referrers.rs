@@ -131,7 +131,7 @@ async fn pushing_asks_for_the_right_to_push() {
         let config = dir.path().join("config.json");
         let auths = json!({"auths": {fake.server.address.to_string(): {"auth": "dTpw"}}});
         std::fs::write(&config, auths.to_string()).unwrap();
-        let options = ClientOptions { docker_config: Some(config), ..quick_client() };
+        let options = ClientOptions { credential_files: vec![config], ..quick_client() };
         let bench = Bench::with(options, quick_fetch());
         let image = bench.resolve(&name).await;
         let given = indexes(&image, &made);
@@ -334,7 +334,7 @@ async fn uploads_elsewhere_get_no_credentials() {
     let config = dir.path().join("config.json");
     let auths = json!({"auths": {server.address.to_string(): {"auth": "dTpw"}}});
     std::fs::write(&config, auths.to_string()).unwrap();
-    let bench = Bench::with(ClientOptions { docker_config: Some(config), ..quick_client() }, quick_fetch());
+    let bench = Bench::with(ClientOptions { credential_files: vec![config], ..quick_client() }, quick_fetch());
     let bytes = Bytes::from_static(b"some bytes");
     let reference = server.name("app:v1").parse().unwrap();
     bench.client.upload_blob(&reference, Digest::of(&bytes), bytes.clone()).await.unwrap();

@@ -9,6 +9,7 @@ use lazyrun_index::Digest;
 
 pub use super::index_args::{IndexCommand, ProfileCommand};
 use super::progress::Style;
+pub use super::registry_args::{LoginArgs, RegistryCommand};
 use crate::ipc::protocol::PullPolicy;
 
 /// Starts containers before their image is local.
@@ -24,6 +25,10 @@ pub struct Cli {
     /// Registry that may use plain HTTP or an unknown certificate; can be given several times
     #[arg(long, global = true, value_name = "HOST[:PORT]")]
     pub insecure_registry: Vec<String>,
+    /// Directory with mirrors and certificates of registries, as containerd's certs.d; can be given several times
+    /// [default: /etc/{lazyrun,containerd,docker,containers}/certs.d, or LAZYRUN_HOSTS_DIR]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub hosts_dir: Vec<PathBuf>,
     /// Which indexes made elsewhere may be used: proven, bound or repository [default: repository for references by
     /// tag, bound for references by digest]
     #[arg(long, global = true, value_name = "MODE")]
@@ -130,6 +135,20 @@ pub enum Command {
         /// What to do.
         #[command(subcommand)]
         command: ProfileCommand,
+    },
+    /// Registries: which hosts are asked, and how
+    Registry {
+        /// What to do.
+        #[command(subcommand)]
+        command: RegistryCommand,
+    },
+    /// Check a user's password at a registry and keep it, as docker does
+    Login(LoginArgs),
+    /// Forget what `login` has kept
+    Logout {
+        /// Host and port of the registry
+        #[arg(default_value = "docker.io", value_name = "REGISTRY")]
+        registry: String,
     },
     /// The local copies of layers
     Cache {

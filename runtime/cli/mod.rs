@@ -10,11 +10,14 @@ mod mounts;
 mod output;
 mod profiles;
 mod progress;
+mod registry;
+mod registry_args;
 mod run;
 mod system;
 mod template;
 pub mod union;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -32,6 +35,7 @@ pub struct Context {
     paths: Paths,
     progress: progress::Style,
     insecure: Vec<String>,
+    hosts_dirs: Vec<PathBuf>,
     index: IndexOptions,
 }
 
@@ -70,7 +74,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let paths = Paths::new(&root)
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
-    let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry, index };
+    let (insecure, hosts_dirs) = (cli.insecure_registry, cli.hosts_dir);
+    let context = Context { paths, progress: cli.progress, insecure, hosts_dirs, index };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -88,6 +93,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Rmi { force, images } => return images::remove(context, force, &images),
         Command::Index { command } => indexes::index(context, command)?,
         Command::Profile { command } => return profiles::profile(context, command),
+        Command::Registry { command } => registry::registry(context, command)?,
+        Command::Login(args) => registry::login(context, &args)?,
+        Command::Logout { registry } => registry::logout(&registry)?,
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
         Command::Mount(args) => mounts::mount(context, &args)?,
         Command::Union { args } => return Ok(union::main(&args, false)),

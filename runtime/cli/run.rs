@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::args::RunArgs;
@@ -16,21 +15,26 @@ use crate::ipc::protocol::{
     ImageRequest, NetworkMode, PullPolicy, RegistryOptions, Request, RunRequest, Started,
 };
 use crate::network::PortMapping;
+use crate::registries;
 
 impl Context {
     /// A request for an image with this process's registry settings.
     pub(super) fn image(&self, reference: &str, pull: PullPolicy) -> ImageRequest {
-        let dir = std::env::var_os("DOCKER_CONFIG").map(PathBuf::from);
-        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker"));
-        let config = dir.or_else(home).map(|dir| dir.join("config.json"));
         ImageRequest {
             reference: reference.to_owned(),
             pull,
-            registry: RegistryOptions {
-                docker_config: config.filter(|path| path.exists()),
-                insecure: self.insecure.clone(),
-            },
+            registry: self.registry(),
             index: self.index.clone(),
+        }
+    }
+
+    /// This process's registry settings.
+    pub(super) fn registry(&self) -> RegistryOptions {
+        RegistryOptions {
+            docker_config: registries::login_file().filter(|path| path.exists()),
+            auth_files: registries::more_credential_files().into_iter().filter(|p| p.exists()).collect(),
+            insecure: self.insecure.clone(),
+            hosts: registries::host_files(&self.hosts_dirs),
         }
     }
 }

@@ -61,7 +61,9 @@ impl Images {
         }
         let client = RegistryClient::new(ClientOptions {
             insecure_registries: options.insecure.clone(),
-            docker_config: options.docker_config.clone(),
+            credential_files: options.docker_config.iter().chain(&options.auth_files).cloned().collect(),
+            hosts: options.hosts.clone(),
+            proxies: crate::registries::proxies(),
             ..ClientOptions::default()
         })?;
         clients.insert(options.clone(), client.clone());
@@ -101,10 +103,18 @@ impl Images {
                 ))
                 .into());
             }
-            (None, _) if look => {
-                resolve_and_look(&client, &reference, &Platform::host(), &self.discovery()).await?
+            (None, _) => {
+                let found = if look {
+                    resolve_and_look(&client, &reference, &Platform::host(), &self.discovery()).await
+                } else {
+                    let image = client.resolve(&reference, &Platform::host()).await;
+                    image.map(|image| (image, Beside::default()))
+                };
+                match found {
+                    Ok(found) => found,
+                    Err(error) => return Err(with_hint(error, &client, &reference, &request.reference).await),
+                }
             }
-            (None, _) => (client.resolve(&reference, &Platform::host()).await?, Beside::default()),
         };
         self.add_sources(&client, &image);
         Ok((image, beside))
@@ -471,6 +481,24 @@ impl Images {
             }
         }
         Ok(())
+    }
+}
+
+/// Adds to an error about a name without a registry that `registries.conf` would have it mean others too.
+async fn with_hint(
+    error: FetchError,
+    client: &RegistryClient,
+    reference: &Reference,
+    typed: &str,
+) -> anyhow::Error {
+    let names_it = typed.starts_with(&format!("{}/", reference.registry));
+    match client.short_names(reference).await {
+        Ok(Some((names, file))) if !names_it => anyhow::anyhow!(
+            "{error}; {} lets a name without a registry mean {}, but here it always means docker.io: name the registry",
+            file.display(),
+            names.join(", ")
+        ),
+        _ => error.into(),
     }
 }
 

@@ -128,6 +128,10 @@ impl Daemon {
                 };
                 serde_json::to_value(self.blocking(list).await?)?
             }
+            Request::Hosts { reference, registry } => {
+                let client = self.images.client(&registry)?;
+                serde_json::to_value(client.hosts(&reference.parse()?).await?)?
+            }
             other => self.handle_short(other).await?,
         };
         Ok(Some(value))

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use lazyrun_fetcher::TrustMode;
+use lazyrun_fetcher::{HostFiles, TrustMode};
 use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
@@ -15,10 +15,16 @@ use crate::network::PortMapping;
 /// How a registry is to be talked to, as the caller's environment and flags say.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RegistryOptions {
-    /// The caller's docker `config.json`.
+    /// The caller's docker `config.json`, or what takes its place.
     pub docker_config: Option<PathBuf>,
+    /// Further files with the caller's credentials (`auth.json`), looked into after that one.
+    #[serde(default)]
+    pub auth_files: Vec<PathBuf>,
     /// Hosts whose certificate isn't checked and which may speak plain HTTP.
     pub insecure: Vec<String>,
+    /// Files that say how registries are talked to.
+    #[serde(default)]
+    pub hosts: HostFiles,
 }
 
 /// When an image's manifest is asked of the registry (`--pull`).
@@ -117,6 +123,13 @@ pub enum Request {
     },
     /// All images, as a list of [`ImageSummary`].
     Images,
+    /// Which hosts would be asked for an image, as a list of [`HostReport`](lazyrun_fetcher::HostReport).
+    Hosts {
+        /// A reference of the registry or image.
+        reference: String,
+        /// How the registry is talked to.
+        registry: RegistryOptions,
+    },
     /// Removes an image by reference or digest prefix.
     RemoveImage {
         /// Reference, digest or its prefix.

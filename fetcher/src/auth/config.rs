@@ -1,23 +1,17 @@
-//! Credentials from docker's `config.json` and credential helpers.
+//! Credentials from docker's `config.json`, `auth.json` (containers-auth.json(5)) and credential helpers.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
-use tokio::io::AsyncWriteExt as _;
 
+use super::helper;
 use crate::error::FetchError;
 
-/// Largest configuration file or helper answer that is read, in bytes.
-const MAX_SIZE: u64 = 1 << 20;
-/// A helper that takes longer (it may be waiting for a screen) is given up.
-const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Key under which docker stores what belongs to Docker Hub.
 const HUB_KEY: &str = "https://index.docker.io/v1/";
 
@@ -56,56 +50,90 @@ struct AuthEntry {
     identitytoken: Option<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct HelperAnswer {
-    #[serde(default)]
-    username: String,
-    #[serde(default)]
-    secret: String,
+/// A credential and where it was found.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) credential: Credential,
+    /// The file, or the helper and the file that names it.
+    pub(crate) source: String,
 }
 
-/// Looks up credentials; the file is read each time, so that a `docker login` counts at once.
+/// Looks up credentials; the files are read each time, so that a login counts at once.
 #[derive(Debug, Default)]
 pub(crate) struct CredentialStore {
-    path: Option<PathBuf>,
+    files: Vec<PathBuf>,
 }
 
 impl CredentialStore {
-    pub(crate) fn new(path: Option<PathBuf>) -> Self {
-        CredentialStore { path }
+    /// Files in the order in which they are looked at.
+    pub(crate) fn new(files: Vec<PathBuf>) -> Self {
+        CredentialStore { files }
     }
 
-    /// The credential for `registry` (`docker.io`, `host` or `host:port`), if there is one.
-    pub(crate) async fn get(&self, registry: &str) -> Result<Option<Credential>, FetchError> {
-        let Some(path) = &self.path else { return Ok(None) };
-        let Some(config) = read_config(path).await.map_err(|reason| problem(registry, reason))? else {
-            return Ok(None);
-        };
-        let key = if registry == "docker.io" { HUB_KEY } else { registry };
-        let helper = config.cred_helpers.get(key).or_else(|| config.cred_helpers.get(registry));
-        if let Some(helper) = helper {
-            return ask_helper(helper, key).await.map_err(|reason| problem(registry, reason));
-        }
-        if let Some(credential) = config.stored(key) {
-            return Ok(Some(credential));
-        }
-        match &config.creds_store {
-            Some(helper) if !helper.is_empty() => {
-                ask_helper(helper, key).await.map_err(|reason| problem(registry, reason))
+    /// The credential for a repository at `registry` (`docker.io`, `host` or `host:port`), if there is one.
+    pub(crate) async fn get(&self, registry: &str, repository: &str) -> Result<Option<Found>, FetchError> {
+        for path in &self.files {
+            if let Some(found) =
+                look_into(path, registry, repository).await.map_err(|reason| problem(registry, reason))?
+            {
+                return Ok(Some(found));
             }
-            _ => Ok(None),
         }
+        Ok(None)
     }
 }
 
+async fn look_into(path: &Path, registry: &str, repository: &str) -> Result<Option<Found>, String> {
+    let Some(config) = read_config(path).await? else { return Ok(None) };
+    let key = key_of(registry);
+    let shown = path.display().to_string();
+    let by_helper = async |helper: &str| {
+        let source = format!("{}, named in {shown}", helper::program(helper));
+        Ok(helper::get(helper, key).await?.map(|credential| Found { credential, source }))
+    };
+    if let Some(credential) = config.scoped(registry, repository) {
+        return Ok(Some(Found { credential, source: shown }));
+    }
+    let own = config.cred_helpers.get(key).or_else(|| config.cred_helpers.get(registry));
+    if let Some(helper) = own {
+        return by_helper(helper).await;
+    }
+    if let Some(credential) = config.stored(key) {
+        return Ok(Some(Found { credential, source: shown }));
+    }
+    match &config.creds_store {
+        Some(helper) if !helper.is_empty() => by_helper(helper).await,
+        _ => Ok(None),
+    }
+}
+
+/// Under what name Docker keeps what belongs to a registry.
+pub(super) fn key_of(registry: &str) -> &str {
+    if registry == "docker.io" { HUB_KEY } else { registry }
+}
+
 impl ConfigFile {
+    /// The credential for a part of a registry that the repository lies in, the narrowest first (`auth.json` only).
+    fn scoped(&self, registry: &str, repository: &str) -> Option<Credential> {
+        let whole = format!("{registry}/{repository}");
+        let mut name = whole.as_str();
+        while name.len() > registry.len() {
+            if let Some(credential) = self.auths.get(name).and_then(from_entry) {
+                return Some(credential);
+            }
+            name = &name[..name.rfind('/')?];
+        }
+        None
+    }
+
     /// The credential that the file itself holds for `key`.
     fn stored(&self, key: &str) -> Option<Credential> {
+        let host = whole_host(key)?;
+        let same = |name: &str| whole_host(name).is_some_and(|h| h == host || (is_hub(h) && is_hub(host)));
         let entry = self
             .auths
             .get(key)
-            .or_else(|| self.auths.iter().find(|(k, _)| host_of(k) == host_of(key)).map(|(_, v)| v));
+            .or_else(|| self.auths.iter().find(|(name, _)| same(name)).map(|(_, entry)| entry));
         entry.and_then(from_entry)
     }
 }
@@ -113,34 +141,40 @@ impl ConfigFile {
 /// Whether a configuration file's bytes hold a credential for `key`.
 #[cfg(fuzzing)]
 pub(crate) fn holds(text: &[u8], key: &str) -> Result<bool, serde_json::Error> {
-    serde_json::from_slice::<ConfigFile>(text).map(|config| config.stored(key).is_some())
+    serde_json::from_slice::<ConfigFile>(text)
+        .map(|config| config.scoped(key, "a/b").is_some() || config.stored(key).is_some())
 }
 
-fn problem(registry: &str, reason: String) -> FetchError {
+/// The host that all of is meant; `None` when only a part of its repositories is.
+fn whole_host(key: &str) -> Option<&str> {
+    let (rest, is_url) = match key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")) {
+        Some(rest) => (rest, true),
+        None => (key, false),
+    };
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    (is_url || matches!(path.trim_end_matches('/'), "" | "v1" | "v2")).then_some(host)
+}
+
+fn is_hub(host: &str) -> bool {
+    matches!(host, "docker.io" | "index.docker.io" | "registry-1.docker.io")
+}
+
+pub(super) fn problem(registry: &str, reason: String) -> FetchError {
     FetchError::Credentials { host: registry.to_owned(), reason }
 }
 
 async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
-    let shown = path.display();
-    let text = match tokio::fs::metadata(path).await {
-        Ok(meta) if meta.len() > MAX_SIZE => return Err(format!("{shown} is larger than 1 MiB")),
-        Ok(_) => tokio::fs::read(path).await,
-        Err(error) => Err(error),
-    };
-    match text {
+    let shown = path.display().to_string();
+    let file = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || crate::hosts::read_small(&file)).await;
+    match read.unwrap_or_else(|_| Err(io::Error::other("reading it was interrupted"))) {
         // serde_json's message quotes what it found, which could be a secret: only the place is told.
         Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
             format!("{shown} is not a docker configuration (line {}, column {})", e.line(), e.column())
         }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(format!("{shown}: {error}")),
     }
-}
-
-/// `https://host/v1/` → `host`.
-fn host_of(key: &str) -> &str {
-    let rest = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
-    rest.split('/').next().unwrap_or(rest)
 }
 
 fn from_entry(entry: &AuthEntry) -> Option<Credential> {
@@ -163,48 +197,6 @@ fn from_entry(entry: &AuthEntry) -> Option<Credential> {
     }
 }
 
-/// Runs `docker-credential-<helper> get`; "not found" is an answer, not an error.
-async fn ask_helper(helper: &str, key: &str) -> Result<Option<Credential>, String> {
-    if helper.is_empty()
-        || !helper.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-    {
-        return Err("the credential helper's name is not a plain word".to_owned());
-    }
-    let program = format!("docker-credential-{helper}");
-    let run = async {
-        let mut child = tokio::process::Command::new(&program)
-            .arg("get")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|e| format!("{program} could not be started: {e}"))?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A helper that answers without reading closes the pipe; its answer counts.
-            let _ = stdin.write_all(key.as_bytes()).await;
-        }
-        child.wait_with_output().await.map_err(|e| format!("{program} failed: {e}"))
-    };
-    let output = tokio::time::timeout(HELPER_TIMEOUT, run)
-        .await
-        .map_err(|_| format!("{program} did not answer within {} s", HELPER_TIMEOUT.as_secs()))??;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stdout).to_ascii_lowercase();
-        if said.contains("credentials not found") || said.contains("no credentials") {
-            return Ok(None);
-        }
-        return Err(format!("{program} failed ({})", output.status));
-    }
-    let answer: HelperAnswer = serde_json::from_slice(&output.stdout)
-        .map_err(|_| format!("{program} gave an answer that is not a credential"))?;
-    Ok(match (answer.username.as_str(), answer.secret) {
-        (_, secret) if secret.is_empty() => None,
-        ("<token>", secret) => Some(Credential::IdentityToken(secret)),
-        (user, password) => Some(Credential::Password { user: user.to_owned(), password }),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,7 +205,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         std::fs::write(&path, json).unwrap();
-        CredentialStore::new(Some(path)).get(registry).await
+        let (registry, repository) = registry.split_once('/').unwrap_or((registry, "library/redis"));
+        let found = CredentialStore::new(vec![path]).get(registry, repository).await?;
+        Ok(found.map(|found| found.credential))
     }
 
     fn password(user: &str, password: &str) -> Option<Credential> {
@@ -241,13 +235,51 @@ mod tests {
 
     #[tokio::test]
     async fn missing_file_is_no_credential_and_errors_hold_no_secret() {
-        assert_eq!(CredentialStore::new(Some("/nonexistent/x.json".into())).get("a").await.unwrap(), None);
+        let none = CredentialStore::new(vec!["/nonexistent/x.json".into()]).get("a", "b").await.unwrap();
+        assert!(none.is_none());
         let error = lookup(r#"{"auths": {"a": "hunter2"}}"#, "a").await.unwrap_err().to_string();
         assert!(!error.contains("hunter2"), "{error}");
         let error = lookup(r#"{"credsStore": "../evil"}"#, "a").await.unwrap_err().to_string();
         assert!(error.contains("plain word"), "{error}");
         let shown = format!("{:?}", password("u", "hunter2"));
         assert!(!shown.contains("hunter2"));
+    }
+
+    #[tokio::test]
+    async fn parts_of_a_registry_have_credentials_of_their_own() {
+        let json = r#"{"auths": {
+            "r.example/team/app": {"username": "app", "password": "p"},
+            "r.example/team": {"username": "team", "password": "p"},
+            "docker.io": {"username": "hub", "password": "p"},
+            "part.example/team": {"username": "team", "password": "p"},
+            "r.example": {"username": "all", "password": "p"}}}"#;
+        for (name, user) in [
+            ("r.example/team/app", "app"),
+            ("r.example/team/app/sub", "app"),
+            ("r.example/team/apple", "team"),
+            ("r.example/teams", "all"),
+            ("docker.io/library/redis", "hub"),
+        ] {
+            assert_eq!(lookup(json, name).await.unwrap(), password(user, "p"), "{name}");
+        }
+        assert_eq!(lookup(json, "part.example/other").await.unwrap(), None, "not for all of the registry");
+    }
+
+    #[tokio::test]
+    async fn the_first_file_with_a_credential_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let first = write("1", r#"{"auths": {"a": {"username": "one", "password": "p"}}}"#);
+        let second = write("2", r#"{"auths": {"a": {"auth": "dTpw"}, "b": {"auth": "dTpw"}}}"#);
+        let store = CredentialStore::new(vec![first.clone(), second.clone()]);
+        let found = store.get("a", "x").await.unwrap().unwrap();
+        assert_eq!((Some(found.credential), found.source), (password("one", "p"), first.display().to_string()));
+        let found = store.get("b", "x").await.unwrap().unwrap();
+        assert_eq!(found.source, second.display().to_string());
     }
 
     #[tokio::test]

@@ -67,13 +67,20 @@ impl Access {
     }
 }
 
-/// Registry, repository and what is allowed: a token's scope is one repository.
+/// Root of a host's API, repository and what is allowed: a token's scope is one repository.
 pub(crate) type TokenKey = (String, String, Access);
+
+/// How long it is remembered that shared tokens of a registry do not last.
+const CHURN: Duration = Duration::from_secs(600);
 
 /// The authorizations that worked.
 #[derive(Default)]
 pub(crate) struct TokenCache {
     entries: Mutex<HashMap<TokenKey, Authorization>>,
+    /// Whose turn it is to get one.
+    turns: Mutex<HashMap<TokenKey, Arc<tokio::sync::Mutex<()>>>>,
+    /// When shared ones were last found to be used up by others.
+    churning: Mutex<HashMap<TokenKey, Instant>>,
 }
 
 impl TokenCache {
@@ -90,6 +97,27 @@ impl TokenCache {
 
     pub(crate) fn forget(&self, key: &TokenKey) {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+
+    /// What whoever gets a new authorization for all holds meanwhile.
+    pub(crate) fn turn(&self, key: &TokenKey) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(key.clone()).or_default())
+    }
+
+    /// A shared authorization was refused right after it was got: tokens are good for few requests there.
+    pub(crate) fn note_churn(&self, key: &TokenKey) {
+        self.forget(key);
+        let mut churning = self.churning.lock().unwrap_or_else(PoisonError::into_inner);
+        churning.retain(|_, at| at.elapsed() < CHURN);
+        churning.insert(key.clone(), Instant::now());
+    }
+
+    /// Whether each request needs a token of its own.
+    pub(crate) fn churns(&self, key: &TokenKey) -> bool {
+        let churning = self.churning.lock().unwrap_or_else(PoisonError::into_inner);
+        churning.get(key).is_some_and(|at| at.elapsed() < CHURN)
     }
 }
 

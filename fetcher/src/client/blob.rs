@@ -13,6 +13,7 @@ use lazyrun_index::Digest;
 use reqwest::Response;
 
 use super::range::{BodyStart, judge};
+use super::trail::{Trail, Witness};
 use super::transport::{Call, Repository, Transport, host_of};
 use crate::error::FetchError;
 
@@ -78,6 +79,8 @@ impl BlobSource {
     /// A reader of bytes `range`; `size` is the blob's size when known.
     pub fn reader(&self, digest: Digest, range: Range<u64>, size: Option<u64>) -> BlobReader {
         BlobReader {
+            trail: None,
+            witness: Witness::new(self, digest),
             source: self.clone(),
             digest,
             start: range.start,
@@ -99,6 +102,9 @@ impl BlobSource {
 /// Reads a run of a blob piece by piece, through broken connections.
 pub struct BlobReader {
     source: BlobSource,
+    /// Where it goes, from the first request on.
+    trail: Option<Trail>,
+    witness: Witness,
     digest: Digest,
     start: u64,
     position: u64,
@@ -197,8 +203,18 @@ impl BlobReader {
         Ok(())
     }
 
+    /// Tells later which hosts the bytes came from.
+    pub(crate) fn witness(&self) -> Witness {
+        self.witness.clone()
+    }
+
     /// Connects if there is no connection and reads one piece of the body.
     async fn step(&mut self) -> Result<Bytes, FetchError> {
+        let trail = match self.trail.take() {
+            Some(trail) => trail,
+            None => Trail::begin(self.source.clone(), self.digest, !self.whole).await?,
+        };
+        let trail = self.trail.insert(trail).clone();
         let wish = Wish {
             digest: self.digest,
             start: self.start,
@@ -208,36 +224,21 @@ impl BlobReader {
             patient: self.patient,
             second: false,
         };
-        let first = wish.piece(self.source.clone(), self.body.take());
+        let first = wish.piece(trail.clone(), &self.witness, self.body.take());
         let mut got = match self.hedge.take() {
             None => first.await?,
             Some(other) => {
+                let hedges = &self.source.transport.hedges;
                 let mut first = pin!(first);
-                let patience = self.source.transport.hedges.patience(&self.source.repository.endpoint);
-                match tokio::time::timeout(patience, first.as_mut()).await {
+                match tokio::time::timeout(hedges.patience(trail.host().key()), first.as_mut()).await {
                     Ok(got) => {
                         self.hedge = Some(other);
                         got?
                     }
-                    Err(_) if !self.source.transport.hedges.take() => first.await?,
+                    Err(_) if !hedges.take() => first.await?,
                     Err(_) => {
-                        let counters = &self.source.transport.counters;
-                        counters.hedges.fetch_add(1, Relaxed);
-                        tracing::debug!(blob = %self.digest, ?patience, "a slow request gets a second one");
-                        let wish = Wish { second: true, ..wish };
-                        let second = pin!(wish.piece(other.clone(), None));
-                        // An error of one leaves the other its chance.
-                        let (got, second_won) = match select(first, second).await {
-                            Either::Left((Ok(got), _)) => (Ok(got), false),
-                            Either::Left((Err(_), second)) => (second.await, true),
-                            Either::Right((Ok(got), _)) => (Ok(got), true),
-                            Either::Right((Err(_), first)) => (first.await, false),
-                        };
-                        let got = got?;
-                        if second_won {
-                            counters.hedges_won.fetch_add(1, Relaxed);
-                            self.source = other;
-                        }
+                        let (got, winner) = wish.beside(first, &trail, other, &self.witness).await?;
+                        self.trail = winner.or(self.trail.take());
                         got
                     }
                 }
@@ -253,7 +254,7 @@ impl BlobReader {
         Ok(got.chunk)
     }
 
-    /// Waits before the next try, or gives the error back when there were enough.
+    /// Goes on to the next host, waits before the next try, or gives the error back when there were enough.
     async fn after_failure(&mut self, error: FetchError) -> Result<(), FetchError> {
         self.body = None;
         if self.position - self.credited >= PROGRESS_FOR_RETRY {
@@ -261,9 +262,26 @@ impl BlobReader {
             self.protocol_failures = 0;
             self.credited = self.position;
         }
+        // Without a trail the settings are to blame.
+        let Some(trail) = &mut self.trail else { return Err(error) };
+        trail.failed(self.digest, &error);
+        let wait = if trail.host().is_mirror() { None } else { self.patience(&error) };
+        let Some(wait) = wait else {
+            let went_on = self.trail.as_mut().map_or(Ok(()), |trail| trail.go_on(error));
+            // Who asks again begins again.
+            return went_on.inspect_err(|_| self.trail = None);
+        };
+        self.failures += 1;
+        tracing::debug!(%error, ?wait, blob = %self.digest, position = self.position, "blob read is resumed");
+        tokio::time::sleep(wait).await;
+        Ok(())
+    }
+
+    /// How long to wait before the same host is asked again; `None`: it is not.
+    fn patience(&mut self, error: &FetchError) -> Option<Duration> {
         let policy = self.source.transport.policy();
         let asked = error.retry_after().unwrap_or_default();
-        let resumable = match &error {
+        let resumable = match error {
             FetchError::Truncated { .. } => true,
             FetchError::Protocol { .. } => {
                 self.protocol_failures += 1;
@@ -271,27 +289,51 @@ impl BlobReader {
             }
             error => error.is_transient(),
         };
-        let Some(wait) = policy.delays().nth(self.failures).filter(|_| resumable && asked <= policy.max_wait)
-        else {
-            return Err(error);
-        };
-        self.failures += 1;
-        let wait = wait.max(asked);
-        tracing::debug!(%error, ?wait, blob = %self.digest, position = self.position, "blob read is resumed");
-        tokio::time::sleep(wait).await;
-        Ok(())
+        let wait = policy.delays().nth(self.failures)?;
+        (resumable && asked <= policy.max_wait).then(|| wait.max(asked))
     }
 }
 
 impl Wish {
+    /// Lets a second request run beside a slow first one. An error of one leaves the other its chance. Also gives the
+    /// trail of the second, if that won.
+    async fn beside(
+        self,
+        first: impl Future<Output = Result<Got, FetchError>>,
+        trail: &Trail,
+        other: BlobSource,
+        witness: &Witness,
+    ) -> Result<(Got, Option<Trail>), FetchError> {
+        let counters = &trail.source.transport.counters;
+        counters.hedges.fetch_add(1, Relaxed);
+        tracing::debug!(blob = %self.digest, "a slow request gets a second one");
+        let wish = Wish { second: true, ..self };
+        let second = pin!(async {
+            let trail = if other.repository == trail.source.repository {
+                trail.beside()
+            } else {
+                Trail::begin(other, self.digest, !self.whole).await?
+            };
+            Ok((wish.piece(trail.clone(), witness, None).await?, trail))
+        });
+        let won = match select(pin!(first), second).await {
+            Either::Left((Ok(got), _)) => return Ok((got, None)),
+            Either::Left((Err(_), second)) => second.await?,
+            Either::Right((Ok(won), _)) => won,
+            Either::Right((Err::<_, FetchError>(_), first)) => return Ok((first.await?, None)),
+        };
+        counters.hedges_won.fetch_add(1, Relaxed);
+        Ok((won.0, Some(won.1)))
+    }
+
     /// Sends a request unless there is a body to go on with, and reads the next piece of the body.
-    async fn piece(self, source: BlobSource, body: Option<Body>) -> Result<Got, FetchError> {
+    async fn piece(self, trail: Trail, witness: &Witness, body: Option<Body>) -> Result<Got, FetchError> {
         let (mut body, first_byte) = match body {
             Some(body) => (body, None),
-            None => self.open(&source).await?,
+            None => self.open(&trail).await?,
         };
         let what = self.what();
-        let Some(mut chunk) = source.transport.next_chunk(&mut body.response, &what).await? else {
+        let Some(mut chunk) = trail.source.transport.next_chunk(&mut body.response, &what).await? else {
             return Err(FetchError::Truncated {
                 host: host_of(body.response.url()),
                 digest: self.digest,
@@ -299,6 +341,7 @@ impl Wish {
                 want: self.end - self.start,
             });
         };
+        witness.saw(trail.host());
         if body.skip > 0 {
             let skipped = body.skip.min(chunk.len() as u64);
             body.skip -= skipped;
@@ -308,23 +351,27 @@ impl Wish {
         Ok(Got { body, chunk, first_byte })
     }
 
-    async fn open(self, source: &BlobSource) -> Result<(Body, Option<Duration>), FetchError> {
+    async fn open(self, trail: &Trail) -> Result<(Body, Option<Duration>), FetchError> {
+        let (transport, host) = (&trail.source.transport, trail.host());
         let from_start = self.whole && self.position == 0;
-        let mut call = Call::blob(&source.repository, self.digest);
+        let mut call = Call::blob(&trail.source.repository, self.digest);
         call.range = (!from_start).then_some((self.position, self.end));
         (call.patient, call.apart) = (self.patient, self.second);
         let began = Instant::now();
-        let response = source.transport.send(&call).await?;
+        let response = transport.send(&call, host).await?;
         let first_byte = began.elapsed();
-        source.transport.hedges.observe(&source.repository.endpoint, first_byte);
-        let host = || host_of(response.url());
+        transport.hedges.observe(host.key(), first_byte);
+        if host.is_mirror() {
+            transport.health.answered(host);
+        }
+        let answering = || host_of(response.url());
         let start = judge(response.status(), response.headers(), self.position, self.end)
-            .map_err(|reason| FetchError::Protocol { host: host(), what: self.what(), reason })?;
+            .map_err(|reason| FetchError::Protocol { host: answering(), what: self.what(), reason })?;
         let skip = match start {
             BodyStart::AtRange => 0,
             // A stream that is resumed has to get there anyhow; a lone range must not cost a whole blob.
             BodyStart::Skip(skip) if skip <= MAX_SKIP || self.whole => skip,
-            BodyStart::Skip(_) => return Err(FetchError::RangeIgnored { host: host(), digest: self.digest }),
+            BodyStart::Skip(_) => return Err(FetchError::RangeIgnored { host: answering(), digest: self.digest }),
         };
         Ok((Body { response, skip }, Some(first_byte)))
     }

@@ -6,10 +6,15 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::stream;
 use lazyrun_index::Digest;
-use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE,
+};
 use reqwest::{Client, Method, RequestBuilder, Url};
 
-use crate::auth::{Access, TokenKey};
+use super::transport::sensitive;
+use crate::auth::{Access, Authorization, TokenKey};
+use crate::error::FetchError;
+use crate::hosts::Endpoint;
 use crate::reference::Reference;
 
 /// Pieces in which a body leaves, in bytes. Each one counts as progress of the upload.
@@ -18,17 +23,19 @@ const PIECE: usize = 128 << 10;
 /// A repository and how to talk about it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Repository {
+    /// As references name it: `docker.io`, `host` or `host:port`.
     pub(crate) registry: String,
-    pub(crate) endpoint: String,
     pub(crate) path: String,
+    /// It is asked for a reference by digest.
+    pub(crate) pinned: bool,
 }
 
 impl Repository {
     pub(crate) fn of(reference: &Reference) -> Self {
         Repository {
             registry: reference.registry.clone(),
-            endpoint: reference.endpoint().to_owned(),
             path: reference.repository.clone(),
+            pinned: reference.digest.is_some(),
         }
     }
 
@@ -99,8 +106,8 @@ impl<'a> Call<'a> {
     }
 
     /// Under what the authorization for this call is kept.
-    pub(super) fn token_key(&self) -> TokenKey {
-        (self.repository.registry.clone(), self.repository.path.clone(), self.access())
+    pub(super) fn token_key(&self, at: &Endpoint) -> TokenKey {
+        (at.root.to_string(), at.repository.clone(), self.access())
     }
 
     /// What the authorization must allow.
@@ -110,6 +117,36 @@ impl<'a> Call<'a> {
             Action::Write { .. } => Access::Push,
             Action::Delete => Access::Delete,
         }
+    }
+
+    /// Where it goes at a host whose API has this root.
+    pub(super) fn url(&self, base: &Url, at: &Endpoint) -> Result<Url, String> {
+        let whole = format!("{base}{}/{}", at.repository, self.resource);
+        let mut url = Url::parse(&whole).map_err(|e| e.to_string())?;
+        if let Some(namespace) = &at.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Ok(url)
+    }
+
+    /// Its headers; `said` are those that the settings of the host want.
+    pub(super) fn headers(
+        &self,
+        said: Option<&HeaderMap>,
+        authorization: Option<&Authorization>,
+    ) -> Result<HeaderMap, FetchError> {
+        let mut headers = said.cloned().unwrap_or_default();
+        if let Some(accept) = self.accept {
+            headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        }
+        if let Some((start, end)) = self.range {
+            let range = format!("bytes={start}-{}", end.saturating_sub(1));
+            headers.extend(HeaderValue::try_from(range).ok().map(|range| (RANGE, range)));
+        }
+        if let Some(authorization) = authorization {
+            headers.insert(AUTHORIZATION, sensitive(&authorization.value)?);
+        }
+        Ok(headers)
     }
 
     /// Method and body; for an upload also what tells how it goes on.

@@ -94,6 +94,13 @@ impl Gates {
         Pass { gate, began: Instant::now(), base: self.base, max_wait: self.max_wait }
     }
 
+    /// How long a host wants to be left alone from now on.
+    pub(crate) fn closed_for(&self, host: &str) -> Duration {
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let until = hosts.get(host).and_then(|gate| gate.lock().until);
+        until.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()))
+    }
+
     fn gate(&self, host: &str) -> Arc<Gate> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         if hosts.len() >= MAX_HOSTS && !hosts.contains_key(host) {

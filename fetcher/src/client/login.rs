@@ -1,28 +1,48 @@
 //! Answering a 401: credentials are looked up, tokens fetched and kept.
 
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
-use reqwest::{Response, StatusCode};
+use reqwest::{Response, StatusCode, Url};
 
 use super::retry::retry_after;
 use super::transport::{Call, MAX_SMALL_BODY, Transport, denied, host_of, sensitive};
 use crate::auth::{self, Authorization, Challenge};
 use crate::error::FetchError;
+use crate::hosts::Endpoint;
+
+/// For whom an authorization is got.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// For everybody who reads from the repository: a hundred blobs must not ask for a hundred tokens.
+    WithOthers,
+    /// For this request alone: shared ones were used up by others before it came to its turn.
+    Own,
+}
 
 impl Transport {
     /// Finds what satisfies a 401's challenge.
     pub(super) async fn answer_challenge(
         &self,
         call: &Call<'_>,
+        at: &Endpoint,
         response: Response,
         stale: Option<Authorization>,
+        share: Share,
     ) -> Result<Authorization, FetchError> {
-        let key = call.token_key();
+        let key = call.token_key(at);
         let registry = response.url().clone();
         let values = response.headers().get_all(WWW_AUTHENTICATE);
         let challenges = auth::parse_challenges(values.iter().filter_map(|v| v.to_str().ok()));
         // Reading the short body keeps the connection.
         let _ = self.body(response, "an error", MAX_SMALL_BODY).await;
-        let _turn = self.token_turn.lock().await;
+        if share == Share::Own {
+            self.tokens.note_churn(&key);
+        }
+        if self.tokens.churns(&key) {
+            return self.authorize(call, at, &registry, &challenges).await;
+        }
+        // One token request at a time for a repository.
+        let turn = self.tokens.turn(&key);
+        let _turn = turn.lock().await;
         // Somebody else may have been faster.
         if let Some(fresh) = self.tokens.get(&key)
             && stale.as_ref().is_none_or(|s| s.value != fresh.value)
@@ -30,38 +50,51 @@ impl Transport {
             return Ok(fresh);
         }
         self.tokens.forget(&key);
-        let credential = self.credentials.get(&call.repository.registry).await?;
-        let bearer = challenges.iter().find_map(|c| match c {
-            Challenge::Bearer { realm, service, scope } => Some((realm, service, scope)),
-            Challenge::Basic => None,
-        });
-        let authorization = if let Some((realm, service, scope)) = bearer {
-            let scope = call.access().scope(scope.as_deref(), &call.repository.path);
-            let request =
-                auth::token_request(&registry, realm, service.as_deref(), &scope, credential.as_ref())?;
-            self.policy().run(|| self.fetch_token(call, &request)).await?
-        } else if challenges.contains(&Challenge::Basic) {
-            match credential {
-                Some(auth::Credential::Password { user, password }) => {
-                    Authorization::new(auth::basic(&user, &password), None)
-                }
-                _ => return Err(denied(call, "it wants a user name and password and none are stored")),
-            }
-        } else {
-            return Err(denied(call, "it wants a kind of login that is not known here"));
-        };
+        let authorization = self.authorize(call, at, &registry, &challenges).await?;
         self.tokens.put(key, authorization.clone());
         Ok(authorization)
     }
 
-    async fn fetch_token(
+    /// A new authorization by one of the ways that the host offers.
+    async fn authorize(
         &self,
         call: &Call<'_>,
+        at: &Endpoint,
+        registry: &Url,
+        challenges: &[Challenge],
+    ) -> Result<Authorization, FetchError> {
+        let found = self.credentials.get(&at.credential_name, &at.repository).await?;
+        let credential = found.map(|found| found.credential);
+        let bearer = challenges.iter().find_map(|c| match c {
+            Challenge::Bearer { realm, service, scope } => Some((realm, service, scope)),
+            Challenge::Basic => None,
+        });
+        if let Some((realm, service, scope)) = bearer {
+            let scope = call.access().scope(scope.as_deref(), &at.repository);
+            let request =
+                auth::token_request(registry, realm, service.as_deref(), &scope, credential.as_ref())?;
+            self.policy().run(|| self.fetch_token(call, at, &request)).await
+        } else if challenges.contains(&Challenge::Basic) {
+            match credential {
+                Some(auth::Credential::Password { user, password }) => {
+                    Ok(Authorization::new(auth::basic(&user, &password), None))
+                }
+                _ => Err(denied(call, at, "it wants a user name and password and none are stored")),
+            }
+        } else {
+            Err(denied(call, at, "it wants a kind of login that is not known here"))
+        }
+    }
+
+    pub(super) async fn fetch_token(
+        &self,
+        call: &Call<'_>,
+        at: &Endpoint,
         wanted: &auth::TokenRequest,
     ) -> Result<Authorization, FetchError> {
         let host = host_of(&wanted.url);
+        let client = self.pools.get(self.way_to(&wanted.url, at, false).await)?.client;
         let pass = self.gates.enter(&host, false).await;
-        let client = self.client_for(&wanted.url)?;
         let mut request = match &wanted.form {
             Some(form) => client
                 .post(wanted.url.clone())
@@ -95,7 +128,7 @@ impl Transport {
             // Redirects are not followed: the credentials are for this place.
             _ => {
                 let detail = self.error_detail(response).await;
-                Err(denied(call, detail.as_deref().unwrap_or("its token service refused")))
+                Err(denied(call, at, detail.as_deref().unwrap_or("its token service refused")))
             }
         }
     }

@@ -1,16 +1,23 @@
 //! The registry client: distribution-spec over HTTP. Images are only read; artifacts that refer to them are
 //! also written.
 
+mod ask;
 mod blob;
 mod call;
+mod classify;
 mod gates;
 mod hedge;
 mod login;
+mod pools;
+mod proxy;
 mod push;
 mod range;
 mod redirect;
 mod referrers;
 mod retry;
+mod show;
+mod tls;
+mod trail;
 mod transport;
 
 use std::path::PathBuf;
@@ -21,16 +28,22 @@ use bytes::Bytes;
 use lazyrun_index::Digest;
 
 pub use blob::{BlobReader, BlobSource};
+pub use proxy::Proxies;
+pub(crate) use redirect::same_origin;
+pub(crate) use transport::{Repository, host_of};
 
 use crate::error::FetchError;
 use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
 use crate::platform::Platform;
 use crate::reference::Reference;
 use crate::stats::ClientStats;
+use crate::hosts::{HostFiles, Need};
+use ask::Ask;
 use call::Action;
-use transport::{Call, Repository, Transport, host_of};
+use transport::{Call, Transport};
 
 pub use push::Uploaded;
+pub use show::{CredentialReport, HostReport, TlsReport};
 
 /// Lists inside lists are followed this deep.
 const MAX_LIST_DEPTH: usize = 2;
@@ -41,8 +54,15 @@ pub struct ClientOptions {
     /// Registries (`host` or `host:port`) whose certificate is not checked and that may speak plain http.
     /// Loopback registries always speak plain http.
     pub insecure_registries: Vec<String>,
-    /// Docker's `config.json`, for credentials; a file that is missing holds none.
-    pub docker_config: Option<PathBuf>,
+    /// Files with credentials, in the order in which they are looked at: Docker's `config.json`, `auth.json`. One that
+    /// is missing holds none.
+    pub credential_files: Vec<PathBuf>,
+    /// Files that say how registries are talked to.
+    pub hosts: HostFiles,
+    /// Proxies on the way to registries.
+    pub proxies: Proxies,
+    /// How long a mirror that could not be reached is left alone at first.
+    pub mirror_rest: Duration,
     /// `User-Agent` header.
     pub user_agent: String,
     /// Bound for TCP and TLS handshakes.
@@ -61,7 +81,10 @@ impl Default for ClientOptions {
     fn default() -> Self {
         ClientOptions {
             insecure_registries: Vec::new(),
-            docker_config: None,
+            credential_files: Vec::new(),
+            hosts: HostFiles::default(),
+            proxies: Proxies::default(),
+            mirror_rest: Duration::from_secs(10),
             user_agent: concat!("lazyrun/", env!("CARGO_PKG_VERSION")).to_owned(),
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(20),
@@ -91,8 +114,9 @@ impl RegistryClient {
     /// A client; nothing is connected or read yet.
     ///
     /// # Errors
-    /// Never at present; connections and certificates are set up on first use.
+    /// When a proxy is named that cannot be used. Connections and certificates are set up on first use.
     pub fn new(options: ClientOptions) -> Result<Self, FetchError> {
+        options.proxies.check()?;
         Ok(RegistryClient { transport: Arc::new(Transport::new(options)) })
     }
 
@@ -132,9 +156,8 @@ impl RegistryClient {
             accept: Some(manifest::ACCEPT),
             ..Call::get(&repository, resource)
         };
-        let response = self.transport.policy().run(|| self.transport.send(&call)).await?;
-        let header = response.headers().get("docker-content-digest");
-        Ok(header.and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok()))
+        let ask = Ask::new(&repository, need_of(reference.digest));
+        self.transport.ask(&ask, &call, |response| async move { Ok(claimed_digest(&response)) }).await
     }
 
     /// The manifest of an image for a platform.
@@ -202,26 +225,32 @@ impl RegistryClient {
         want: Option<Digest>,
         accept: &'static str,
     ) -> Result<Option<Bytes>, FetchError> {
-        let call = Call { accept: Some(accept), ..Call::get(repository, format!("manifests/{name}")) };
-        let policy = self.transport.policy();
-        let fetched = policy
-            .run(|| async {
-                let response = self.transport.send(&call).await?;
-                let host = host_of(response.url());
-                let header = response.headers().get("docker-content-digest");
-                let claimed = header.and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<Digest>().ok());
-                let body = self.transport.body(response, "the manifest", MAX_MANIFEST).await?;
-                Ok((body, claimed, host))
-            })
-            .await;
-        let (body, claimed, host) = match fetched {
-            Err(FetchError::Server { status: 404, .. }) => return Ok(None),
-            other => other?,
+        let ask = Ask { blob: want, ..Ask::new(repository, need_of(want)) };
+        self.find_manifest_at(&ask, name, accept).await
+    }
+
+    /// As `find_manifest`, from hosts of the caller's choice.
+    async fn find_manifest_at(
+        &self,
+        ask: &Ask<'_>,
+        name: &str,
+        accept: &'static str,
+    ) -> Result<Option<Bytes>, FetchError> {
+        let call = Call { accept: Some(accept), ..Call::get(ask.repository, format!("manifests/{name}")) };
+        let read = |response: reqwest::Response| async move {
+            let (host, claimed) = (host_of(response.url()), claimed_digest(&response));
+            let body = self.transport.body(response, "the manifest", MAX_MANIFEST).await?;
+            match (ask.blob.or(claimed), Digest::of(&body)) {
+                (Some(want), got) if want != got => {
+                    Err(FetchError::WrongDigest { host, what: "manifest", want, got })
+                }
+                _ => Ok(body),
+            }
         };
-        let got = Digest::of(&body);
-        match want.or(claimed) {
-            Some(want) if want != got => Err(FetchError::WrongDigest { host, what: "manifest", want, got }),
-            _ => Ok(Some(body)),
+        match self.transport.ask(ask, &call, read).await {
+            Ok(body) => Ok(Some(body)),
+            Err(FetchError::Server { status: 404, .. }) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -270,26 +299,43 @@ impl RegistryClient {
         limit: u64,
     ) -> Result<Bytes, FetchError> {
         let call = Call::blob(repository, digest);
-        let policy = self.transport.policy();
-        let (body, host) = policy
-            .run(|| async {
-                let response = self.transport.send(&call).await?;
-                let host = host_of(response.url());
-                Ok((self.transport.body(response, &format!("the {what}"), limit).await?, host))
-            })
-            .await?;
-        let got = Digest::of(&body);
-        if got == digest { Ok(body) } else { Err(FetchError::WrongDigest { host, what, want: digest, got }) }
+        let ask = Ask { blob: Some(digest), ..Ask::new(repository, Need::Pull) };
+        let read = |response: reqwest::Response| async move {
+            let host = host_of(response.url());
+            let body = self.transport.body(response, &format!("the {what}"), limit).await?;
+            let got = Digest::of(&body);
+            if got == digest {
+                Ok(body)
+            } else {
+                Err(FetchError::WrongDigest { host, what, want: digest, got })
+            }
+        };
+        self.transport.ask(&ask, &call, read).await
     }
 
-    /// Tells a missing repository from a missing tag.
+    /// Tells a missing repository from a missing tag. Only a registry that says so has no such repository; if it cannot
+    /// be asked, or does not list tags to everybody, what is known is that the manifest is missing.
     async fn why_missing(&self, reference: &Reference, repository: &Repository) -> FetchError {
-        match self.transport.send(&Call::get(repository, "tags/list?n=1".to_owned())).await {
-            Ok(_) => FetchError::TagNotFound {
+        let call = Call::get(repository, "tags/list?n=1".to_owned());
+        let ask = Ask::new(repository, Need::Resolve);
+        match self.transport.ask(&ask, &call, |_| std::future::ready(Ok(()))).await {
+            Err(FetchError::Server { status: 404, .. }) => {
+                FetchError::ImageNotFound { image: reference.familiar() }
+            }
+            _ => FetchError::TagNotFound {
                 image: Reference { tag: None, digest: None, ..reference.clone() }.familiar(),
                 tag: reference.manifest_name(),
             },
-            Err(_) => FetchError::ImageNotFound { image: reference.familiar() },
         }
     }
+}
+
+/// What a tag leads to is a question of trust; content by digest proves itself.
+fn need_of(digest: Option<Digest>) -> Need {
+    if digest.is_some() { Need::Pull } else { Need::Resolve }
+}
+
+/// The digest that a registry says a manifest has.
+fn claimed_digest(response: &reqwest::Response) -> Option<Digest> {
+    response.headers().get("docker-content-digest")?.to_str().ok()?.parse().ok()
 }

@@ -1,14 +1,18 @@
 //! Writing to a repository: blobs, manifests, and taking manifests away.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use lazyrun_index::Digest;
 use reqwest::header::LOCATION;
 use reqwest::{Method, StatusCode, Url};
 
 use super::RegistryClient;
+use super::ask::Ask;
 use super::call::{Action, Call, Repository};
 use super::transport::host_of;
 use crate::error::FetchError;
+use crate::hosts::{Endpoint, Need};
 use crate::manifest::OCI_MANIFEST;
 use crate::reference::Reference;
 
@@ -41,11 +45,17 @@ impl RegistryClient {
     pub(super) async fn probe(&self, repository: &Repository, resource: String) -> Result<bool, FetchError> {
         let accept = Some(crate::manifest::ACCEPT).filter(|_| resource.starts_with("manifests/"));
         let call = Call { action: Action::Probe, accept, ..Call::get(repository, resource) };
-        match self.transport.policy().run(|| self.transport.send(&call)).await {
+        match self.write(&call).await {
             Ok(_) => Ok(true),
             Err(FetchError::Server { status: 404, .. }) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Sends a call to where the repository is written.
+    async fn write(&self, call: &Call<'_>) -> Result<reqwest::Response, FetchError> {
+        let ask = Ask::new(call.repository, Need::Push);
+        self.transport.ask(&ask, call, |response| std::future::ready(Ok(response))).await
     }
 
     /// Puts a blob into the repository unless it is there.
@@ -62,8 +72,12 @@ impl RegistryClient {
             return Ok(Uploaded::Existed);
         }
         let repository = Repository::of(reference);
-        let policy = self.transport.policy();
-        let upload = || policy.run(|| self.upload_once(&repository, digest, &bytes));
+        let ask = Ask::new(&repository, Need::Push);
+        let once = |at: Arc<Endpoint>| {
+            let (repository, bytes) = (&repository, &bytes);
+            async move { self.upload_once(repository, &at, digest, bytes).await }
+        };
+        let upload = || self.transport.on_hosts(&ask, once);
         match upload().await {
             // The registry has lost the upload: it has to begin anew (distribution-spec, "Pushing blobs").
             Err(FetchError::Rejected { status: 404, .. }) => upload().await?,
@@ -75,6 +89,7 @@ impl RegistryClient {
     async fn upload_once(
         &self,
         repository: &Repository,
+        at: &Endpoint,
         digest: Digest,
         bytes: &Bytes,
     ) -> Result<(), FetchError> {
@@ -87,7 +102,7 @@ impl RegistryClient {
             action: write(Method::POST, None, Bytes::new()),
             ..Call::get(repository, "blobs/uploads/".to_owned())
         };
-        let response = self.transport.send(&begin).await?;
+        let response = self.transport.send(&begin, at).await?;
         if response.status() == StatusCode::CREATED {
             return Ok(());
         }
@@ -100,7 +115,7 @@ impl RegistryClient {
             action: write(Method::PUT, Some("application/octet-stream"), bytes.clone()),
             ..Call::get(repository, format!("the upload of blob {digest}"))
         };
-        self.transport.send(&finish).await.map(drop)
+        self.transport.send(&finish, at).await.map(drop)
     }
 
     /// Puts a manifest under its digest. Says whether the registry has noted the manifest's subject: if not, it
@@ -126,7 +141,7 @@ impl RegistryClient {
         let policy = self.transport.policy();
         let mut patience = policy.delays().take(DOUBTS);
         loop {
-            match policy.run(|| self.transport.send(&call)).await {
+            match self.write(&call).await {
                 Ok(response) => return Ok(response.headers().contains_key(OCI_SUBJECT)),
                 // The bytes have the digest they are named by, but the registry says no. One that keeps its links in
                 // files says so when another client is just writing the link of a blob that both have.
@@ -165,7 +180,7 @@ impl RegistryClient {
     pub async fn delete_manifest(&self, reference: &Reference, digest: Digest) -> Result<bool, FetchError> {
         let repository = Repository::of(reference);
         let call = Call { action: Action::Delete, ..Call::get(&repository, format!("manifests/{digest}")) };
-        match self.transport.policy().run(|| self.transport.send(&call)).await {
+        match self.write(&call).await {
             Ok(_) => Ok(true),
             Err(FetchError::Server { status: 404, .. } | FetchError::Rejected { status: 404, .. }) => {
                 Ok(false)

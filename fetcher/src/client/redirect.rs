@@ -36,7 +36,7 @@ pub(crate) fn same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
 }
 
-/// Final URLs of blobs, by repository (signed URLs are granted to those who may read it) and digest.
+/// Final URLs of blobs, by repository at a host (signed URLs are granted to those who may read it) and digest.
 pub(crate) struct RedirectCache {
     entries: Mutex<LruCache<(String, Digest), (Url, Instant)>>,
 }
@@ -64,6 +64,16 @@ impl RedirectCache {
     pub(crate) fn put(&self, repository: &str, digest: Digest, url: Url) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.put((repository.to_owned(), digest), (url, Instant::now()));
+    }
+
+    /// Nothing that lies at the host of `url` is good any more.
+    pub(crate) fn forget_host(&self, url: &Url) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost: Vec<_> =
+            entries.iter().filter(|(_, (at, _))| same_origin(at, url)).map(|(key, _)| key.clone()).collect();
+        for key in lost {
+            entries.pop(&key);
+        }
     }
 
     pub(crate) fn forget(&self, repository: &str, digest: Digest) {

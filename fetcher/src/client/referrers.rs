@@ -2,6 +2,7 @@
 //! (distribution-spec, "Listing Referrers" and "Referrers Tag Schema").
 
 use std::hash::{BuildHasher as _, Hasher as _};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -12,11 +13,13 @@ use reqwest::header::{HeaderMap, LINK};
 use serde_json::{Value, json};
 
 use super::RegistryClient;
+use super::ask::Ask;
 use super::call::{Call, Repository};
 use super::redirect::same_origin;
 use super::transport::host_of;
 use crate::artifact::{Descriptor, parse_descriptors};
 use crate::error::FetchError;
+use crate::hosts::{Endpoint, Lack, Need};
 use crate::manifest::{MAX_MANIFEST, OCI_INDEX};
 use crate::reference::Reference;
 
@@ -76,18 +79,36 @@ impl RegistryClient {
 
     fn knows_referrers(&self, repository: &Repository) -> bool {
         let known = self.transport.referrers_api.lock();
-        known.unwrap_or_else(std::sync::PoisonError::into_inner).contains(&repository.endpoint)
+        known.unwrap_or_else(std::sync::PoisonError::into_inner).contains(&repository.registry)
     }
 
     fn note_referrers(&self, repository: &Repository) {
         let known = self.transport.referrers_api.lock();
-        known.unwrap_or_else(std::sync::PoisonError::into_inner).insert(repository.endpoint.clone());
+        known.unwrap_or_else(std::sync::PoisonError::into_inner).insert(repository.registry.clone());
     }
 
-    /// The referrers API, all pages.
+    /// The referrers API of the first host that has it, all pages.
     async fn ask_api(
         &self,
         repository: &Repository,
+        subject: Digest,
+        artifact_type: Option<&str>,
+    ) -> Result<Vec<Descriptor>, FetchError> {
+        let ask = Ask { with: Some(Lack::Referrers), ..Ask::new(repository, Need::Pull) };
+        let at_host = |at: Arc<Endpoint>| async move {
+            let asked = self.ask_api_at(repository, &at, subject, artifact_type).await;
+            if matches!(asked, Err(FetchError::Server { status: 404, .. })) && at.is_mirror() {
+                self.transport.health.lacks(&at, Lack::Referrers);
+            }
+            asked
+        };
+        self.transport.on_hosts(&ask, at_host).await
+    }
+
+    async fn ask_api_at(
+        &self,
+        repository: &Repository,
+        at: &Endpoint,
         subject: Digest,
         artifact_type: Option<&str>,
     ) -> Result<Vec<Descriptor>, FetchError> {
@@ -102,7 +123,7 @@ impl RegistryClient {
         let mut call = Call { accept: Some(OCI_INDEX), ..Call::get(repository, resource) };
         let mut found = Vec::new();
         for _ in 0..MAX_PAGES {
-            let (page, filtered, next) = self.api_page(&call).await?;
+            let (page, filtered, next) = self.api_page(&call, at).await?;
             found.extend(page.into_iter().filter(|d| match (&d.artifact_type, artifact_type) {
                 (Some(held), Some(wanted)) => held == wanted,
                 // A descriptor without a type is believed if the registry says that it has filtered.
@@ -118,13 +139,14 @@ impl RegistryClient {
     }
 
     /// One page: its descriptors, whether it is filtered, where the next one is.
-    async fn api_page(&self, call: &Call<'_>) -> Result<(Vec<Descriptor>, bool, Option<Url>), FetchError> {
-        let fetch = || async {
-            let response = self.transport.send(call).await?;
-            let (url, headers) = (response.url().clone(), response.headers().clone());
-            Ok((self.transport.body(response, "the referrers", MAX_MANIFEST).await?, url, headers))
-        };
-        let (body, url, headers) = self.transport.policy().run(fetch).await?;
+    async fn api_page(
+        &self,
+        call: &Call<'_>,
+        at: &Endpoint,
+    ) -> Result<(Vec<Descriptor>, bool, Option<Url>), FetchError> {
+        let response = self.transport.send(call, at).await?;
+        let (url, headers) = (response.url().clone(), response.headers().clone());
+        let body = self.transport.body(response, "the referrers", MAX_MANIFEST).await?;
         let fail = |reason: &str| self.transport.protocol(&host_of(&url), call, reason);
         let page = parse_descriptors(&body).ok_or_else(|| fail("it is not an image index"))?;
         let applied = headers.get("oci-filters-applied").and_then(|v| v.to_str().ok()).unwrap_or_default();
@@ -201,7 +223,9 @@ impl RegistryClient {
         let mut wait = SETTLE;
         for attempt in 0..LIST_TRIES {
             let began = Instant::now();
-            let held = self.find_manifest(repository, &tag, None, OCI_INDEX).await?;
+            // A mirror may have an old one.
+            let ask = Ask::new(repository, Need::Push);
+            let held = self.find_manifest_at(&ask, &tag, OCI_INDEX).await?;
             let mut index = match &held {
                 Some(bytes) => read_list(bytes).ok_or_else(|| not_a_list(repository, subject))?,
                 None => empty_list(),

@@ -1,25 +1,28 @@
-//! One request to a registry: connection, authorization, redirects, statuses.
+//! One request to a host: connection, authorization, redirects, statuses.
 
 use std::collections::{HashMap, HashSet};
-use std::error::Error as _;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, LOCATION, RANGE};
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::header::{CONTENT_TYPE, LOCATION};
+use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::ClientOptions;
 use super::call::UploadProgress;
 pub(crate) use super::call::{Call, Repository};
+use super::classify::{classify, is_turned_away};
 use super::gates::{Gates, Pass};
 use super::hedge::Hedges;
+use super::login::Share;
+use super::pools::{Pools, Way};
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
 use super::retry::{RetryPolicy, retry_after};
 use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
+use crate::hosts::{Endpoint, Health, Hosts, Role, TlsSettings, is_loopback};
 use crate::manifest::printable;
 use crate::stats::ClientCounters;
 
@@ -29,26 +32,28 @@ pub(super) const MAX_SMALL_BODY: u64 = 256 << 10;
 /// How often one call answers a 401. Tokens are shared, and some are good for few requests.
 const MAX_ANSWERS: usize = 3;
 
+/// How often a request that a server turned away is sent over a fresh connection.
+const FRESH_CONNECTIONS: usize = 4;
+
+/// Bound for connecting to a mirror, if it is not set: the next host is nearer than a long wait.
+const MIRROR_CONNECT: Duration = Duration::from_secs(3);
+
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
     pub(crate) options: ClientOptions,
     pub(crate) counters: ClientCounters,
-    trusted: OnceLock<Result<Client, String>>,
-    insecure: OnceLock<Result<Client, String>>,
-    local: OnceLock<Result<Client, String>>,
-    /// As `trusted`, with connections of its own for requests apart.
-    spare: OnceLock<Result<Client, String>>,
-    /// Insecure registries that turned out to speak only plain http.
+    pub(super) hosts: Hosts,
+    pub(super) health: Health,
+    pub(super) pools: Pools,
+    /// Insecure registries (by host) of which it is known whether they speak only plain http.
     plain: Mutex<HashMap<String, bool>>,
     pub(super) credentials: CredentialStore,
     pub(super) tokens: TokenCache,
-    /// One token request at a time per registry: a hundred blobs must not ask for a hundred tokens.
-    pub(super) token_turn: tokio::sync::Mutex<()>,
     /// One change of a list of referrers at a time: a registry has no way to change it safely.
     pub(super) referrers_turn: tokio::sync::Mutex<()>,
-    /// Registries (by endpoint) that are known to have the referrers API.
+    /// Registries that are known to have the referrers API.
     pub(super) referrers_api: Mutex<HashSet<String>>,
-    redirects: RedirectCache,
+    pub(super) redirects: RedirectCache,
     pub(super) gates: Gates,
     pub(super) hedges: Hedges,
 }
@@ -59,16 +64,14 @@ impl Transport {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let policy = policy_of(&options);
         Transport {
-            credentials: CredentialStore::new(options.docker_config.clone()),
+            credentials: CredentialStore::new(options.credential_files.clone()),
+            hosts: Hosts::new(options.hosts.clone(), options.insecure_registries.clone()),
+            health: Health::new(options.mirror_rest),
+            pools: Pools::new(options.user_agent.clone(), options.proxies.clone()),
             options,
             counters: ClientCounters::default(),
-            trusted: OnceLock::new(),
-            insecure: OnceLock::new(),
-            local: OnceLock::new(),
-            spare: OnceLock::new(),
             plain: Mutex::default(),
             tokens: TokenCache::default(),
-            token_turn: tokio::sync::Mutex::default(),
             referrers_turn: tokio::sync::Mutex::default(),
             referrers_api: Mutex::default(),
             redirects: RedirectCache::default(),
@@ -81,18 +84,18 @@ impl Transport {
         policy_of(&self.options)
     }
 
-    /// Sends a call, answers a 401, follows redirects; the answer's status is 200 or 206 (or 416).
-    pub(crate) async fn send(&self, call: &Call<'_>) -> Result<Response, FetchError> {
-        if let Some(response) = self.send_to_known_place(call).await? {
+    /// Sends a call to a host, answers a 401, follows redirects; the answer's status is 200 or 206 (or 416).
+    pub(crate) async fn send(&self, call: &Call<'_>, at: &Endpoint) -> Result<Response, FetchError> {
+        if let Some(response) = self.send_to_known_place(call, at).await? {
             return Ok(response);
         }
-        let key = call.token_key();
+        let key = call.token_key(at);
         let mut authorization = self.tokens.get(&key);
         for answered in 0..=MAX_ANSWERS {
-            let base = self.base_url(&call.repository.endpoint).await?;
-            let response = self.follow(&base, call, authorization.as_ref()).await?;
+            let base = self.base_url(at).await?;
+            let response = self.follow(&base, call, at, authorization.as_ref()).await?;
             if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &base) {
-                return self.check(response, call).await;
+                return self.check(response, call, at).await;
             }
             // A token may be used up by others before it is used here; what else was refused stays refused.
             let again = authorization.as_ref().is_none_or(|a| a.value.starts_with("Bearer "));
@@ -103,29 +106,43 @@ impl Transport {
                 } else {
                     "a login is needed"
                 };
-                return Err(denied(call, self.error_detail(response).await.as_deref().unwrap_or(reason)));
+                return Err(denied(call, at, self.error_detail(response).await.as_deref().unwrap_or(reason)));
             }
-            authorization = Some(self.answer_challenge(call, response, authorization).await?);
+            let share = if answered > 0 { Share::Own } else { Share::WithOthers };
+            authorization = Some(self.answer_challenge(call, at, response, authorization, share).await?);
         }
-        Err(denied(call, "the credentials were not accepted"))
+        Err(denied(call, at, "the credentials were not accepted"))
     }
 
     /// Tries the URL that a redirect led to before; `None` when it is not known or not good any more.
-    async fn send_to_known_place(&self, call: &Call<'_>) -> Result<Option<Response>, FetchError> {
+    async fn send_to_known_place(
+        &self,
+        call: &Call<'_>,
+        at: &Endpoint,
+    ) -> Result<Option<Response>, FetchError> {
         let Some(digest) = call.blob else { return Ok(None) };
-        let name = call.repository.name();
-        let Some(url) = self.redirects.get(&name, digest) else { return Ok(None) };
-        let response = self.exchange(&url, call, None).await?;
+        let Some(url) = self.redirects.get(&place_of(at), digest) else { return Ok(None) };
+        let response = match self.exchange(&url, &at.root, call, at, None).await {
+            Ok(response) => response,
+            // The registry may know a place that can be reached.
+            Err(error) => {
+                tracing::debug!(%error, "where the redirect led to is forgotten");
+                self.redirects.forget_host(&url);
+                return Ok(None);
+            }
+        };
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
                 Ok(Some(response))
             }
-            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                self.check(response, call).await.map(Some)
+            StatusCode::TOO_MANY_REQUESTS => self.check(response, call, at).await.map(Some),
+            status if status.is_server_error() => {
+                self.redirects.forget_host(&url);
+                self.check(response, call, at).await.map(Some)
             }
             // Expired, mostly 403: the registry gives a new one.
             _ => {
-                self.redirects.forget(&name, digest);
+                self.redirects.forget(&place_of(at), digest);
                 Ok(None)
             }
         }
@@ -137,25 +154,24 @@ impl Transport {
         &self,
         base: &Url,
         call: &Call<'_>,
+        at: &Endpoint,
         authorization: Option<&Authorization>,
     ) -> Result<Response, FetchError> {
         let fail = |reason: &str| self.protocol(&host_of(base), call, reason);
         let mut url = match &call.place {
             Some(place) => place.clone(),
-            None => base
-                .join(&format!("/v2/{}/{}", call.repository.path, call.resource))
-                .map_err(|e| fail(&e.to_string()))?,
+            None => call.url(base, at).map_err(|e| fail(&e))?,
         };
         for _ in 0..=MAX_HOPS {
             let shown = authorization.filter(|_| same_origin(base, &url));
-            let response = self.exchange(&url, call, shown).await?;
+            let response = self.exchange(&url, base, call, at, shown).await?;
             let status = response.status();
             if !status.is_redirection() || status == StatusCode::NOT_MODIFIED {
                 if let Some(digest) = call.blob
                     && !same_origin(base, &url)
                     && status.is_success()
                 {
-                    self.redirects.put(&call.repository.name(), digest, url);
+                    self.redirects.put(&place_of(at), digest, url);
                 }
                 return Ok(response);
             }
@@ -170,32 +186,70 @@ impl Transport {
         Err(fail("too many redirects"))
     }
 
-    /// One HTTP exchange up to the response's header.
+    /// One HTTP exchange up to the response's header. What a server turned away unseen is sent again at once over a
+    /// fresh connection.
     async fn exchange(
         &self,
         url: &Url,
+        base: &Url,
         call: &Call<'_>,
+        at: &Endpoint,
         authorization: Option<&Authorization>,
     ) -> Result<Response, FetchError> {
         let host = host_of(url);
-        let client = if call.apart { self.client_apart(url)? } else { self.client_for(url)? };
+        let apart = call.apart && url.scheme() == "https";
+        let mut pooled = self.pools.get(self.way_to(url, at, apart).await)?;
         let pass = self.gates.enter(&host, call.patient).await;
-        let (mut request, progress) = call.request(client, url);
-        if let Some(accept) = call.accept {
-            request = request.header(ACCEPT, accept);
+        // What was said for the host of the settings is for no other.
+        let own = same_origin(url, base);
+        let headers = call.headers(own.then_some(&at.headers), authorization)?;
+        for fresh in 0.. {
+            let (request, progress) = call.request(&pooled.client, url);
+            let sent = request.headers(headers.clone()).send();
+            self.counters.requests.fetch_add(1, Relaxed);
+            let limit = self.options.stall_timeout;
+            let answer = match progress {
+                None => within(limit, sent).await,
+                Some(progress) => while_it_leaves(limit, sent, &progress).await,
+            };
+            match answer {
+                Some(Ok(response)) => {
+                    self.answered(&pass, &response);
+                    return Ok(response);
+                }
+                Some(Err(error)) if fresh < FRESH_CONNECTIONS && is_turned_away(&error) => {
+                    tracing::debug!(host, what = call.resource, "a fresh connection is opened");
+                    pooled = self.pools.renew(&pooled)?;
+                }
+                Some(Err(error)) => return Err(classify(&host, &call.resource, error)),
+                None => {
+                    return Err(FetchError::Stalled { host, what: call.resource.clone(), after: limit });
+                }
+            }
         }
-        if let Some((start, end)) = call.range {
-            request = request.header(RANGE, format!("bytes={start}-{}", end.saturating_sub(1)));
-        }
-        if let Some(authorization) = authorization {
-            request = request.header(AUTHORIZATION, sensitive(&authorization.value)?);
-        }
-        let response = match progress {
-            None => self.timed(&host, &call.resource, request.send()).await?,
-            Some(progress) => self.timed_upload(&host, &call.resource, request.send(), &progress).await?,
+        Err(FetchError::Interrupted { what: "a request" })
+    }
+
+    /// How to connect to a URL that the settings of `at` lead to. Another host has its own settings, and may besides
+    /// have a certificate of the same authority; certificates of the client are not shown to it.
+    pub(super) async fn way_to(&self, url: &Url, at: &Endpoint, apart: bool) -> Way {
+        let connect = at.dial_timeout.unwrap_or_else(|| match at.role {
+            Role::Mirror => self.options.connect_timeout.min(MIRROR_CONNECT),
+            Role::Origin => self.options.connect_timeout,
+        });
+        let same_host = at.root.host() == url.host()
+            && (at.may_be_plain || at.root.port_or_known_default() == url.port_or_known_default());
+        let tls = if url.scheme() == "http" {
+            TlsSettings::default()
+        } else if same_host {
+            at.tls.clone()
+        } else {
+            let mut tls = self.hosts.tls_of(url).await;
+            tls.ca.extend(at.tls.ca.iter().filter(|ca| !tls.ca.contains(ca)).cloned().collect::<Vec<_>>());
+            tls.stamps.extend(at.tls.stamps.iter().cloned());
+            tls
         };
-        self.answered(&pass, &response);
-        Ok(response)
+        Way { local: is_loopback(url), tls, apart, connect }
     }
 
     /// Gives the place in the host's window back, and lets the host say that it is too much.
@@ -213,36 +267,11 @@ impl Transport {
         exchange: impl Future<Output = Result<Response, reqwest::Error>>,
     ) -> Result<Response, FetchError> {
         self.counters.requests.fetch_add(1, Relaxed);
-        let limit = self.options.stall_timeout;
-        match tokio::time::timeout(limit, exchange).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(classify(host, what, error)),
-            Err(_) => Err(FetchError::Stalled { host: host.to_owned(), what: what.to_owned(), after: limit }),
-        }
-    }
-
-    /// As `timed`, for a request with a long body: it may take as long as bytes of it keep leaving.
-    async fn timed_upload(
-        &self,
-        host: &str,
-        what: &str,
-        exchange: impl Future<Output = Result<Response, reqwest::Error>>,
-        progress: &UploadProgress,
-    ) -> Result<Response, FetchError> {
-        self.counters.requests.fetch_add(1, Relaxed);
-        let limit = self.options.stall_timeout;
-        let mut exchange = std::pin::pin!(exchange);
-        loop {
-            let deadline = progress.last() + limit;
-            match tokio::time::timeout_at(deadline.into(), &mut exchange).await {
-                Ok(Ok(response)) => return Ok(response),
-                Ok(Err(error)) => return Err(classify(host, what, error)),
-                Err(_) if progress.last() + limit > deadline => {}
-                Err(_) => {
-                    let (host, what) = (host.to_owned(), what.to_owned());
-                    return Err(FetchError::Stalled { host, what, after: limit });
-                }
-            }
+        let after = self.options.stall_timeout;
+        match within(after, exchange).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(error)) => Err(classify(host, what, error)),
+            None => Err(FetchError::Stalled { host: host.to_owned(), what: what.to_owned(), after }),
         }
     }
 
@@ -288,7 +317,7 @@ impl Transport {
     }
 
     /// Turns an error status into an error.
-    async fn check(&self, response: Response, call: &Call<'_>) -> Result<Response, FetchError> {
+    async fn check(&self, response: Response, call: &Call<'_>, at: &Endpoint) -> Result<Response, FetchError> {
         let status = response.status();
         let host = host_of(response.url());
         match status {
@@ -309,7 +338,7 @@ impl Transport {
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 let detail = self.error_detail(response).await;
-                Err(denied(call, detail.as_deref().unwrap_or("no permission")))
+                Err(denied(call, at, detail.as_deref().unwrap_or("no permission")))
             }
             // Without the registry's words a refused manifest would be a riddle.
             _ if call.action.writes()
@@ -365,84 +394,38 @@ impl Transport {
         Some(printable(&first))
     }
 
-    /// `http://host/` or `https://host/` for a registry; learns which for insecure ones.
-    pub(super) async fn base_url(&self, endpoint: &str) -> Result<Url, FetchError> {
-        let parse = |scheme: &str| {
-            Url::parse(&format!("{scheme}://{endpoint}/")).map_err(|e| FetchError::Unreachable {
-                host: endpoint.to_owned(),
-                reason: format!("not a host name: {e}"),
-            })
-        };
-        let url = parse("https")?;
-        if is_loopback(&url) {
-            return parse("http");
+    /// The root of a host's API; learns whether an insecure one speaks only plain http.
+    pub(super) async fn base_url(&self, at: &Endpoint) -> Result<Url, FetchError> {
+        if !at.may_be_plain {
+            return Ok(at.root.clone());
         }
-        if !self.is_insecure(endpoint) {
-            return Ok(url);
-        }
-        let known = self.plain.lock().unwrap_or_else(PoisonError::into_inner).get(endpoint).copied();
+        let host = at.host();
+        let mut http = at.root.clone();
+        let _ = http.set_scheme("http");
+        let known = self.plain.lock().unwrap_or_else(PoisonError::into_inner).get(&host).copied();
         let plain = match known {
             Some(plain) => plain,
             None => {
-                let probe = self.client_for(&url)?.get(url.clone());
-                let plain = self.timed(endpoint, "the registry", probe.send()).await.is_err();
-                self.plain.lock().unwrap_or_else(PoisonError::into_inner).insert(endpoint.to_owned(), plain);
+                let client = self.pools.get(self.way_to(&at.root, at, false).await)?.client;
+                let probe = self.timed(&host, "the registry", client.get(at.root.clone()).send()).await;
+                let plain = match probe {
+                    Ok(_) => false,
+                    // Nobody there by https: what holds is whether there is somebody by http.
+                    Err(FetchError::Unreachable { .. } | FetchError::Stalled { .. }) => {
+                        let client = self.pools.get(self.way_to(&http, at, false).await)?.client;
+                        let probe = self.timed(&host, "the registry", client.get(http.clone()).send()).await;
+                        if probe.is_err() {
+                            return Ok(at.root.clone());
+                        }
+                        true
+                    }
+                    Err(_) => true,
+                };
+                self.plain.lock().unwrap_or_else(PoisonError::into_inner).insert(host, plain);
                 plain
             }
         };
-        if plain { parse("http") } else { Ok(url) }
-    }
-
-    fn is_insecure(&self, endpoint: &str) -> bool {
-        self.options.insecure_registries.iter().any(|name| name == endpoint)
-    }
-
-    pub(super) fn client_for(&self, url: &Url) -> Result<&Client, FetchError> {
-        let host = host_of(url);
-        let (slot, insecure, proxied) = if is_loopback(url) {
-            (&self.local, self.is_insecure(&host), false)
-        } else if self.is_insecure(&host) {
-            (&self.insecure, true, true)
-        } else {
-            (&self.trusted, false, true)
-        };
-        let client = slot.get_or_init(|| self.build_client(insecure, proxied));
-        client.as_ref().map_err(|reason| FetchError::Tls { host, reason: reason.clone() })
-    }
-
-    /// As `client_for`, but over connections of its own where requests would share one (HTTP/2).
-    fn client_apart(&self, url: &Url) -> Result<&Client, FetchError> {
-        let host = host_of(url);
-        if is_loopback(url) || self.is_insecure(&host) {
-            return self.client_for(url);
-        }
-        let client = self.spare.get_or_init(|| self.build_client(false, true));
-        client.as_ref().map_err(|reason| FetchError::Tls { host, reason: reason.clone() })
-    }
-
-    fn build_client(&self, insecure: bool, proxied: bool) -> Result<Client, String> {
-        let build = |roots: bool| {
-            let mut builder = Client::builder()
-                .user_agent(self.options.user_agent.clone())
-                .redirect(reqwest::redirect::Policy::none())
-                .connect_timeout(self.options.connect_timeout)
-                .pool_idle_timeout(Duration::from_secs(60))
-                .tcp_nodelay(true)
-                .tcp_keepalive(Duration::from_secs(30))
-                .http2_adaptive_window(true)
-                .retry(reqwest::retry::never())
-                .tls_danger_accept_invalid_certs(insecure);
-            if !proxied {
-                builder = builder.no_proxy();
-            }
-            if !roots {
-                builder = builder.tls_certs_only([]);
-            }
-            builder.build()
-        };
-        // A machine without CA certificates can still use loopback registries.
-        let result = if proxied { build(true) } else { build(true).or_else(|_| build(false)) };
-        result.map_err(|e| deepest(&e))
+        Ok(if plain { http } else { at.root.clone() })
     }
 
     pub(super) fn protocol(&self, host: &str, call: &Call<'_>, reason: &str) -> FetchError {
@@ -454,10 +437,37 @@ fn policy_of(options: &ClientOptions) -> RetryPolicy {
     RetryPolicy { retries: options.retries, base: options.retry_base, max_wait: options.max_retry_wait }
 }
 
-pub(super) fn denied(call: &Call<'_>, reason: &str) -> FetchError {
+/// Under what the places of a repository's blobs at a host are kept.
+pub(super) fn place_of(at: &Endpoint) -> String {
+    format!("{}{}", at.root, at.repository)
+}
+
+/// Waits for an answer for so long.
+async fn within<T>(limit: Duration, answer: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(limit, answer).await.ok()
+}
+
+/// As `within`, for a request with a long body: it may take as long as bytes of it keep leaving.
+async fn while_it_leaves<T>(
+    limit: Duration,
+    answer: impl Future<Output = T>,
+    progress: &UploadProgress,
+) -> Option<T> {
+    let mut answer = std::pin::pin!(answer);
+    loop {
+        let deadline = progress.last() + limit;
+        match tokio::time::timeout_at(deadline.into(), &mut answer).await {
+            Ok(answer) => return Some(answer),
+            Err(_) if progress.last() + limit > deadline => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+pub(super) fn denied(call: &Call<'_>, at: &Endpoint, reason: &str) -> FetchError {
     FetchError::Denied {
         image: call.repository.name(),
-        host: call.repository.registry.clone(),
+        host: at.credential_name.clone(),
         reason: reason.to_owned(),
     }
 }
@@ -476,42 +486,4 @@ pub(super) fn sensitive(value: &str) -> Result<reqwest::header::HeaderValue, Fet
 pub(crate) fn host_of(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    host == "localhost" || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-/// Words an HTTP client's error without the URL (signed URLs are secrets).
-fn classify(host: &str, what: &str, error: reqwest::Error) -> FetchError {
-    let error = error.without_url();
-    if let Some(tls) = error.source().and_then(find_tls) {
-        return FetchError::Tls { host: host.to_owned(), reason: tls.to_string() };
-    }
-    let (host, reason) = (host.to_owned(), deepest(&error));
-    if error.is_connect() {
-        FetchError::Unreachable { host, reason }
-    } else {
-        FetchError::Broken { host, what: what.to_owned(), reason }
-    }
-}
-
-/// The TLS error behind an error. An `io::Error` hides what it wraps from the chain of sources.
-fn find_tls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
-    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
-        return Some(tls);
-    }
-    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-    wrapped.and_then(|inner| find_tls(inner)).or_else(|| error.source().and_then(find_tls))
-}
-
-/// The innermost cause, which is the one that says something.
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut current = error;
-    while let Some(source) = current.source() {
-        current = source;
-    }
-    current.to_string()
 }

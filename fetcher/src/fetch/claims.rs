@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lazyrun_index::SpanInfo;
 use tokio::sync::Notify;
@@ -41,8 +41,8 @@ struct State {
     generation: u64,
     failed: HashMap<usize, (u64, FetchError)>,
     stream_failed: Option<(u64, FetchError)>,
-    /// The server does not do ranges: only streams help.
-    no_ranges: bool,
+    /// Ranges were found not to work: until then only streams help.
+    no_ranges_until: Option<Instant>,
     /// A reader waits for what only the stream brings.
     stream_wanted: bool,
 }
@@ -84,11 +84,12 @@ impl LayerState {
 
     /// Whether ranges were found not to work for this layer's blob.
     pub(super) fn no_ranges(&self) -> bool {
-        self.lock().no_ranges
+        self.lock().no_ranges()
     }
 
-    pub(super) fn give_up_ranges(&self) {
-        self.lock().no_ranges = true;
+    /// Ranges do not work: they are not tried again for so long. The registry, or what stands before it, may be put right.
+    pub(super) fn give_up_ranges(&self, rest: Duration) {
+        self.lock().no_ranges_until = Some(Instant::now() + rest);
     }
 
     /// Whether some reader waits for what only the stream of the layer brings.
@@ -122,7 +123,7 @@ impl LayerState {
         let mut wanted = Vec::new();
         for number in need.filter(|&i| layer.lacks_span(i)) {
             let span = layer.index().span(number);
-            if state.no_ranges || !layer.can_fault(&span) {
+            if state.no_ranges() || !layer.can_fault(&span) {
                 if let Some((at, error)) = &state.stream_failed
                     && *at > since
                 {
@@ -163,7 +164,7 @@ impl LayerState {
     ) -> Option<Run> {
         let mut guard = self.lock();
         let state = &mut *guard;
-        if state.no_ranges {
+        if state.no_ranges() {
             return None;
         }
         let first = range.find(|&i| state.is_free(layer, i))?;
@@ -176,7 +177,7 @@ impl LayerState {
     pub(super) fn plan_prefetch(self: &Arc<Self>, layer: &Layer, ranks: &[usize]) -> Option<Run> {
         let mut guard = self.lock();
         let state = &mut *guard;
-        if state.no_ranges {
+        if state.no_ranges() {
             return None;
         }
         let free = ranks.iter().copied().skip_while(|&i| !state.is_free(layer, i));
@@ -191,6 +192,10 @@ impl LayerState {
 }
 
 impl State {
+    fn no_ranges(&self) -> bool {
+        self.no_ranges_until.is_some_and(|until| Instant::now() < until)
+    }
+
     /// Whether a span is missing, can be fetched by range and nobody does.
     fn is_free(&self, layer: &Layer, rank: usize) -> bool {
         let span = layer.span_at(rank);

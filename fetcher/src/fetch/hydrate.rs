@@ -5,6 +5,7 @@
 //! not do ranges, is streamed from its start instead. So is one whose adopted index is not proven yet: that is its
 //! proof.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -187,7 +188,8 @@ async fn stream_from_any(
 ) -> Result<(), FetchError> {
     let _slot = inner.scheduler.stream().await?;
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
-    for source in inner.sources(layer)? {
+    let mut sources = VecDeque::from(inner.sources(layer)?);
+    while let Some(source) = sources.pop_front() {
         let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
         let problem = Failure::default();
         let (feeder, reader) = pump(problem.clone());
@@ -210,14 +212,21 @@ async fn stream_from_any(
             }
         });
         inner.counters.background_requests.fetch_add(1, Relaxed);
-        let feed = feeder.run(source.reader(digest, 0..size, Some(size)), Pace::full(), |n| {
+        let blob = source.reader(digest, 0..size, Some(size));
+        let witness = blob.witness();
+        let feed = feeder.run(blob, Pace::full(), |n| {
             inner.counters.background_bytes.fetch_add(n, Relaxed);
             inner.scheduler.link.arrived(n, Instant::now());
         });
         let ((), result) = tokio::join!(feed, worker);
         match result {
             Ok(()) => return Ok(()),
-            Err(error) => failure = error,
+            Err(error) => {
+                if ingest::is_damage(&error) && witness.disown() {
+                    sources.push_front(source);
+                }
+                failure = error;
+            }
         }
     }
     Err(failure)

@@ -11,7 +11,7 @@ use lazyrun_index::{Digest, IndexError, LayerId, StreamSummary, index_layer_alon
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::sink::{FileSink, sink_error};
 use super::{Inner, Progress, blocking};
-use crate::client::BlobSource;
+use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
 use crate::store::{Layer, Staging};
@@ -74,7 +74,13 @@ async fn with_retry(
     let _slot = inner.scheduler.stream().await?;
     let mut tries = 1;
     loop {
-        match stream(inner, layer, blobs, progress, plan).await {
+        let blob = blobs.reader(layer.digest, 0..layer.size, Some(layer.size));
+        let witness = blob.witness();
+        match stream(inner, layer, blob, blobs.name(), progress, plan).await {
+            // What a mirror has spoilt is no try of the registry.
+            Err(error) if is_damage(&error) && witness.disown() => {
+                tracing::warn!(%error, "layer is streamed again, from another host");
+            }
             Err(error) if tries < TRIES && is_damage(&error) => {
                 tracing::warn!(%error, source = blobs.name(), "layer is streamed again");
                 tries += 1;
@@ -105,7 +111,8 @@ pub(super) fn is_damage(error: &FetchError) -> bool {
 async fn stream(
     inner: &Arc<Inner>,
     layer: &LayerDescriptor,
-    blobs: &BlobSource,
+    blob: BlobReader,
+    host: String,
     progress: &Arc<dyn Progress>,
     plan: &Arc<Plan>,
 ) -> Result<Arc<Layer>, FetchError> {
@@ -114,13 +121,13 @@ async fn stream(
     let job = Job {
         inner: Arc::clone(inner),
         layer: layer.clone(),
-        host: blobs.name(),
+        host,
         failure,
         progress: Arc::clone(progress),
         plan: Arc::clone(plan),
     };
     let worker = blocking("streaming a layer", move || job.work(reader));
-    let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), Pace::full(), |n| {
+    let feed = feeder.run(blob, Pace::full(), |n| {
         inner.counters.stream_bytes.fetch_add(n, Relaxed);
         inner.scheduler.link.arrived(n, Instant::now());
     });

@@ -65,6 +65,8 @@ pub struct FetchOptions {
     pub prefetch_requests: usize,
     /// Requests for hydration at a time, over all layers.
     pub background_requests: usize,
+    /// How long ranges of a layer are not tried again after they were found not to work.
+    pub ranges_again: Duration,
     /// Layers streamed at a time.
     pub streams: usize,
     /// Most compressed bytes read ahead of a fault.
@@ -82,6 +84,7 @@ impl Default for FetchOptions {
             fault_requests: 8,
             prefetch_requests: 6,
             background_requests: 2,
+            ranges_again: Duration::from_secs(300),
             streams: 6,
             max_readahead: 8 << 20,
             disk_reserve: 512 << 20,

@@ -83,13 +83,17 @@ pub(super) async fn pass<T: Send + 'static>(
     let work = Arc::new(work);
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
     for source in inner.sources(layer)? {
-        for _ in 0..TRIES {
+        let mut tries = 0;
+        while tries < TRIES {
+            tries += 1;
             let problem = Failure::default();
             let (feeder, reader) = pump(problem.clone());
             let work = Arc::clone(&work);
             let worker = blocking("proving a layer", move || work(reader, &problem));
             inner.counters.background_requests.fetch_add(1, Relaxed);
-            let feed = feeder.run(source.reader(digest, 0..size, Some(size)), pace.clone(), |n| {
+            let blob = source.reader(digest, 0..size, Some(size));
+            let witness = blob.witness();
+            let feed = feeder.run(blob, pace.clone(), |n| {
                 inner.counters.background_bytes.fetch_add(n, Relaxed);
                 inner.scheduler.link.arrived(n, Instant::now());
             });
@@ -97,6 +101,8 @@ pub(super) async fn pass<T: Send + 'static>(
             match result {
                 Err(error) if ingest::is_damage(&error) => {
                     tracing::warn!(%error, source = source.name(), "layer is streamed again");
+                    // What a mirror has spoilt is no try of the registry.
+                    tries -= usize::from(witness.disown());
                     failure = error;
                 }
                 Err(error) if error.is_transient() => {

@@ -53,12 +53,12 @@ pub(super) async fn fetch(
         // Not the readers' business: they will find that only a stream helps.
         Err(FetchError::RangeIgnored { .. } | FetchError::Protocol { .. }) => {
             tracing::info!(layer = %layer.id(), "ranges do not work here, the layer will be streamed");
-            run.layer_state().give_up_ranges();
+            run.layer_state().give_up_ranges(inner.options.ranges_again);
         }
         // Perhaps a checkpoint or digest is to blame that somebody else made: the stream needs none, and tells.
         Err(FetchError::Corrupt { .. }) if layer.adopted_from().is_some() => {
             tracing::warn!(layer = %layer.id(), "an adopted index is of no use, the layer will be streamed");
-            run.layer_state().give_up_ranges();
+            run.layer_state().give_up_ranges(inner.options.ranges_again);
         }
         Err(error) => run.fail(error),
     }
@@ -71,12 +71,18 @@ async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>)
     let sources = inner.sources(layer)?;
     for (i, source) in sources.iter().enumerate() {
         let other = sources.get(i + 1).cloned();
-        for _ in 0..TRIES {
-            match from_source(inner, layer, run, source, other.clone(), &mut next).await {
+        let mut tries = 0;
+        while tries < TRIES {
+            tries += 1;
+            let reader = reader(layer, run, source, other.clone(), next);
+            let witness = reader.witness();
+            match read_spans(inner, layer, run, reader, &mut next).await {
                 Ok(()) => return Ok(()),
                 Err(error @ (FetchError::DiskFull { .. } | FetchError::Store { .. })) => return Err(error),
                 Err(error @ FetchError::Corrupt { .. }) => {
                     tracing::warn!(%error, source = source.name(), "span is fetched again");
+                    // What a mirror has spoilt is no try of the registry.
+                    tries -= usize::from(witness.disown());
                     failure = error;
                 }
                 Err(error) => {
@@ -92,32 +98,36 @@ async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>)
 /// A decode under way and the span it is for.
 type Decoding = (usize, JoinHandle<Result<(), FetchError>>);
 
-/// Reads spans from `next` on; `next` moves with every span that is stored. A fault that is slow is asked of `other`
-/// as well.
-async fn from_source(
-    inner: &Arc<Inner>,
-    layer: &Arc<Layer>,
-    run: &Arc<Run>,
+/// A reader of a run from its span `next` on. A fault that is slow is asked of `other` as well.
+fn reader(
+    layer: &Layer,
+    run: &Run,
     source: &BlobSource,
     other: Option<BlobSource>,
-    next: &mut usize,
-) -> Result<(), FetchError> {
+    next: usize,
+) -> BlobReader {
     let index = layer.index();
-    let begin = layer.span_at(*next).blob_offset;
-    let ends = (*next..run.ranks.end).map(|i| layer.span_at(i));
+    let begin = layer.span_at(next).blob_offset;
+    let ends = (next..run.ranks.end).map(|i| layer.span_at(i));
     let end = ends.map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
     let reader = source.reader(index.blob_digest(), begin..end, Some(index.blob_size()));
-    let mut arriving = Arriving {
-        inner,
-        run,
-        reader: match run.class {
-            Class::Fault => reader.hedged(other),
-            Class::Background => reader.patient(),
-        },
-        buffer: BytesMut::new(),
-        base: begin,
-    };
+    match run.class {
+        Class::Fault => reader.hedged(other),
+        Class::Background => reader.patient(),
+    }
+}
+
+/// Reads spans from `next` on; `next` moves with every span that is stored.
+async fn read_spans(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    run: &Arc<Run>,
+    reader: BlobReader,
+    next: &mut usize,
+) -> Result<(), FetchError> {
+    let base = layer.span_at(*next).blob_offset;
+    let mut arriving = Arriving { inner, run, reader, buffer: BytesMut::new(), base };
     let requests = match run.class {
         Class::Fault => &inner.counters.fault_requests,
         Class::Background => &inner.counters.background_requests,

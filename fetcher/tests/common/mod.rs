@@ -2,9 +2,11 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses its own part
 
 pub mod artifacts;
+pub mod certs;
 pub mod claim;
 pub mod evil;
 pub mod fake;
+pub mod hosts;
 pub mod registry;
 pub mod server;
 

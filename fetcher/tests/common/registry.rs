@@ -1,5 +1,6 @@
 //! Debian's docker-registry on a free port with its own storage.
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use lazyrun_index::Digest;
 use reqwest::StatusCode;
 
 use super::TestImage;
+use super::certs::{Authority, Signed};
 
 /// A running registry; killed when dropped.
 pub struct Registry {
@@ -15,27 +17,45 @@ pub struct Registry {
     _dir: tempfile::TempDir,
 }
 
+/// What a registry is beside an ordinary one.
+#[derive(Default)]
+pub struct Extra<'a> {
+    /// Certificate and key: it speaks TLS.
+    pub tls: Option<&'a Signed>,
+    /// The authority of the clients it lets in.
+    pub clients: Option<&'a Authority>,
+    /// It is a pull-through mirror of the registry at this URL.
+    pub mirror_of: Option<String>,
+}
+
 impl Registry {
     pub async fn start() -> Registry {
+        Registry::start_as(&Extra::default()).await
+    }
+
+    pub async fn start_as(extra: &Extra<'_>) -> Registry {
         let _ = rustls::crypto::ring::default_provider().install_default();
         // Somebody may take the port between looking and starting: try again then.
         for _ in 0..5 {
-            if let Some(registry) = Registry::try_start().await {
+            if let Some(registry) = Registry::try_start(extra).await {
                 return registry;
             }
         }
         panic!("docker-registry does not start; install Debian's package docker-registry");
     }
 
-    async fn try_start() -> Option<Registry> {
+    async fn try_start(extra: &Extra<'_>) -> Option<Registry> {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let address = format!("127.0.0.1:{port}");
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("config.yml");
         let text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}}}\nhttp: {{addr: \"{address}\"}}\n",
-            dir.path().join("data").display()
+             storage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}}}\n\
+             http: {{addr: \"{address}\"{}}}\n{}",
+            dir.path().join("data").display(),
+            extra.tls_config(dir.path()),
+            extra.mirror_of.as_ref().map_or_else(String::new, |url| format!("proxy: {{remoteurl: \"{url}\"}}\n"))
         );
         std::fs::write(&config, text).unwrap();
         let child = Command::new("docker-registry")
@@ -55,9 +75,16 @@ impl Registry {
             if registry.child.try_wait().unwrap().is_some() {
                 return None;
             }
-            let ping = client().get(format!("http://{}/v2/", registry.address)).send().await;
-            if ping.is_ok_and(|r| r.status() == StatusCode::OK) {
-                return Some(registry);
+            if extra.tls.is_some() {
+                // Who gets in is what the tests are about.
+                if tokio::net::TcpStream::connect(&registry.address).await.is_ok() {
+                    return Some(registry);
+                }
+            } else {
+                let ping = client().get(format!("http://{}/v2/", registry.address)).send().await;
+                if ping.is_ok_and(|r| r.status() == StatusCode::OK) {
+                    return Some(registry);
+                }
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -118,6 +145,19 @@ impl Registry {
     fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+impl Extra<'_> {
+    fn tls_config(&self, dir: &Path) -> String {
+        let Some(tls) = self.tls else { return String::new() };
+        let (cert, key) = tls.write(dir, "server");
+        let clients = self.clients.map_or_else(String::new, |clients| {
+            let path = dir.join("clients.pem");
+            std::fs::write(&path, &clients.pem).unwrap();
+            format!(", clientcas: [\"{}\"]", path.display())
+        });
+        format!(", tls: {{certificate: \"{}\", key: \"{}\"{clients}}}", cert.display(), key.display())
     }
 }
 
