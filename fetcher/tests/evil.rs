@@ -232,7 +232,7 @@ impl Scene {
                 });
             }
             let (fetcher, ahead) = (bench.fetcher.clone(), Arc::clone(layer));
-            readers.spawn(async move { fetcher.prefetch(&ahead, 2..4).await });
+            readers.spawn(async move { fetcher.prefetch(&ahead, &[2..3, 5..6, 3..4]).await });
             let (fetcher, whole) = (bench.fetcher.clone(), Arc::clone(layer));
             readers.spawn(async move { fetcher.hydrate(&whole, no_progress()).await });
         }

@@ -154,6 +154,11 @@ impl BlobReader {
         self.position >= self.end
     }
 
+    /// The next byte of the blob that [`BlobReader::next`] gives.
+    pub(crate) fn position(&self) -> u64 {
+        self.position - self.ready.as_ref().map_or(0, |ready| ready.len() as u64)
+    }
+
     /// The blob that is read.
     pub fn digest(&self) -> Digest {
         self.digest

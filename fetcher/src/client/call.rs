@@ -1,5 +1,6 @@
 //! What is asked of a registry: the method, the place, the body.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -76,6 +77,8 @@ pub(crate) struct Call<'a> {
     pub(crate) accept: Option<&'static str>,
     /// First byte and byte after the last.
     pub(crate) range: Option<(u64, u64)>,
+    /// Several ranges instead.
+    pub(crate) ranges: Vec<Range<u64>>,
     /// The blob, whose final URL is then remembered.
     pub(crate) blob: Option<Digest>,
     /// Nobody waits for it: other requests to the same host go first.
@@ -94,6 +97,7 @@ impl<'a> Call<'a> {
             action: Action::Read,
             accept: None,
             range: None,
+            ranges: Vec::new(),
             blob: None,
             patient: false,
             apart: false,
@@ -139,9 +143,11 @@ impl<'a> Call<'a> {
         if let Some(accept) = self.accept {
             headers.insert(ACCEPT, HeaderValue::from_static(accept));
         }
-        if let Some((start, end)) = self.range {
-            let range = format!("bytes={start}-{}", end.saturating_sub(1));
-            headers.extend(HeaderValue::try_from(range).ok().map(|range| (RANGE, range)));
+        let ranges = self.range.map(|(start, end)| start..end).into_iter().chain(self.ranges.iter().cloned());
+        let ranges: Vec<String> = ranges.map(|r| format!("{}-{}", r.start, r.end.saturating_sub(1))).collect();
+        if !ranges.is_empty() {
+            let range = HeaderValue::try_from(format!("bytes={}", ranges.join(",")));
+            headers.extend(range.ok().map(|range| (RANGE, range)));
         }
         if let Some(authorization) = authorization {
             headers.insert(AUTHORIZATION, sensitive(&authorization.value)?);

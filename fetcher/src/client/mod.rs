@@ -8,6 +8,8 @@ mod classify;
 mod gates;
 mod hedge;
 mod login;
+mod multipart;
+mod parts;
 mod pools;
 mod proxy;
 mod push;
@@ -28,8 +30,10 @@ use bytes::Bytes;
 use lazyrun_index::Digest;
 
 pub use blob::{BlobReader, BlobSource};
+pub(crate) use parts::{MAX_PARTS, PartsReader};
 pub use proxy::Proxies;
 pub(crate) use redirect::same_origin;
+pub(crate) use trail::Witness;
 pub(crate) use transport::{Repository, host_of};
 
 use crate::error::FetchError;

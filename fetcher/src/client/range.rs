@@ -51,7 +51,7 @@ fn judge_partial(headers: &HeaderMap, start: u64, end: u64) -> Result<(), String
 }
 
 /// `bytes 0-9/100` or `bytes 0-9/*` → (0, 9).
-fn parse_content_range(text: &str) -> Option<(u64, u64)> {
+pub(super) fn parse_content_range(text: &str) -> Option<(u64, u64)> {
     let rest = text.trim().strip_prefix("bytes ")?;
     let (range, total) = rest.split_once('/')?;
     let (first, last) = range.split_once('-')?;

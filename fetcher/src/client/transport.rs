@@ -17,6 +17,7 @@ use super::classify::{classify, is_turned_away};
 use super::gates::{Gates, Pass};
 use super::hedge::Hedges;
 use super::login::Share;
+use super::parts::PartRefusals;
 use super::pools::{Pools, Way};
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
 use super::retry::{RetryPolicy, retry_after};
@@ -56,6 +57,7 @@ pub(crate) struct Transport {
     pub(super) redirects: RedirectCache,
     pub(super) gates: Gates,
     pub(super) hedges: Hedges,
+    pub(super) part_refusals: PartRefusals,
 }
 
 impl Transport {
@@ -77,6 +79,7 @@ impl Transport {
             redirects: RedirectCache::default(),
             gates: Gates::new(&policy),
             hedges: Hedges::default(),
+            part_refusals: PartRefusals::default(),
         }
     }
 

@@ -17,8 +17,8 @@ use super::window::Window;
 use crate::error::FetchError;
 use crate::store::Layer;
 
-/// A fault waits for a background request that will reach the span within so many bytes; for one that is
-/// further away it sends its own request and that span is then fetched twice.
+/// A fault waits for a background request that will reach the span within so many bytes, or within what the link
+/// carries in a round trip; for one that is further away it sends its own request and that span is then fetched twice.
 const WORTH_WAITING: u64 = 1 << 20;
 /// Spans that lie so near each other in the blob are fetched by one request, with what is in between: about what a
 /// request costs.
@@ -50,7 +50,9 @@ struct State {
 struct Claim {
     run: u64,
     class: Class,
-    /// Byte of the blob up to which the request has come.
+    /// Bytes that the request brings before the span.
+    before: u64,
+    /// Bytes that it has brought.
     position: Arc<AtomicU64>,
 }
 
@@ -60,6 +62,7 @@ pub(super) struct Run {
     id: u64,
     pub(super) ranks: Range<usize>,
     pub(super) class: Class,
+    /// Bytes that the request has brought, of this run and of those before it in the same request.
     pub(super) position: Arc<AtomicU64>,
 }
 
@@ -138,7 +141,7 @@ impl LayerState {
             {
                 return Err(error.clone());
             }
-            if state.claims.get(&rank).is_none_or(|claim| claim.yields(span.blob_offset)) {
+            if state.claims.get(&rank).is_none_or(|claim| claim.yields(ahead.free)) {
                 wanted.push(rank);
             }
         }
@@ -151,7 +154,7 @@ impl LayerState {
             last.ranks.end = state.extend(layer, last.ranks.clone(), bytes);
             state.window.ended(last.ranks.end);
         }
-        plan.runs = runs.into_iter().map(|run| state.claim(self, run.ranks, Class::Fault)).collect();
+        plan.runs = runs.into_iter().map(|run| state.claim(self, layer, run.ranks, Class::Fault)).collect();
         Ok(plan)
     }
 
@@ -170,20 +173,36 @@ impl LayerState {
         let first = range.find(|&i| state.is_free(layer, i))?;
         let first_len = layer.span_at(first).blob_len;
         let end = state.extend(layer, first..first + 1, bytes.saturating_sub(first_len));
-        Some(state.claim(self, first..end, Class::Background))
+        Some(state.claim(self, layer, first..end, Class::Background))
     }
 
-    /// Claims the first run of missing spans among these ascending ranks that nobody fetches.
-    pub(super) fn plan_prefetch(self: &Arc<Self>, layer: &Layer, ranks: &[usize]) -> Option<Run> {
+    /// Claims missing spans among these ranks that nobody fetches, for one request: the first `max_runs` runs, in the
+    /// order given and of neighbours each, until they are of `max_bytes`.
+    pub(super) fn plan_prefetch(
+        self: &Arc<Self>,
+        layer: &Layer,
+        wanted: &[Range<usize>],
+        max_runs: usize,
+        max_bytes: u64,
+    ) -> Vec<Run> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.no_ranges() {
-            return None;
+            return Vec::new();
         }
-        let free = ranks.iter().copied().skip_while(|&i| !state.is_free(layer, i));
-        let free: Vec<usize> = free.take_while(|&i| state.is_free(layer, i)).collect();
-        let run = together(layer, free).into_iter().next()?;
-        Some(state.claim(self, run.ranks, Class::Background))
+        let (mut runs, mut before) = (Vec::new(), 0);
+        let position = Arc::new(AtomicU64::new(0));
+        for range in wanted {
+            let free = range.clone().filter(|&rank| state.is_free(layer, rank)).collect();
+            for run in together(layer, free) {
+                if runs.len() >= max_runs || (before >= max_bytes && !runs.is_empty()) {
+                    return runs;
+                }
+                runs.push(state.claim_behind(self, layer, run.ranks, Class::Background, before, &position));
+                before += run.bytes;
+            }
+        }
+        runs
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -218,13 +237,28 @@ impl State {
         next
     }
 
-    fn claim(&mut self, owner: &Arc<LayerState>, ranks: Range<usize>, class: Class) -> Run {
+    fn claim(&mut self, owner: &Arc<LayerState>, layer: &Layer, ranks: Range<usize>, class: Class) -> Run {
+        self.claim_behind(owner, layer, ranks, class, 0, &Arc::default())
+    }
+
+    /// Claims a run that comes after `before` bytes of a request that has come to `position`.
+    fn claim_behind(
+        &mut self,
+        owner: &Arc<LayerState>,
+        layer: &Layer,
+        ranks: Range<usize>,
+        class: Class,
+        before: u64,
+        position: &Arc<AtomicU64>,
+    ) -> Run {
         self.next_run += 1;
-        let (id, position) = (self.next_run, Arc::new(AtomicU64::new(0)));
+        let id = self.next_run;
+        let begin = layer.span_at(ranks.start).blob_offset;
         for rank in ranks.clone() {
-            self.claims.insert(rank, Claim { run: id, class, position: Arc::clone(&position) });
+            let before = before + layer.span_at(rank).blob_offset.saturating_sub(begin);
+            self.claims.insert(rank, Claim { run: id, class, before, position: Arc::clone(position) });
         }
-        Run { state: Arc::clone(owner), id, ranks, class, position }
+        Run { state: Arc::clone(owner), id, ranks, class, position: Arc::clone(position) }
     }
 }
 
@@ -267,10 +301,12 @@ fn is_near(span: &SpanInfo, end: u64) -> bool {
 }
 
 impl Claim {
-    /// Whether a fault for the span at `blob_offset` should not wait for this claim.
-    fn yields(&self, blob_offset: u64) -> bool {
+    /// Whether a fault for the span should not wait for this claim, on a link that carries `in_flight` bytes in a
+    /// round trip.
+    fn yields(&self, in_flight: u64) -> bool {
+        let worth_waiting = WORTH_WAITING.max(in_flight);
         self.class == Class::Background
-            && blob_offset > self.position.load(Relaxed).saturating_add(WORTH_WAITING)
+            && self.before > self.position.load(Relaxed).saturating_add(worth_waiting)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Getting bytes of layers: streams, faults and hydration over one store.
 
+mod arriving;
 mod claims;
 mod fault;
 mod flight;
@@ -7,6 +8,7 @@ mod hydrate;
 mod ingest;
 mod interest;
 mod link;
+mod parts;
 mod prefetch;
 mod prove;
 mod pump;
@@ -228,12 +230,13 @@ impl Fetcher {
         result
     }
 
-    /// Fetches what is missing of a range of spans ahead of whoever will want it: before hydration, after faults,
-    /// and without reading further ahead. Spans that only a stream can bring are left out.
+    /// Fetches what is missing of ranges of spans ahead of whoever will want them, in this order and with few requests:
+    /// before hydration, after faults, and without reading further ahead. Spans that only a stream can bring are left
+    /// out.
     ///
     /// # Errors
     /// When something cannot be had after retries; what came stays.
-    pub async fn prefetch(&self, layer: &Arc<Layer>, spans: Range<usize>) -> Result<(), FetchError> {
+    pub async fn prefetch(&self, layer: &Arc<Layer>, spans: &[Range<usize>]) -> Result<(), FetchError> {
         prefetch::run(&self.inner, layer, spans).await
     }
 

@@ -1,14 +1,14 @@
 //! One request for a run of spans: fetched, decoded, verified and stored span by span as the bytes arrive.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
 
-use bytes::{Buf as _, Bytes, BytesMut};
 use lazyrun_index::SpanInfo;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
+use super::arriving::{Arriving, Reader};
 use super::claims::Run;
 use super::scheduler::Class;
 use super::{Inner, blocking};
@@ -42,11 +42,7 @@ pub(super) async fn fetch(
 ) -> Result<(), FetchError> {
     let result = from_any_source(inner, layer, &run).await;
     drop(slot);
-    let saved = Arc::clone(layer);
-    let _ = blocking("saving the span map", move || {
-        saved.save_map().map_err(|e| FetchError::store("writing", &saved.data_path(), e))
-    })
-    .await;
+    save_map(layer).await;
     match &result {
         Ok(()) if layer.is_whole() => inner.sync_later(layer),
         Ok(()) => {}
@@ -63,6 +59,15 @@ pub(super) async fn fetch(
         Err(error) => run.fail(error),
     }
     result
+}
+
+/// Writes down which spans are here.
+pub(super) async fn save_map(layer: &Arc<Layer>) {
+    let saved = Arc::clone(layer);
+    let _ = blocking("saving the span map", move || {
+        saved.save_map().map_err(|e| FetchError::store("writing", &saved.data_path(), e))
+    })
+    .await;
 }
 
 async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>) -> Result<(), FetchError> {
@@ -98,6 +103,13 @@ async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>)
 /// A decode under way and the span it is for.
 type Decoding = (usize, JoinHandle<Result<(), FetchError>>);
 
+/// The bytes of the blob that a run takes.
+pub(super) fn blob_range(layer: &Layer, ranks: Range<usize>) -> Range<u64> {
+    let begin = layer.span_at(ranks.start).blob_offset;
+    let ends = ranks.map(|i| layer.span_at(i)).map(|s| s.blob_offset.saturating_add(s.blob_len));
+    begin..ends.max().unwrap_or(begin).min(layer.index().blob_size())
+}
+
 /// A reader of a run from its span `next` on. A fault that is slow is asked of `other` as well.
 fn reader(
     layer: &Layer,
@@ -107,11 +119,8 @@ fn reader(
     next: usize,
 ) -> BlobReader {
     let index = layer.index();
-    let begin = layer.span_at(next).blob_offset;
-    let ends = (next..run.ranks.end).map(|i| layer.span_at(i));
-    let end = ends.map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
-    let end = end.unwrap_or(begin).min(index.blob_size());
-    let reader = source.reader(index.blob_digest(), begin..end, Some(index.blob_size()));
+    let range = blob_range(layer, next..run.ranks.end);
+    let reader = source.reader(index.blob_digest(), range, Some(index.blob_size()));
     match run.class {
         Class::Fault => reader.hedged(other),
         Class::Background => reader.patient(),
@@ -123,20 +132,19 @@ async fn read_spans(
     inner: &Arc<Inner>,
     layer: &Arc<Layer>,
     run: &Arc<Run>,
-    reader: BlobReader,
+    mut reader: BlobReader,
     next: &mut usize,
 ) -> Result<(), FetchError> {
-    let base = layer.span_at(*next).blob_offset;
-    let mut arriving = Arriving { inner, run, reader, buffer: BytesMut::new(), base };
     let requests = match run.class {
         Class::Fault => &inner.counters.fault_requests,
         Class::Background => &inner.counters.background_requests,
     };
     requests.fetch_add(1, Relaxed);
-    arriving.reader.connect().await?;
-    if let Some(waited) = arriving.reader.first_byte() {
+    reader.connect().await?;
+    if let Some(waited) = reader.first_byte() {
         inner.scheduler.link.answered(waited);
     }
+    let mut arriving = Arriving::new(inner, run.class, &run.position, Reader::One(reader));
     // One span is decoded while the next one arrives.
     let mut decoding: Option<Decoding> = None;
     for rank in *next..run.ranks.end {
@@ -169,11 +177,16 @@ async fn read_spans(
 }
 
 async fn join(task: JoinHandle<Result<(), FetchError>>) -> Result<(), FetchError> {
-    task.await.unwrap_or(Err(FetchError::Interrupted { what: "decoding a span" }))
+    decoded(task.await)
+}
+
+/// What came of decoding a span.
+pub(super) fn decoded(done: Result<Result<(), FetchError>, JoinError>) -> Result<(), FetchError> {
+    done.unwrap_or(Err(FetchError::Interrupted { what: "decoding a span" }))
 }
 
 /// Decodes, verifies and stores one span (blocking).
-fn store(
+pub(super) fn store(
     inner: &Inner,
     layer: &Layer,
     run: &Run,
@@ -207,47 +220,4 @@ fn store(
     }
     run.done(rank);
     Ok(())
-}
-
-/// The bytes of a run as they come.
-struct Arriving<'a> {
-    inner: &'a Inner,
-    run: &'a Run,
-    reader: BlobReader,
-    buffer: BytesMut,
-    /// Byte of the blob at which `buffer` starts.
-    base: u64,
-}
-
-impl Arriving<'_> {
-    /// The compressed bytes of a span. Spans are asked for in the order of their first bytes; they may overlap.
-    async fn span(&mut self, span: &SpanInfo) -> Result<Bytes, FetchError> {
-        let end = span.blob_offset.saturating_add(span.blob_len);
-        while self.base + (self.buffer.len() as u64) < end {
-            let Some(chunk) = self.reader.next().await? else {
-                return Err(FetchError::Corrupt {
-                    digest: self.digest(),
-                    start: span.blob_offset,
-                    end,
-                    reason: "the index points beyond the end of the blob".to_owned(),
-                });
-            };
-            self.buffer.extend_from_slice(&chunk);
-            let counter = match self.run.class {
-                Class::Fault => &self.inner.counters.fault_bytes,
-                Class::Background => &self.inner.counters.background_bytes,
-            };
-            counter.fetch_add(chunk.len() as u64, Relaxed);
-            self.inner.scheduler.link.arrived(chunk.len() as u64, Instant::now());
-            self.run.position.store(self.base + self.buffer.len() as u64, Relaxed);
-        }
-        // Both differences are lengths inside the buffer, so they fit.
-        self.buffer.advance((span.blob_offset - self.base) as usize);
-        self.base = span.blob_offset;
-        Ok(Bytes::copy_from_slice(&self.buffer[..span.blob_len as usize]))
-    }
-
-    fn digest(&self) -> lazyrun_index::Digest {
-        self.reader.digest()
-    }
 }

@@ -1,0 +1,80 @@
+//! Many runs of spans by one request, in the order in which they are needed. An attempt: what does not come is left to
+//! requests for one run each, which have patience with what can go wrong.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinSet;
+
+use super::arriving::{Arriving, Reader};
+use super::claims::Run;
+use super::scheduler::Class;
+use super::{Inner, spans};
+use crate::error::FetchError;
+use crate::store::Layer;
+
+/// Whether it is worth trying for a layer.
+pub(super) fn are_possible(inner: &Inner, layer: &Layer) -> bool {
+    inner.sources(layer).is_ok_and(|sources| sources.first().is_some_and(|source| source.may_do_parts()))
+}
+
+/// Fetches runs that were claimed together.
+///
+/// # Errors
+/// When some of it has not come; that is free again then.
+pub(super) async fn fetch(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    runs: Vec<Run>,
+    slot: OwnedSemaphorePermit,
+) -> Result<(), FetchError> {
+    let result = read(inner, layer, runs).await;
+    drop(slot);
+    spans::save_map(layer).await;
+    if layer.is_whole() {
+        inner.sync_later(layer);
+    }
+    result
+}
+
+async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<(), FetchError> {
+    let source = inner.sources(layer)?.swap_remove(0);
+    let Some(position) = runs.first().map(|run| Arc::clone(&run.position)) else { return Ok(()) };
+    let ranges: Vec<Range<u64>> = runs.iter().map(|run| spans::blob_range(layer, run.ranks.clone())).collect();
+    inner.counters.background_requests.fetch_add(1, Relaxed);
+    let Some(reader) = source.parts(layer.index().blob_digest(), &ranges).await? else { return Ok(()) };
+    inner.scheduler.link.answered(reader.first_byte());
+    let witness = reader.witness().clone();
+    let mut arriving = Arriving::new(inner, Class::Background, &position, Reader::Parts(reader));
+    // Spans are decoded on all cores while others arrive. Dropping the set does not stop a decode, which is short.
+    let mut decoding = JoinSet::new();
+    for run in runs.into_iter().map(Arc::new) {
+        for rank in run.ranks.clone() {
+            let span = layer.span_at(rank);
+            let compressed = arriving.span(&span).await?;
+            while let Some(done) = decoding.try_join_next() {
+                spans::decoded(done).inspect_err(|_| disown(&witness))?;
+            }
+            if layer.has_span(span.index as usize) || !run.owns(rank) {
+                continue;
+            }
+            let permit = inner.scheduler.decode().await?;
+            let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(&run));
+            decoding.spawn_blocking(move || {
+                let result = spans::store(&inner, &layer, &run, rank, &span, &compressed);
+                drop(permit);
+                result
+            });
+        }
+    }
+    while let Some(done) = decoding.join_next().await {
+        spans::decoded(done).inspect_err(|_| disown(&witness))?;
+    }
+    Ok(())
+}
+
+fn disown(witness: &crate::client::Witness) {
+    witness.disown();
+}
