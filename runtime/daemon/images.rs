@@ -226,12 +226,35 @@ impl Images {
     ///
     /// # Errors
     /// As those.
-    pub async fn ready(&self, request: &ImageRequest, progress: &Arc<dyn Progress>) -> Result<Ready> {
+    pub async fn ready(
+        self: &Arc<Self>,
+        request: &ImageRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Ready> {
+        let ready = self.found(request, progress).await?;
+        self.record_found(&ready, &request.registry).await?;
+        Ok(ready)
+    }
+
+    /// As [`Images::ready`], before it is written down: there is something to do while the disk does that.
+    ///
+    /// # Errors
+    /// As [`Images::ready`].
+    pub async fn found(&self, request: &ImageRequest, progress: &Arc<dyn Progress>) -> Result<Ready> {
         let (image, beside) = self.resolve_and_look(request).await?;
         let policy = Self::policy(request, &image);
         let profile = self.adopt_found(&image, &request.registry, &policy, beside, progress).await?;
         let layers = self.indexed_layers(&image, &request.registry, &policy, progress).await?;
         Ok(Ready { image, layers, profile })
+    }
+
+    /// Records what was [`found`](Images::found).
+    ///
+    /// # Errors
+    /// As [`Images::record`].
+    pub async fn record_found(self: &Arc<Self>, found: &Ready, registry: &RegistryOptions) -> Result<()> {
+        let (this, image, registry) = (Arc::clone(self), found.image.clone(), registry.clone());
+        tokio::task::spawn_blocking(move || this.record(&image, &registry)).await.context("recording an image")?
     }
 
     /// The layers of an image, each with an index: one that is here, one that is found in the registry and that the
@@ -247,7 +270,10 @@ impl Images {
         progress: &Arc<dyn Progress>,
     ) -> Result<Vec<Arc<Layer>>> {
         self.adopt_found(image, registry, policy, Beside::default(), progress).await?;
-        self.indexed_layers(image, registry, policy, progress).await
+        let layers = self.indexed_layers(image, registry, policy, progress).await?;
+        // Only now is it known that the image is what its manifest says.
+        self.record(image, registry)?;
+        Ok(layers)
     }
 
     /// The layers of an image; those that have no index yet are streamed.
@@ -260,10 +286,7 @@ impl Images {
     ) -> Result<Vec<Arc<Layer>>> {
         let source = self.client(registry)?.blobs(&image.reference);
         let one = |descriptor: LayerDescriptor| self.layer(descriptor, source.clone(), policy, progress);
-        let layers = try_join_all(image.layers.iter().cloned().map(one)).await?;
-        // Only now is it known that the image is what its manifest says.
-        self.record(image, registry)?;
-        Ok(layers)
+        try_join_all(image.layers.iter().cloned().map(one)).await
     }
 
     async fn layer(
@@ -329,10 +352,12 @@ impl Images {
             tracing::warn!(image = %image.reference, warning, "an index is not used");
             progress.note(warning);
         }
-        for claim in found.layers.into_values() {
+        // Each waits for the disk; all at once wait hardly longer than one.
+        let adoptions = found.layers.into_values().map(|claim| {
             let store = store.clone();
-            let adopted =
-                tokio::task::spawn_blocking(move || store.adopt(&claim.bytes, &claim.origin)).await?;
+            tokio::task::spawn_blocking(move || store.adopt(&claim.bytes, &claim.origin))
+        });
+        for adopted in try_join_all(adoptions).await? {
             match adopted {
                 Ok(layer) => tracing::info!(layer = layer.file_name(), "index adopted"),
                 Err(error) => progress.note(&error.to_string()),

@@ -66,9 +66,12 @@ impl Daemon {
         let plan = self.plan_for(request.plan)?;
         // The network is made while the image comes.
         let image = async {
-            let ready = self.images.ready(&request.image, progress).await?;
+            let ready = self.images.found(&request.image, progress).await?;
             let purpose = self.foresee(&ready);
-            let view = self.views.get(ready.layers, plan, purpose).await?;
+            let (view, ()) = tokio::try_join!(
+                self.views.get(ready.layers.clone(), plan, purpose),
+                self.images.record_found(&ready, &request.image.registry)
+            )?;
             anyhow::Ok((ready.image, view))
         };
         let ((image, view), mut network) = tokio::try_join!(image, self.prepare_network(&id, &request))?;

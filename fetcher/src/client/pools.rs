@@ -22,6 +22,8 @@ pub(super) struct Way {
     pub(super) tls: TlsSettings,
     /// To this machine: without a proxy, and perhaps without any authority.
     pub(super) local: bool,
+    /// In plain http.
+    pub(super) plain: bool,
     /// Connections of its own where requests would share one (HTTP/2).
     pub(super) apart: bool,
     /// Bound for TCP and TLS handshakes.
@@ -85,6 +87,11 @@ impl Pools {
         self.proxies.shown(url)
     }
 
+    /// Authorities take tens of milliseconds to load, and a proxy may still be talked to by https.
+    fn tls_config(&self, way: &Way) -> Result<rustls::ClientConfig, FetchError> {
+        if way.plain && way.local { tls::unused() } else { tls::config(&way.tls, !way.local) }
+    }
+
     fn build(&self, way: &Way) -> Result<Client, FetchError> {
         let mut builder = Client::builder()
             .user_agent(self.user_agent.clone())
@@ -95,7 +102,7 @@ impl Pools {
             .tcp_keepalive(Duration::from_secs(30))
             .http2_adaptive_window(true)
             .retry(reqwest::retry::never())
-            .tls_backend_preconfigured(tls::config(&way.tls, !way.local)?)
+            .tls_backend_preconfigured(self.tls_config(way)?)
             .no_proxy();
         if !way.local {
             let proxies = self.proxies.clone();

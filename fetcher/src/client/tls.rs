@@ -48,6 +48,17 @@ pub(super) fn config(settings: &TlsSettings, needs_roots: bool) -> Result<Client
     Ok(config)
 }
 
+/// The configuration of a client that makes no secure connections: it believes nobody.
+///
+/// # Errors
+/// When the crypto provider knows no protocol.
+pub(super) fn unused() -> Result<ClientConfig, FetchError> {
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| no_tls(e.to_string()))?;
+    Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
+}
+
 fn provider() -> Arc<CryptoProvider> {
     CryptoProvider::get_default()
         .cloned()

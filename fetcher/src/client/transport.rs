@@ -252,7 +252,7 @@ impl Transport {
             tls.stamps.extend(at.tls.stamps.iter().cloned());
             tls
         };
-        Way { local: is_loopback(url), tls, apart, connect }
+        Way { local: is_loopback(url), plain: url.scheme() == "http", tls, apart, connect }
     }
 
     /// Gives the place in the host's window back, and lets the host say that it is too much.
