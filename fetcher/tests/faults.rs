@@ -103,6 +103,78 @@ async fn bearer_tokens_are_fetched_shared_and_renewed() {
     assert!(matches!(error, FetchError::Denied { .. }), "{error}");
 }
 
+/// A registry whose tokens are good for one request each; `slow` names the repository whose tokens take long.
+async fn churning(image: &TestImage, slow: &'static str, pause: Duration) -> Server {
+    let served = image.clone();
+    let given = Arc::new(AtomicUsize::new(0));
+    let unused = Arc::new(std::sync::Mutex::new(std::collections::HashSet::new()));
+    Server::start(move |seen| {
+        if seen.path.starts_with("/token") {
+            if !slow.is_empty() && seen.path.contains(slow) {
+                std::thread::sleep(pause);
+            }
+            let token = format!("t{}", given.fetch_add(1, Ordering::SeqCst));
+            unused.lock().unwrap().insert(format!("Bearer {token}"));
+            return Response::new(full(format!("{{\"token\":\"{token}\"}}")));
+        }
+        if !seen.header("authorization").is_some_and(|a| unused.lock().unwrap().remove(a)) {
+            let host = seen.header("host").unwrap();
+            return challenge(&format!("Bearer realm=\"http://{host}/token\",service=\"reg\""));
+        }
+        serve(&served, seen)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_good_for_one_request_are_got_for_each() {
+    let image = one_layer(105);
+    let server = churning(&image, "", Duration::ZERO).await;
+    let bench = Bench::new();
+    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
+    layer.forget().unwrap();
+    // Many at once, each of which uses up what the others have got.
+    let readers: Vec<_> = (0..12usize)
+        .map(|i| {
+            let (fetcher, layer) = (bench.fetcher.clone(), Arc::clone(&layer));
+            tokio::spawn(async move { (i, fetcher.read(&layer, i as u64 * 140_000, 10).await) })
+        })
+        .collect();
+    for reader in readers {
+        let (i, bytes) = reader.await.unwrap();
+        assert_eq!(bytes.unwrap(), image.layers[0].tar[i * 140_000..i * 140_000 + 10]);
+    }
+    // Bounded: a registry that accepts no token at all is asked for a few.
+    let server = Server::start(|seen| {
+        if seen.path.starts_with("/token") {
+            return Response::new(full("{\"token\":\"x\"}"));
+        }
+        challenge(&format!("Bearer realm=\"http://{}/token\"", seen.header("host").unwrap()))
+    })
+    .await;
+    let error = ingest(&Bench::new(), &server.name("app:v1")).await.unwrap_err();
+    assert!(matches!(error, FetchError::Denied { .. }), "{error}");
+    let tokens = server.count(|s| s.path.starts_with("/token"));
+    assert!((2..=8).contains(&tokens), "{tokens} tokens were asked for");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_slow_token_service_holds_up_no_other_repository() {
+    let image = one_layer(106);
+    let slow = churning(&image, "slow", Duration::from_millis(1500)).await;
+    let fast = churning(&image, "", Duration::ZERO).await;
+    let bench = Bench::with(ClientOptions { stall_timeout: Duration::from_secs(5), ..quick_client() }, quick_fetch());
+    let client = bench.client.clone();
+    let name = slow.name("slow:v1").parse().unwrap();
+    let waiting = tokio::spawn(async move { client.resolve(&name, &amd64()).await });
+    while slow.count(|s| s.path.starts_with("/token")) == 0 && slow.log().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    bench.client.resolve(&fast.name("app:v1").parse().unwrap(), &amd64()).await.unwrap();
+    assert!(!waiting.is_finished(), "the slow one was done first: nothing is shown");
+    waiting.await.unwrap().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn basic_works_and_identity_tokens_are_posted() {
     let image = TestImage::small(110);
@@ -181,6 +253,72 @@ async fn redirects_lose_credentials_and_are_remembered_until_they_expire() {
     assert_eq!(bytes, image.layers[0].tar[900_000..900_010]);
     assert_eq!(asked(&server), 2);
     assert!(cdn.log().iter().all(|s| s.header("authorization").is_none()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redirect_to_a_host_that_is_gone_is_forgotten() {
+    let image = one_layer(125);
+    let cdn_for = |image: &TestImage, stalls: Arc<AtomicBool>| {
+        let stored = image.clone();
+        Server::start(move |seen| {
+            let blob = stored.blob(seen.path.split('/').nth(1).unwrap()).unwrap();
+            if stalls.load(Ordering::SeqCst) {
+                return with_body(seen, &blob, |b| stalled(b, 0));
+            }
+            blob_reply(seen, &blob)
+        })
+    };
+    let stalls = Arc::new(AtomicBool::new(false));
+    let first = cdn_for(&image, Arc::clone(&stalls)).await;
+    let second = cdn_for(&image, Arc::new(AtomicBool::new(false))).await;
+    let place = Arc::new(std::sync::Mutex::new(first.address));
+    let (served, leads_to) = (image.clone(), Arc::clone(&place));
+    let server = Server::start(move |seen| {
+        if !seen.is_blob() {
+            return serve(&served, seen);
+        }
+        let digest = seen.path.rsplit('/').next().unwrap();
+        let place = format!("http://{}/{digest}", leads_to.lock().unwrap());
+        Response::builder().status(307).header("location", place).body(full("")).unwrap()
+    })
+    .await;
+    let bench = Bench::new();
+    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
+    let read = async || {
+        layer.forget().unwrap();
+        let bytes = bench.fetcher.read(&layer, 900_000, 10).await.unwrap();
+        assert_eq!(bytes, image.layers[0].tar[900_000..900_010]);
+    };
+    // It stalls: the registry is asked anew, and leads elsewhere.
+    stalls.store(true, Ordering::SeqCst);
+    *place.lock().unwrap() = second.address;
+    read().await;
+    assert!(second.log().len() == 1, "{:?}", second.log());
+    // Nobody listens there any more.
+    stalls.store(false, Ordering::SeqCst);
+    *place.lock().unwrap() = first.address;
+    drop(second);
+    let asked = first.log().len();
+    read().await;
+    assert!(first.log().len() > asked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_manifest_is_told_as_what_is_known() {
+    for (tags, missing_image) in [(404u16, true), (200, false), (401, false), (403, false), (500, false), (429, false)] {
+        let server = Server::start(move |seen| {
+            if seen.path.contains("/tags/") { status(tags) } else { status(404) }
+        })
+        .await;
+        let options = ClientOptions { retries: 1, ..quick_client() };
+        let bench = Bench::with(options, quick_fetch());
+        let error = ingest(&bench, &server.name("app:v1")).await.unwrap_err();
+        match error {
+            FetchError::ImageNotFound { .. } => assert!(missing_image, "{tags}"),
+            FetchError::TagNotFound { .. } => assert!(!missing_image, "{tags}"),
+            other => panic!("{tags}: {other}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,6 +429,39 @@ async fn a_server_without_ranges_is_streamed() {
     assert_eq!(bench.fetcher.read(&layer, 11_500_000, 10).await.unwrap(), made[11_500_000..11_500_010]);
     bench.fetcher.hydrate(&layer, no_progress()).await.unwrap();
     assert!(std::fs::read(layer.data_path()).unwrap() == *made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_are_tried_again_after_a_while() {
+    let image = TestImage::new(vec![TestLayer::plain(tar(175, 12, 1_000_000))]);
+    let served = image.clone();
+    let without = Arc::new(AtomicBool::new(true));
+    let ignores = Arc::clone(&without);
+    let server = Server::start(move |seen| {
+        let mut plain = seen.clone();
+        if ignores.load(Ordering::SeqCst) {
+            plain.headers.remove("range");
+        }
+        serve(&served, &plain)
+    })
+    .await;
+    let fetch = FetchOptions { ranges_again: Duration::from_millis(300), ..quick_fetch() };
+    let bench = Bench::with(quick_client(), fetch);
+    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
+    let made = &image.layers[0].tar;
+    layer.forget().unwrap();
+    assert_eq!(bench.fetcher.read(&layer, 11_500_000, 10).await.unwrap(), made[11_500_000..11_500_010]);
+    without.store(false, Ordering::SeqCst);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        layer.forget().unwrap();
+        assert_eq!(bench.fetcher.read(&layer, 6_000_000, 10).await.unwrap(), made[6_000_000..6_000_010]);
+        if layer.local_bytes() < made.len() as u64 / 2 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "everything is streamed for ever");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

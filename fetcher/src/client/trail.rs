@@ -30,7 +30,7 @@ impl Trail {
         digest: Digest,
         ranged: bool,
     ) -> Result<Trail, FetchError> {
-        let with = ranged.then_some(Lack::Ranges);
+        let with = ranged.then_some(Lack::Ranges(digest));
         let ask = Ask { blob: Some(digest), with, ..Ask::new(&source.repository, Need::Pull) };
         let route = source.transport.route(&ask).await?;
         Ok(Trail { source, route, at: 0, refusal: None })
@@ -60,7 +60,7 @@ impl Trail {
         }
         transport.health.failed(host, error);
         if matches!(error, FetchError::RangeIgnored { .. } | FetchError::Protocol { .. }) {
-            transport.health.lacks(host, Lack::Ranges);
+            transport.health.lacks(host, Lack::Ranges(digest));
         }
     }
 

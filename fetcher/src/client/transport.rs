@@ -38,6 +38,9 @@ const FRESH_CONNECTIONS: usize = 4;
 /// Bound for connecting to a mirror, if it is not set: the next host is nearer than a long wait.
 const MIRROR_CONNECT: Duration = Duration::from_secs(3);
 
+/// Longest wait for a mirror's answer to begin, for the same reason. It may have to ask the registry itself first.
+const MIRROR_ANSWER: Duration = Duration::from_secs(8);
+
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
     pub(crate) options: ClientOptions,
@@ -207,7 +210,10 @@ impl Transport {
             let (request, progress) = call.request(&pooled.client, url);
             let sent = request.headers(headers.clone()).send();
             self.counters.requests.fetch_add(1, Relaxed);
-            let limit = self.options.stall_timeout;
+            let limit = match at.role {
+                Role::Mirror => self.options.stall_timeout.min(MIRROR_ANSWER),
+                Role::Origin => self.options.stall_timeout,
+            };
             let answer = match progress {
                 None => within(limit, sent).await,
                 Some(progress) => while_it_leaves(limit, sent, &progress).await,
