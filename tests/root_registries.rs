@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::support::docker_registry::DockerRegistry;
 use crate::support::fixture::{Fixture, TAG, big, sha256};
 use crate::support::instance::Lazyrun;
+use crate::support::proxy::Proxy;
 use lazyrun::demo::registry::Registry;
 use lazyrun::demo::shaper::Shape;
 
@@ -67,8 +68,11 @@ fn what_would_be_asked_is_shown_without_a_daemon() {
                 ca = \"ca.pem\"\n[host.\"https://m.example\".header]\nauthorization = \"Bearer s3cret\"\n";
     let dir = hosts_dir(&lazyrun, "r.example", toml);
     let config = lazyrun.scratch("docker");
-    fs::write(config.join("config.json"), r#"{"auths": {"m.example": {"username": "ann", "password": "s3cret"}}}"#)
-        .unwrap();
+    fs::write(
+        config.join("config.json"),
+        r#"{"auths": {"m.example": {"username": "ann", "password": "s3cret"}}}"#,
+    )
+    .unwrap();
     let run = |args: &[&str]| {
         let mut command = lazyrun.command(&["--hosts-dir", &dir, "registry", "show"]);
         command.args(args).env("DOCKER_CONFIG", &config).env("HTTPS_PROXY", "http://u:s3cret@p.example:3128");
@@ -112,7 +116,8 @@ fn a_login_is_checked_and_kept_as_docker_keeps_it() {
         fs::write(&path, input).unwrap();
         let mut command: Command = lazyrun.command(args);
         command.env("DOCKER_CONFIG", &config).stdin(fs::File::open(path).unwrap());
-        command.env("PATH", format!("{}:{}", lazyrun.scratch("bin").display(), std::env::var("PATH").unwrap()));
+        command
+            .env("PATH", format!("{}:{}", lazyrun.scratch("bin").display(), std::env::var("PATH").unwrap()));
         let output = command.output().unwrap();
         let said = [&output.stdout[..], &output.stderr].concat();
         let said = String::from_utf8(said).unwrap();
@@ -173,4 +178,39 @@ fn a_real_mirror_serves_a_real_registry() {
     lazyrun.ok(&["cache", "drop"]);
     let sum = lazyrun.ok(&["--hosts-dir", &dir, "run", "--rm", &image, "sha256sum", "/data/big.bin"]);
     assert!(sum.starts_with(&sha256(&big())), "{sum}");
+}
+
+#[test]
+fn the_daemon_uses_the_proxy_of_the_environment_it_was_started_in() {
+    let fixture = Fixture::new();
+    let proxy = Proxy::start(fixture.registry.addr());
+    let lazyrun = Lazyrun::new();
+    let dir = hosts_dir(&lazyrun, "plain.example:5000", "server = \"http://plain.example:5000\"\n");
+    let image = format!("plain.example:5000/fixture:{TAG}");
+    let run = |args: &[&str], with_proxy: bool| {
+        let mut command = lazyrun.command(&["--hosts-dir", &dir]);
+        command.args(args);
+        for name in ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "https_proxy", "no_proxy", "http_proxy"] {
+            command.env_remove(name);
+        }
+        if with_proxy {
+            command.env("http_proxy", proxy.url());
+        }
+        let output = command.output().expect("run lazyrun");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    run(&["pull", "--quiet", &image], true);
+    let asked = proxy.asked();
+    assert!(
+        asked.iter().all(|line| line.starts_with("GET http://plain.example:5000/v2/fixture/")),
+        "{asked:?}"
+    );
+    assert!(asked.len() >= 5, "{asked:?}");
+    // The daemon's environment counts, not the command's.
+    run(&["cache", "drop"], false);
+    assert_eq!(run(&["run", "--rm", &image, "cat", "/data/last"], false), "behind the big file\n");
+    assert!(proxy.asked().len() > asked.len());
+    let shown = json(&run(&["registry", "show", "--format", "json", &image], false));
+    assert_eq!(shown[0]["proxy"], proxy.url().as_str());
 }

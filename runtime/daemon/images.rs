@@ -21,6 +21,7 @@ use super::meta::{ImageRecord, Meta};
 use crate::clock;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ImageRequest, ImageSummary, PullPolicy, RegistryOptions};
+use crate::registries;
 
 /// The images of an instance.
 pub struct Images {
@@ -63,7 +64,7 @@ impl Images {
             insecure_registries: options.insecure.clone(),
             credential_files: options.docker_config.iter().chain(&options.auth_files).cloned().collect(),
             hosts: options.hosts.clone(),
-            proxies: crate::registries::proxies(),
+            proxies: registries::proxies(),
             ..ClientOptions::default()
         })?;
         clients.insert(options.clone(), client.clone());
@@ -112,7 +113,11 @@ impl Images {
                 };
                 match found {
                     Ok(found) => found,
-                    Err(error) => return Err(with_hint(error, &client, &reference, &request.reference).await),
+                    Err(error) => {
+                        return Err(
+                            registries::with_hint(error, &client, &reference, &request.reference).await
+                        );
+                    }
                 }
             }
         };
@@ -481,24 +486,6 @@ impl Images {
             }
         }
         Ok(())
-    }
-}
-
-/// Adds to an error about a name without a registry that `registries.conf` would have it mean others too.
-async fn with_hint(
-    error: FetchError,
-    client: &RegistryClient,
-    reference: &Reference,
-    typed: &str,
-) -> anyhow::Error {
-    let names_it = typed.starts_with(&format!("{}/", reference.registry));
-    match client.short_names(reference).await {
-        Ok(Some((names, file))) if !names_it => anyhow::anyhow!(
-            "{error}; {} lets a name without a registry mean {}, but here it always means docker.io: name the registry",
-            file.display(),
-            names.join(", ")
-        ),
-        _ => error.into(),
     }
 }
 

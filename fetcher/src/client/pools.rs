@@ -7,9 +7,9 @@ use std::time::Duration;
 use lru::LruCache;
 use reqwest::{Client, Url};
 
+use super::classify::deepest;
 use super::proxy::Proxies;
 use super::tls;
-use super::classify::deepest;
 use crate::error::FetchError;
 use crate::hosts::TlsSettings;
 
@@ -20,7 +20,9 @@ const CAPACITY: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Way {
     pub(super) tls: TlsSettings,
-    /// To this machine: without a proxy, and perhaps without any authority.
+    /// By https: some authority has to be known.
+    pub(super) secure: bool,
+    /// To this machine: without a proxy.
     pub(super) local: bool,
     /// Connections of its own where requests would share one (HTTP/2).
     pub(super) apart: bool,
@@ -95,7 +97,7 @@ impl Pools {
             .tcp_keepalive(Duration::from_secs(30))
             .http2_adaptive_window(true)
             .retry(reqwest::retry::never())
-            .tls_backend_preconfigured(tls::config(&way.tls, !way.local)?)
+            .tls_backend_preconfigured(tls::config(&way.tls, way.secure)?)
             .no_proxy();
         if !way.local {
             let proxies = self.proxies.clone();

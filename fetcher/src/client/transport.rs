@@ -98,6 +98,9 @@ impl Transport {
             let base = self.base_url(at).await?;
             let response = self.follow(&base, call, at, authorization.as_ref()).await?;
             if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &base) {
+                if answered > 1 {
+                    self.tokens.note_churn(&key);
+                }
                 return self.check(response, call, at).await;
             }
             // A token may be used up by others before it is used here; what else was refused stays refused.
@@ -245,7 +248,8 @@ impl Transport {
         });
         let same_host = at.root.host() == url.host()
             && (at.may_be_plain || at.root.port_or_known_default() == url.port_or_known_default());
-        let tls = if url.scheme() == "http" {
+        let secure = url.scheme() == "https";
+        let tls = if !secure {
             TlsSettings::default()
         } else if same_host {
             at.tls.clone()
@@ -255,7 +259,7 @@ impl Transport {
             tls.stamps.extend(at.tls.stamps.iter().cloned());
             tls
         };
-        Way { local: is_loopback(url), tls, apart, connect }
+        Way { secure, local: is_loopback(url), tls, apart, connect }
     }
 
     /// Gives the place in the host's window back, and lets the host say that it is too much.
@@ -323,7 +327,12 @@ impl Transport {
     }
 
     /// Turns an error status into an error.
-    async fn check(&self, response: Response, call: &Call<'_>, at: &Endpoint) -> Result<Response, FetchError> {
+    async fn check(
+        &self,
+        response: Response,
+        call: &Call<'_>,
+        at: &Endpoint,
+    ) -> Result<Response, FetchError> {
         let status = response.status();
         let host = host_of(response.url());
         match status {

@@ -65,7 +65,9 @@ impl Health {
     /// all; the others go on without it for as long as that may take (`probe`).
     pub(crate) fn is_up(&self, mirror: &Endpoint, probe: Duration) -> bool {
         let mut state = self.lock();
-        let Some(until) = state.down.get_mut(mirror.key()).and_then(|d| d.until.as_mut()) else { return true };
+        let Some(until) = state.down.get_mut(mirror.key()).and_then(|d| d.until.as_mut()) else {
+            return true;
+        };
         let now = Instant::now();
         if now < *until {
             return false;

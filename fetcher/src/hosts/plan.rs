@@ -123,11 +123,7 @@ fn load(files: &HostFiles, insecure: &[String], repository: &Repository) -> Resu
         }
     };
     let plan = Plan { endpoints: endpoints.into_iter().map(Arc::new).collect(), search: conf.search };
-    Ok(Known {
-        plan: Arc::new(plan),
-        stamps: Arc::new(loader.reader.stamps),
-        looked: Instant::now(),
-    })
+    Ok(Known { plan: Arc::new(plan), stamps: Arc::new(loader.reader.stamps), looked: Instant::now() })
 }
 
 struct Loader<'a> {
@@ -238,8 +234,7 @@ impl Loader<'_> {
             let place = conf.place_in(mirror, &name);
             let mut endpoint =
                 self.endpoint(split(&place), Role::Mirror, mirror.insecure, Some(&conf.file))?;
-            endpoint.can =
-                Capabilities { pull: true, resolve: mirror.when != When::Digests, push: false };
+            endpoint.can = Capabilities { pull: true, resolve: mirror.when != When::Digests, push: false };
             endpoints.push(endpoint);
         }
         let place = conf.place(&name);
