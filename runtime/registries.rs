@@ -76,7 +76,9 @@ pub fn proxies() -> Proxies {
     let any = |names: [&str; 2]| {
         names.into_iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     };
-    let all = || any(["ALL_PROXY", "all_proxy"]);
+    // Often one for SOCKS, which is not spoken here and which Docker does not look at either.
+    let http = |url: &String| !url.contains("://") || url.starts_with("http");
+    let all = || any(["ALL_PROXY", "all_proxy"]).filter(http);
     Proxies {
         http: any(["HTTP_PROXY", "http_proxy"]).or_else(all),
         https: any(["HTTPS_PROXY", "https_proxy"]).or_else(all),

@@ -217,3 +217,27 @@ fn the_daemon_uses_the_proxy_of_the_environment_it_was_started_in() {
     let shown = json(&run(&["registry", "show", "--format", "json", &image], false));
     assert_eq!(shown[0]["proxy"], proxy.url().as_str());
 }
+
+#[test]
+fn a_short_name_that_podman_would_look_for_elsewhere_is_told() {
+    let lazyrun = Lazyrun::new();
+    let nobody = crate::support::server::free_port();
+    let dir = hosts_dir(&lazyrun, "docker.io", &format!("server = \"http://127.0.0.1:{nobody}\"\n"));
+    let conf = lazyrun.scratch("containers").join("registries.conf");
+    fs::write(&conf, "unqualified-search-registries = [\"quay.io\", \"docker.io\"]\n").unwrap();
+    let run = |args: &[&str]| {
+        let mut command = lazyrun.command(&["--hosts-dir", &dir]);
+        let output =
+            command.args(args).env("CONTAINERS_REGISTRIES_CONF", &conf).output().expect("run lazyrun");
+        (output.status.code(), String::from_utf8(output.stderr).expect("text"))
+    };
+    let (code, said) = run(&["pull", "--quiet", "redis:7"]);
+    assert!(code == Some(125) && said.contains("mean quay.io, docker.io"), "{said}");
+    let (code, said) = run(&["pull", "--quiet", "docker.io/library/redis:7"]);
+    assert!(code == Some(125) && !said.contains("quay.io"), "{said}");
+    let (code, said) = run(&["registry", "show", "redis"]);
+    assert!(code == Some(0) && said.contains("quay.io"), "{said}");
+    fs::write(&conf, "[[registry]]\nlocation = \"docker.io\"\nblocked = true\n").unwrap();
+    let (code, said) = run(&["pull", "--quiet", "another"]);
+    assert!(code == Some(125) && said.contains("blocked by") && said.contains("registries.conf"), "{said}");
+}

@@ -10,7 +10,7 @@ use base64::Engine as _;
 use bytes::Bytes;
 use common::hosts::{HostsDir, nobody};
 use common::pull::one_layer;
-use common::server::{Reply, Seen, Server, blob_reply, broken, full, serve, status, with_body};
+use common::server::{Reply, Seen, Server, blob_reply, broken, full, serve, stalled, status, with_body};
 use common::{Bench, TestImage, TestLayer, amd64, no_progress, quick_fetch, tar};
 use hyper::Response;
 use lazyrun_fetcher::{ClientOptions, FetchError, HostFiles, Layer};
@@ -106,6 +106,7 @@ async fn whatever_fails_at_a_mirror_comes_from_the_next_host() {
         ("401", Box::new(challenge)),
         ("429", Box::new(limited)),
         ("a portal", Box::new(html)),
+        ("silence", Box::new(|| Response::new(stalled(&Bytes::from_static(b"x"), 1)))),
     ];
     for (what, answer) in answers {
         let origin = origin_of(&image).await;

@@ -142,6 +142,10 @@ struct Place<'a> {
 impl Loader<'_> {
     /// The directory of a host: the first that exists, as containerd looks for it.
     fn dir_of(&mut self, host: &str) -> Option<PathBuf> {
+        // Redirects name hosts too, and they are foreign text: no such name leads out of the directories.
+        if host.starts_with('.') || host.contains(['/', '\\', '\0']) {
+            return None;
+        }
         let spelled = match host.rsplit_once(':') {
             Some((name, port)) if !port.contains(']') => Some(format!("{name}_{port}_")),
             _ => None,
@@ -353,6 +357,22 @@ mod tests {
         let plan = hosts.plan(&repository("other", "x")).await.unwrap();
         assert_eq!(plan.endpoints[0].namespace.as_deref(), Some("other"));
         assert_eq!(plan.endpoints[1].namespace, None);
+    }
+
+    #[tokio::test]
+    async fn no_host_leads_out_of_the_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = Hosts::new(dirs(dir.path()), Vec::new());
+        write(&dir.path().join("a/inside.crt"), "");
+        write(&dir.path().join("outside.crt"), "");
+        for host in [".", "..", "../a", "../../etc"] {
+            let url = Url::parse(&format!("https://{host}/x"));
+            let named = hosts.plan(&repository(host, "x")).await;
+            assert!(named.is_err() || named.is_ok_and(|p| p.endpoints[0].tls.is_plain()), "{host}");
+            if let Ok(url) = url {
+                assert!(hosts.tls_of(&url).await.is_plain(), "{host}");
+            }
+        }
     }
 
     #[tokio::test]
