@@ -44,7 +44,8 @@ fn a_container_outlives_the_mirror_that_it_was_started_from() {
     assert!(mirror.log().iter().all(|r| r.target.contains("ns=127.0.0.1")), "{:?}", mirror.log());
     lazyrun.ok(&["cache", "drop", &image]);
 
-    (mirror.reset(), fixture.registry.reset());
+    mirror.reset();
+    fixture.registry.reset();
     let args = [flag, &dir, "run", "-d", "--name", "reader", &image, "sleep", "1000"];
     lazyrun.ok(&args);
     assert_eq!(lazyrun.ok(&["exec", "reader", "cat", "/data/last"]), "behind the big file\n");

@@ -246,7 +246,8 @@ pub(crate) fn api_root(text: &str, override_path: bool) -> Result<Url, String> {
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() || !plain {
         return Err(bad());
     }
-    (url.set_query(None), url.set_fragment(None));
+    url.set_query(None);
+    url.set_fragment(None);
     let mut path = url.path().trim_end_matches('/').to_owned();
     if !override_path && !path.ends_with("/v2") {
         path.push_str("/v2");
