@@ -99,7 +99,8 @@ async fn whatever_fails_at_a_mirror_comes_from_the_next_host() {
     };
     let limited = || Response::builder().status(429).header("retry-after", "3000").body(full("")).unwrap();
     let html = || Response::builder().header("content-type", "text/html").body(full("<p>")).unwrap();
-    let answers: Vec<(&str, Box<dyn Fn() -> Reply + Send + Sync>)> = vec![
+    type Answer = Box<dyn Fn() -> Reply + Send + Sync>;
+    let answers: Vec<(&str, Answer)> = vec![
         ("404", Box::new(|| status(404))),
         ("500", Box::new(|| status(500))),
         ("403", Box::new(|| status(403))),

@@ -348,7 +348,7 @@ mod tests {
         write(&dir.path().join("b/_default/hosts.toml"), "[host.\"https://any\"]");
         write(&dir.path().join("a/r.example_5000_/hosts.toml"), "[host.\"https://first\"]");
         write(&dir.path().join("a/c.example/x.crt"), "");
-        let of = async |name: &str| shown(&*hosts.plan(&repository(name, "x")).await.unwrap());
+        let of = async |name: &str| shown(&hosts.plan(&repository(name, "x")).await.unwrap());
         assert_eq!(of("r.example:5000").await, ["https://first/v2/x", "https://r.example:5000/v2/x"]);
         assert_eq!(of("other").await, ["https://any/v2/x", "https://other/v2/x"]);
         assert_eq!(of("c.example").await, ["https://c.example/v2/x"]);
@@ -410,7 +410,7 @@ mod tests {
         assert!(matches!(error, FetchError::Blocked { .. }), "{error}");
         write(&dir.path().join("b/docker.io/hosts.toml"), "server = \"https://s.example\"");
         let hosts = Hosts::new(dirs(dir.path()), Vec::new());
-        assert_eq!(shown(&*hosts.plan(&redis).await.unwrap()), ["https://s.example/v2/library/redis"]);
+        assert_eq!(shown(&hosts.plan(&redis).await.unwrap()), ["https://s.example/v2/library/redis"]);
     }
 
     #[tokio::test]
