@@ -3,13 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
-use lazyrun_fetcher::{HostFiles, Proxies};
+use lazyrun_fetcher::{FetchError, HostFiles, Proxies, Reference, RegistryClient};
 
 /// Directories with a directory for each registry that count for everybody.
 const HOSTS_DIRS: [&str; 4] =
     ["/etc/lazyrun/certs.d", "/etc/containerd/certs.d", "/etc/docker/certs.d", "/etc/containers/certs.d"];
 /// The same below a user's configuration directory, when it is not root who asks.
-const USER_HOSTS_DIRS: [&str; 4] = ["lazyrun/certs.d", "containerd/certs.d", "docker/certs.d", "containers/certs.d"];
+const USER_HOSTS_DIRS: [&str; 4] =
+    ["lazyrun/certs.d", "containerd/certs.d", "docker/certs.d", "containers/certs.d"];
 
 /// Files that say how registries are talked to. `hosts_dirs`, if not empty, or `LAZYRUN_HOSTS_DIR` (separated by colons)
 /// take the place of the usual directories.
@@ -75,11 +76,31 @@ pub fn proxies() -> Proxies {
     let any = |names: [&str; 2]| {
         names.into_iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     };
-    let all = || any(["ALL_PROXY", "all_proxy"]);
+    // Often one for SOCKS, which is not spoken here and which Docker does not look at either.
+    let http = |url: &String| !url.contains("://") || url.starts_with("http");
+    let all = || any(["ALL_PROXY", "all_proxy"]).filter(http);
     Proxies {
         http: any(["HTTP_PROXY", "http_proxy"]).or_else(all),
         https: any(["HTTPS_PROXY", "https_proxy"]).or_else(all),
         no_proxy: any(["NO_PROXY", "no_proxy"]),
+    }
+}
+
+/// Adds to an error about a name without a registry that `registries.conf` would have it mean others too.
+pub async fn with_hint(
+    error: FetchError,
+    client: &RegistryClient,
+    reference: &Reference,
+    typed: &str,
+) -> anyhow::Error {
+    let names_it = typed.starts_with(&format!("{}/", reference.registry));
+    match client.short_names(reference).await {
+        Ok(Some((names, file))) if !names_it => anyhow::anyhow!(
+            "{error}; {} lets a name without a registry mean {}, but here it always means docker.io: name the registry",
+            file.display(),
+            names.join(", ")
+        ),
+        _ => error.into(),
     }
 }
 

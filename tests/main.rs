@@ -10,6 +10,7 @@ mod root_machine;
 mod root_manage;
 mod root_network;
 mod root_profile;
+mod root_registries;
 mod root_run;
 mod root_start;
 mod root_support;

@@ -1,4 +1,4 @@
-//! Against servers that misbehave: authentication, redirects, limits, broken and wrong bodies.
+//! Against servers that misbehave: limits, broken and wrong bodies, ranges.
 
 mod common;
 
@@ -7,197 +7,30 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::server::{Reply, Seen, Server, blob_reply, broken, full, serve, stalled, status, with_body};
-use common::{Bench, TestImage, TestLayer, amd64, no_progress, quick_client, quick_fetch, tar};
+use common::pull::{ingest, ingest_first, is_layer, one_layer};
+use common::server::{Server, broken, full, serve, stalled, status, with_body};
+use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use hyper::Response;
-use lazyrun_fetcher::{ClientOptions, FetchError, FetchOptions, Layer, ResolvedImage};
+use lazyrun_fetcher::{ClientOptions, FetchError, FetchOptions};
 use lazyrun_index::{Digest, IndexError};
 
-async fn ingest(bench: &Bench, name: &str) -> Result<Arc<Layer>, FetchError> {
-    let image = bench.client.resolve(&name.parse().unwrap(), &amd64()).await?;
-    ingest_first(bench, &image).await
-}
-
-async fn ingest_first(bench: &Bench, image: &ResolvedImage) -> Result<Arc<Layer>, FetchError> {
-    bench.fetcher.ingest(&image.layers[0], bench.client.blobs(&image.reference), no_progress()).await
-}
-
-fn one_layer(seed: u64) -> TestImage {
-    TestImage::new(vec![TestLayer::gzip(tar(seed, 30, 60_000))])
-}
-
-fn is_layer(image: &TestImage, seen: &Seen) -> bool {
-    seen.path.ends_with(&image.layers[0].digest().to_string())
-}
-
-/// A bench whose docker configuration holds a password for `address`.
-fn logged_in(address: &str, user: &str, password: &str) -> (Bench, tempfile::TempDir) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("config.json");
-    let config = serde_json::json!({"auths": {address: {"username": user, "password": password}}});
-    std::fs::write(&path, config.to_string()).unwrap();
-    (Bench::with(ClientOptions { credential_files: vec![path], ..quick_client() }, quick_fetch()), dir)
-}
-
-fn base64(text: &str) -> String {
-    use base64::Engine as _;
-    base64::prelude::BASE64_STANDARD.encode(text)
-}
-
-fn challenge(value: &str) -> Reply {
-    Response::builder().status(401).header("www-authenticate", value).body(full("{}")).unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread")]
-async fn bearer_tokens_are_fetched_shared_and_renewed() {
-    let image = TestImage::small(100);
-    let served = image.clone();
-    let valid = Arc::new(AtomicUsize::new(1));
-    let current = Arc::clone(&valid);
-    let server = Server::start(move |seen| {
-        if seen.path.starts_with("/token") {
-            if seen.header("authorization") != Some(&format!("Basic {}", base64("ann:s3cret"))) {
-                return status(401);
-            }
-            let token = format!("t{}", current.load(Ordering::SeqCst));
-            return Response::new(full(format!("{{\"token\":\"{token}\",\"expires_in\":300}}")));
+async fn a_missing_manifest_is_told_as_what_is_known() {
+    for (tags, missing_image) in
+        [(404u16, true), (200, false), (401, false), (403, false), (500, false), (429, false)]
+    {
+        let server =
+            Server::start(move |seen| if seen.path.contains("/tags/") { status(tags) } else { status(404) })
+                .await;
+        let options = ClientOptions { retries: 1, ..quick_client() };
+        let bench = Bench::with(options, quick_fetch());
+        let error = ingest(&bench, &server.name("app:v1")).await.unwrap_err();
+        match error {
+            FetchError::ImageNotFound { .. } => assert!(missing_image, "{tags}"),
+            FetchError::TagNotFound { .. } => assert!(!missing_image, "{tags}"),
+            other => panic!("{tags}: {other}"),
         }
-        let wanted = format!("Bearer t{}", current.load(Ordering::SeqCst));
-        if seen.header("authorization") != Some(&wanted) {
-            let host = seen.header("host").unwrap();
-            return challenge(&format!(
-                "Bearer realm=\"http://{host}/token\",service=\"reg\",scope=\"repository:app:pull\""
-            ));
-        }
-        serve(&served, seen)
-    })
-    .await;
-    let (bench, _dir) = logged_in(&server.address.to_string(), "ann", "s3cret");
-    let name = server.name("app:v1");
-    let layer = ingest(&bench, &name).await.unwrap();
-    assert_eq!(server.count(|s| s.path.starts_with("/token")), 1);
-    assert!(server.log().iter().any(|s| s.path.contains("service=reg&scope=repository%3Aapp%3Apull")));
-
-    // The token is taken back: one more is fetched, by however many requests.
-    valid.store(2, Ordering::SeqCst);
-    layer.forget().unwrap();
-    let readers: Vec<_> = (0..6u64)
-        .map(|i| {
-            let (fetcher, layer) = (bench.fetcher.clone(), Arc::clone(&layer));
-            tokio::spawn(async move { fetcher.read(&layer, i * 80_000, 10).await })
-        })
-        .collect();
-    for reader in readers {
-        reader.await.unwrap().unwrap();
     }
-    assert_eq!(server.count(|s| s.path.starts_with("/token")), 2);
-
-    // Wrong password: denied, in words without it.
-    let (bench, _dir) = logged_in(&server.address.to_string(), "ann", "wr0ng");
-    let error = ingest(&bench, &name).await.unwrap_err();
-    assert!(matches!(error, FetchError::Denied { .. }), "{error}");
-    let shown = format!("{error} {error:?}");
-    assert!(!shown.contains("wr0ng") && !shown.contains(&base64("ann:wr0ng")), "{shown}");
-    // No password: denied too.
-    let error = ingest(&Bench::new(), &name).await.unwrap_err();
-    assert!(matches!(error, FetchError::Denied { .. }), "{error}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn basic_works_and_identity_tokens_are_posted() {
-    let image = TestImage::small(110);
-    let served = image.clone();
-    let server = Server::start(move |seen| {
-        if seen.header("authorization") == Some(&format!("Basic {}", base64("ann:s3cret"))) {
-            serve(&served, seen)
-        } else {
-            challenge("Basic realm=\"x\"")
-        }
-    })
-    .await;
-    let (bench, _dir) = logged_in(&server.address.to_string(), "ann", "s3cret");
-    ingest(&bench, &server.name("app:v1")).await.unwrap();
-
-    let server = Server::start(move |seen| {
-        if seen.path == "/token" {
-            let form = String::from_utf8_lossy(&seen.body);
-            let good = seen.method == "POST"
-                && form.contains("refresh_token=id-tok")
-                && form.contains("service=reg");
-            return if good { Response::new(full("{\"access_token\":\"abc\"}")) } else { status(401) };
-        }
-        if seen.header("authorization") == Some("Bearer abc") {
-            return serve(&image, seen);
-        }
-        challenge(&format!("Bearer realm=\"http://{}/token\",service=\"reg\"", seen.header("host").unwrap()))
-    })
-    .await;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("config.json");
-    let auths = serde_json::json!({"auths": {server.address.to_string(): {"identitytoken": "id-tok"}}});
-    std::fs::write(&path, auths.to_string()).unwrap();
-    let bench = Bench::with(ClientOptions { credential_files: vec![path], ..quick_client() }, quick_fetch());
-    ingest(&bench, &server.name("app:v1")).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn redirects_lose_credentials_and_are_remembered_until_they_expire() {
-    let image = one_layer(120);
-    let expired = Arc::new(AtomicBool::new(false));
-    let (stored, gone) = (image.clone(), Arc::clone(&expired));
-    let cdn = Server::start(move |seen| {
-        if seen.header("authorization").is_some() {
-            return status(400);
-        }
-        if gone.load(Ordering::SeqCst) && seen.path.contains("signature=1") {
-            return status(403);
-        }
-        let digest = seen.path.split(['/', '?']).nth(1).unwrap();
-        blob_reply(seen, &stored.blob(digest).unwrap())
-    })
-    .await;
-    let (served, cdn_address) = (image.clone(), cdn.address);
-    let server = Server::start(move |seen| {
-        if seen.header("authorization") != Some(&format!("Basic {}", base64("ann:s3cret"))) {
-            return challenge("Basic realm=\"x\"");
-        }
-        if !seen.is_blob() {
-            return serve(&served, seen);
-        }
-        let digest = seen.path.rsplit('/').next().unwrap();
-        let place = format!("http://{cdn_address}/{digest}?signature={}", seen.before + 1);
-        Response::builder().status(307).header("location", place).body(full("")).unwrap()
-    })
-    .await;
-    let (bench, _dir) = logged_in(&server.address.to_string(), "ann", "s3cret");
-    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
-    layer.forget().unwrap();
-    let asked = |server: &Server| server.count(|s| is_layer(&image, s));
-    assert_eq!(asked(&server), 1);
-    bench.fetcher.read(&layer, 0, 10).await.unwrap();
-    assert_eq!(asked(&server), 1, "the signed URL was not reused");
-    expired.store(true, Ordering::SeqCst);
-    let bytes = bench.fetcher.read(&layer, 900_000, 10).await.unwrap();
-    assert_eq!(bytes, image.layers[0].tar[900_000..900_010]);
-    assert_eq!(asked(&server), 2);
-    assert!(cdn.log().iter().all(|s| s.header("authorization").is_none()));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn redirect_loops_end() {
-    let image = one_layer(130);
-    let served = image.clone();
-    let server = Server::start(move |seen| {
-        if is_layer(&served, seen) {
-            return Response::builder().status(302).header("location", &seen.path).body(full("")).unwrap();
-        }
-        serve(&served, seen)
-    })
-    .await;
-    let bench = Bench::new();
-    let error = ingest(&bench, &server.name("app:v1")).await.unwrap_err();
-    assert!(matches!(error, FetchError::Protocol { .. }), "{error}");
-    assert!(bench.left_behind().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,6 +124,39 @@ async fn a_server_without_ranges_is_streamed() {
     assert_eq!(bench.fetcher.read(&layer, 11_500_000, 10).await.unwrap(), made[11_500_000..11_500_010]);
     bench.fetcher.hydrate(&layer, no_progress()).await.unwrap();
     assert!(std::fs::read(layer.data_path()).unwrap() == *made);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_are_tried_again_after_a_while() {
+    let image = TestImage::new(vec![TestLayer::plain(tar(175, 12, 1_000_000))]);
+    let served = image.clone();
+    let without = Arc::new(AtomicBool::new(true));
+    let ignores = Arc::clone(&without);
+    let server = Server::start(move |seen| {
+        let mut plain = seen.clone();
+        if ignores.load(Ordering::SeqCst) {
+            plain.headers.remove("range");
+        }
+        serve(&served, &plain)
+    })
+    .await;
+    let fetch = FetchOptions { ranges_again: Duration::from_millis(300), ..quick_fetch() };
+    let bench = Bench::with(quick_client(), fetch);
+    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
+    let made = &image.layers[0].tar;
+    layer.forget().unwrap();
+    assert_eq!(bench.fetcher.read(&layer, 11_500_000, 10).await.unwrap(), made[11_500_000..11_500_010]);
+    without.store(false, Ordering::SeqCst);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        layer.forget().unwrap();
+        assert_eq!(bench.fetcher.read(&layer, 6_000_000, 10).await.unwrap(), made[6_000_000..6_000_010]);
+        if layer.local_bytes() < made.len() as u64 / 2 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "everything is streamed for ever");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

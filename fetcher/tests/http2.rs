@@ -17,9 +17,9 @@ use hyper::Request;
 use lazyrun_fetcher::ClientOptions;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::ServerConfig;
 
 /// What becomes of a request.
 #[derive(Clone, Copy)]

@@ -23,7 +23,8 @@ fn image(seed: u64) -> TestImage {
 /// A layer with an index and no data, and the bench that has it. Spans that nobody asked for are not fetched along.
 async fn indexed(name: &str) -> (Bench, Arc<Layer>) {
     let client = ClientOptions { stall_timeout: Duration::from_secs(5), ..quick_client() };
-    let stream = lazyrun_index::StreamOptions { span_size: 32 << 10, span_len: 32 << 10, ..quick_fetch().stream };
+    let stream =
+        lazyrun_index::StreamOptions { span_size: 32 << 10, span_len: 32 << 10, ..quick_fetch().stream };
     let bench = Bench::with(client, FetchOptions { stream, ..quick_fetch() });
     let resolved = bench.resolve(name).await;
     let blobs = bench.client.blobs(&resolved.reference);
@@ -50,7 +51,10 @@ async fn prefetch(bench: &Bench, layer: &Arc<Layer>, tar: &[u8]) {
 }
 
 /// A registry with habits of its own where several ranges are asked for.
-async fn serving(image: &TestImage, parts: impl Fn(&Seen, &Bytes) -> Reply + Send + Sync + 'static) -> Server {
+async fn serving(
+    image: &TestImage,
+    parts: impl Fn(&Seen, &Bytes) -> Reply + Send + Sync + 'static,
+) -> Server {
     let image = image.clone();
     Server::start(move |seen| {
         if seen.header("range").is_some_and(|range| range.contains(',')) {
@@ -121,7 +125,8 @@ async fn a_registry_that_refuses_is_asked_one_by_one() {
             let mut bounds = (usize::MAX, 0);
             for range in seen.header("range").unwrap()[6..].split(',') {
                 let (first, last) = range.split_once('-').unwrap();
-                bounds = (bounds.0.min(first.parse().unwrap()), bounds.1.max(last.parse::<usize>().unwrap() + 1));
+                bounds =
+                    (bounds.0.min(first.parse().unwrap()), bounds.1.max(last.parse::<usize>().unwrap() + 1));
             }
             let (start, end) = bounds;
             Response::builder()

@@ -88,8 +88,7 @@ async fn https_goes_through_a_tunnel() {
     let authority = Authority::new("the authority");
     let certificate = authority.server(&["registry.example"]);
     let mirror_of = Some(format!("http://{}", origin.address));
-    let secured =
-        Registry::start_as(&Extra { tls: Some(&certificate), mirror_of, ..Extra::default() }).await;
+    let secured = Registry::start_as(&Extra { tls: Some(&certificate), mirror_of, ..Extra::default() }).await;
     let proxy = Proxy::start(secured.address.clone()).await;
     let hosts = HostsDir::new();
     hosts.write("registry.example:5000", "ca.crt", &authority.pem);
@@ -101,7 +100,10 @@ async fn https_goes_through_a_tunnel() {
     let bench = Bench::with(ClientOptions { proxies: proxies.clone(), ..hosts.options() }, quick_fetch());
     pull(&bench, "registry.example:5000/app:v1").await.unwrap();
     let asked = proxy.asked();
-    assert!(!asked.is_empty() && asked.iter().all(|l| l == "CONNECT registry.example:5000 HTTP/1.1"), "{asked:?}");
+    assert!(
+        !asked.is_empty() && asked.iter().all(|l| l == "CONNECT registry.example:5000 HTTP/1.1"),
+        "{asked:?}"
+    );
     assert!(proxy.log.lock().unwrap().iter().all(|(_, known)| *known), "the proxy's password was not given");
     let shown = bench.client.hosts(&"registry.example:5000/app".parse().unwrap()).await.unwrap();
     assert_eq!(shown[0].proxy, Some(format!("http://{}", proxy.address)));

@@ -334,7 +334,8 @@ async fn uploads_elsewhere_get_no_credentials() {
     let config = dir.path().join("config.json");
     let auths = json!({"auths": {server.address.to_string(): {"auth": "dTpw"}}});
     std::fs::write(&config, auths.to_string()).unwrap();
-    let bench = Bench::with(ClientOptions { credential_files: vec![config], ..quick_client() }, quick_fetch());
+    let bench =
+        Bench::with(ClientOptions { credential_files: vec![config], ..quick_client() }, quick_fetch());
     let bytes = Bytes::from_static(b"some bytes");
     let reference = server.name("app:v1").parse().unwrap();
     bench.client.upload_blob(&reference, Digest::of(&bytes), bytes.clone()).await.unwrap();

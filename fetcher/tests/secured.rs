@@ -21,11 +21,8 @@ impl Secured {
     async fn start(server: &Authority, clients: Option<&Authority>) -> Secured {
         let origin = Registry::start().await;
         let certificate = server.server(&["127.0.0.1", "registry.example"]);
-        let extra = Extra {
-            tls: Some(&certificate),
-            clients,
-            mirror_of: Some(format!("http://{}", origin.address)),
-        };
+        let extra =
+            Extra { tls: Some(&certificate), clients, mirror_of: Some(format!("http://{}", origin.address)) };
         let secured = Registry::start_as(&extra).await;
         Secured { origin, secured }
     }

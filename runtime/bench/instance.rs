@@ -15,6 +15,7 @@ use super::measure::{MeasureError, output, timed};
 pub struct Instance {
     exe: PathBuf,
     insecure: Vec<String>,
+    hosts_dirs: Vec<PathBuf>,
     root: TempDir,
 }
 
@@ -32,7 +33,14 @@ impl Instance {
             None => builder.tempdir(),
         };
         let root = root.map_err(|source| BenchError::Root { source })?;
-        Ok(Instance { exe: exe.to_owned(), insecure: insecure.to_vec(), root })
+        Ok(Instance { exe: exe.to_owned(), insecure: insecure.to_vec(), hosts_dirs: Vec::new(), root })
+    }
+
+    /// The same with directories of registries' settings (`--hosts-dir`).
+    #[must_use]
+    pub fn with_hosts_dirs(mut self, dirs: &[PathBuf]) -> Instance {
+        self.hosts_dirs = dirs.to_vec();
+        self
     }
 
     /// The root directory.
@@ -50,6 +58,9 @@ impl Instance {
         command.arg("--root").arg(self.root.path().join("root"));
         for host in &self.insecure {
             command.arg("--insecure-registry").arg(host);
+        }
+        for dir in &self.hosts_dirs {
+            command.arg("--hosts-dir").arg(dir);
         }
         command.args(args);
         command

@@ -105,6 +105,8 @@ pub struct BenchOptions {
     pub network: Option<String>,
     /// Registries to be spoken to without TLS.
     pub insecure_registries: Vec<String>,
+    /// Directories with registries' settings; the usual ones when empty.
+    pub hosts_dirs: Vec<PathBuf>,
     /// Where the instances' root directories are made; the temporary directory when `None`.
     pub parent: Option<PathBuf>,
     /// Compressed bytes of the image, for the report.
@@ -154,7 +156,8 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn fresh(options: &'a BenchOptions, meter: Option<&'a dyn Meter>) -> Result<Bench<'a>, BenchError> {
         let parent = options.parent.as_deref();
-        let instance = Instance::fresh(&options.exe, parent, &options.insecure_registries)?;
+        let instance = Instance::fresh(&options.exe, parent, &options.insecure_registries)?
+            .with_hosts_dirs(&options.hosts_dirs);
         Ok(Bench { options, instance, meter })
     }
 

@@ -73,8 +73,13 @@ fn is_short(name: &str) -> bool {
 }
 
 fn of_host(host: &str) -> Result<Reference, Failure> {
-    format!("{host}/{ANY}").parse().ok().filter(|r: &Reference| r.registry != "docker.io" || host.contains("docker.io"))
-        .ok_or_else(|| Failure::daemon(format!("{host:?} is not the host of a registry, with or without a port")))
+    format!("{host}/{ANY}")
+        .parse()
+        .ok()
+        .filter(|r: &Reference| r.registry != "docker.io" || host.contains("docker.io"))
+        .ok_or_else(|| {
+            Failure::daemon(format!("{host:?} is not the host of a registry, with or without a port"))
+        })
 }
 
 fn described(reports: &[HostReport]) -> String {
@@ -144,7 +149,9 @@ pub(super) fn login(context: &Context, args: &LoginArgs) -> Result<(), Failure> 
     let user = match &args.username {
         Some(user) => user.clone(),
         None if args.password_stdin => {
-            return Err(Failure::daemon("--password-stdin needs the user's name too: give it with --username"));
+            return Err(Failure::daemon(
+                "--password-stdin needs the user's name too: give it with --username",
+            ));
         }
         None => ask("Username: ", true)?,
     };
@@ -163,9 +170,8 @@ pub(super) fn login(context: &Context, args: &LoginArgs) -> Result<(), Failure> 
     if user.contains(':') {
         return Err(Failure::daemon("a user name cannot hold a colon"));
     }
-    wait(client(&context.registry())?.check_login(&reference, &user, &password)).map_err(|failure| {
-        Failure::new(1, failure.message)
-    })?;
+    wait(client(&context.registry())?.check_login(&reference, &user, &password))
+        .map_err(|failure| Failure::new(1, failure.message))?;
     match wait(save_login(&file, &registry, &user, &password))? {
         Kept::File(file) => {
             eprintln!("lazyrun: the password is kept in {}, readable by you only", file.display());
@@ -225,9 +231,7 @@ fn ask(question: &str, shown: bool) -> Result<String, Failure> {
     use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
     let stdin = std::io::stdin();
     if !stdin.is_terminal() {
-        return Err(Failure::daemon(
-            "there is no terminal to ask at; give --username and --password-stdin",
-        ));
+        return Err(Failure::daemon("there is no terminal to ask at; give --username and --password-stdin"));
     }
     let failed = |e: std::io::Error| Failure::daemon(format!("the terminal can't be read: {e}"));
     eprint!("{question}");

@@ -31,8 +31,8 @@ impl Context {
     /// This process's registry settings.
     pub(super) fn registry(&self) -> RegistryOptions {
         RegistryOptions {
-            docker_config: registries::login_file().filter(|path| path.exists()),
-            auth_files: registries::more_credential_files().into_iter().filter(|p| p.exists()).collect(),
+            docker_config: registries::login_file(),
+            auth_files: registries::more_credential_files(),
             insecure: self.insecure.clone(),
             hosts: registries::host_files(&self.hosts_dirs),
         }

@@ -208,6 +208,7 @@ pub(super) fn bench(context: &Context, args: &BenchArgs) -> Result<ExitCode, Fai
         rounds: args.rounds,
         network: args.network.clone(),
         insecure_registries: context.insecure.clone(),
+        hosts_dirs: context.hosts_dirs.clone(),
         parent: None,
         compressed: None,
     };

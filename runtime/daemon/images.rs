@@ -21,6 +21,7 @@ use super::meta::{ImageRecord, Meta};
 use crate::clock;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ImageRequest, ImageSummary, PullPolicy, RegistryOptions};
+use crate::registries;
 
 /// The images of an instance.
 pub struct Images {
@@ -63,7 +64,7 @@ impl Images {
             insecure_registries: options.insecure.clone(),
             credential_files: options.docker_config.iter().chain(&options.auth_files).cloned().collect(),
             hosts: options.hosts.clone(),
-            proxies: crate::registries::proxies(),
+            proxies: registries::proxies(),
             ..ClientOptions::default()
         })?;
         clients.insert(options.clone(), client.clone());
@@ -112,7 +113,11 @@ impl Images {
                 };
                 match found {
                     Ok(found) => found,
-                    Err(error) => return Err(with_hint(error, &client, &reference, &request.reference).await),
+                    Err(error) => {
+                        return Err(
+                            registries::with_hint(error, &client, &reference, &request.reference).await
+                        );
+                    }
                 }
             }
         };
@@ -254,7 +259,9 @@ impl Images {
     /// As [`Images::record`].
     pub async fn record_found(self: &Arc<Self>, found: &Ready, registry: &RegistryOptions) -> Result<()> {
         let (this, image, registry) = (Arc::clone(self), found.image.clone(), registry.clone());
-        tokio::task::spawn_blocking(move || this.record(&image, &registry)).await.context("recording an image")?
+        tokio::task::spawn_blocking(move || this.record(&image, &registry))
+            .await
+            .context("recording an image")?
     }
 
     /// The layers of an image, each with an index: one that is here, one that is found in the registry and that the
@@ -506,24 +513,6 @@ impl Images {
             }
         }
         Ok(())
-    }
-}
-
-/// Adds to an error about a name without a registry that `registries.conf` would have it mean others too.
-async fn with_hint(
-    error: FetchError,
-    client: &RegistryClient,
-    reference: &Reference,
-    typed: &str,
-) -> anyhow::Error {
-    let names_it = typed.starts_with(&format!("{}/", reference.registry));
-    match client.short_names(reference).await {
-        Ok(Some((names, file))) if !names_it => anyhow::anyhow!(
-            "{error}; {} lets a name without a registry mean {}, but here it always means docker.io: name the registry",
-            file.display(),
-            names.join(", ")
-        ),
-        _ => error.into(),
     }
 }
 

@@ -74,6 +74,7 @@ pub fn run(options: &DemoOptions, progress: &dyn Fn(&str)) -> Result<Report, Dem
         rounds: options.rounds,
         network: options.network.clone(),
         insecure_registries: Vec::new(),
+        hosts_dirs: Vec::new(),
         parent: None,
         compressed: Some(image.compressed()),
     };

@@ -22,6 +22,15 @@ pub struct DockerRegistry {
 impl DockerRegistry {
     /// Starts an empty one and waits until it answers.
     pub fn start() -> DockerRegistry {
+        DockerRegistry::start_with("")
+    }
+
+    /// Starts one that fetches what it is asked for from another, and keeps it.
+    pub fn mirror_of(origin: &DockerRegistry) -> DockerRegistry {
+        DockerRegistry::start_with(&format!("proxy: {{remoteurl: \"http://{}\"}}\n", origin.addr))
+    }
+
+    fn start_with(more: &str) -> DockerRegistry {
         let dir = tempfile::tempdir().expect("a directory for the registry");
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let config = dir.path().join("config.yml");
@@ -29,7 +38,8 @@ impl DockerRegistry {
             "version: 0.1\n\
              log: {{level: error, accesslog: {{disabled: true}}}}\n\
              storage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}, maintenance: {{uploadpurging: {{enabled: false}}}}}}\n\
-             http: {{addr: \"{addr}\"}}\n",
+             http: {{addr: \"{addr}\"}}\n\
+             {more}",
             dir.path().join("storage").display()
         );
         fs::write(&config, text).expect("write the registry's configuration");

@@ -172,7 +172,9 @@ async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
         Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
             format!("{shown} is not a docker configuration (line {}, column {})", e.line(), e.column())
         }),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
         Err(error) => Err(format!("{shown}: {error}")),
     }
 }
@@ -277,7 +279,10 @@ mod tests {
         let second = write("2", r#"{"auths": {"a": {"auth": "dTpw"}, "b": {"auth": "dTpw"}}}"#);
         let store = CredentialStore::new(vec![first.clone(), second.clone()]);
         let found = store.get("a", "x").await.unwrap().unwrap();
-        assert_eq!((Some(found.credential), found.source), (password("one", "p"), first.display().to_string()));
+        assert_eq!(
+            (Some(found.credential), found.source),
+            (password("one", "p"), first.display().to_string())
+        );
         let found = store.get("b", "x").await.unwrap().unwrap();
         assert_eq!(found.source, second.display().to_string());
     }

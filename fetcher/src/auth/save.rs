@@ -26,12 +26,7 @@ pub enum Kept {
 ///
 /// # Errors
 /// When the file is malformed or cannot be written, or the helper fails.
-pub async fn save_login(
-    file: &Path,
-    registry: &str,
-    user: &str,
-    password: &str,
-) -> Result<Kept, FetchError> {
+pub async fn save_login(file: &Path, registry: &str, user: &str, password: &str) -> Result<Kept, FetchError> {
     let failed = |reason| problem(registry, reason);
     let (key, mut config) = (key_of(registry), read(file).map_err(failed)?);
     if let Some(helper) = helper_for(&config, registry, key) {
@@ -131,9 +126,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("sub/config.json");
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-        std::fs::write(&file, r#"{"HttpHeaders": {"X": "y"}, "auths": {"other": {"auth": "dTpw"}}}"#).unwrap();
+        std::fs::write(&file, r#"{"HttpHeaders": {"X": "y"}, "auths": {"other": {"auth": "dTpw"}}}"#)
+            .unwrap();
         for registry in ["docker.io", "r.example:5000"] {
-            assert_eq!(save_login(&file, registry, "ann", "s3:cret").await.unwrap(), Kept::File(file.clone()));
+            assert_eq!(
+                save_login(&file, registry, "ann", "s3:cret").await.unwrap(),
+                Kept::File(file.clone())
+            );
             let found = CredentialStore::new(vec![file.clone()]).get(registry, "a").await.unwrap().unwrap();
             let wanted = Credential::Password { user: "ann".into(), password: "s3:cret".into() };
             assert_eq!(found.credential, wanted);

@@ -71,7 +71,7 @@ impl Access {
 pub(crate) type TokenKey = (String, String, Access);
 
 /// How long it is remembered that shared tokens of a registry do not last.
-const CHURN: Duration = Duration::from_secs(600);
+const CHURN: Duration = Duration::from_secs(60);
 
 /// The authorizations that worked.
 #[derive(Default)]
@@ -106,7 +106,8 @@ impl TokenCache {
         Arc::clone(turns.entry(key.clone()).or_default())
     }
 
-    /// A shared authorization was refused right after it was got: tokens are good for few requests there.
+    /// A shared authorization was refused right after it was got, and one for a single request was not: tokens are good
+    /// for few requests there.
     pub(crate) fn note_churn(&self, key: &TokenKey) {
         self.forget(key);
         let mut churning = self.churning.lock().unwrap_or_else(PoisonError::into_inner);

@@ -376,7 +376,9 @@ impl Wish {
             BodyStart::AtRange => 0,
             // A stream that is resumed has to get there anyhow; a lone range must not cost a whole blob.
             BodyStart::Skip(skip) if skip <= MAX_SKIP || self.whole => skip,
-            BodyStart::Skip(_) => return Err(FetchError::RangeIgnored { host: answering(), digest: self.digest }),
+            BodyStart::Skip(_) => {
+                return Err(FetchError::RangeIgnored { host: answering(), digest: self.digest });
+            }
         };
         Ok((Body { response, skip }, Some(first_byte)))
     }

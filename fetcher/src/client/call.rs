@@ -144,7 +144,8 @@ impl<'a> Call<'a> {
             headers.insert(ACCEPT, HeaderValue::from_static(accept));
         }
         let ranges = self.range.map(|(start, end)| start..end).into_iter().chain(self.ranges.iter().cloned());
-        let ranges: Vec<String> = ranges.map(|r| format!("{}-{}", r.start, r.end.saturating_sub(1))).collect();
+        let ranges: Vec<String> =
+            ranges.map(|r| format!("{}-{}", r.start, r.end.saturating_sub(1))).collect();
         if !ranges.is_empty() {
             let range = HeaderValue::try_from(format!("bytes={}", ranges.join(",")));
             headers.extend(range.ok().map(|range| (RANGE, range)));

@@ -34,10 +34,7 @@ impl Transport {
         let challenges = auth::parse_challenges(values.iter().filter_map(|v| v.to_str().ok()));
         // Reading the short body keeps the connection.
         let _ = self.body(response, "an error", MAX_SMALL_BODY).await;
-        if share == Share::Own {
-            self.tokens.note_churn(&key);
-        }
-        if self.tokens.churns(&key) {
+        if share == Share::Own || self.tokens.churns(&key) {
             return self.authorize(call, at, &registry, &challenges).await;
         }
         // One token request at a time for a repository.

@@ -37,11 +37,11 @@ pub(crate) use trail::Witness;
 pub(crate) use transport::{Repository, host_of};
 
 use crate::error::FetchError;
+use crate::hosts::{HostFiles, Need};
 use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
 use crate::platform::Platform;
 use crate::reference::Reference;
 use crate::stats::ClientStats;
-use crate::hosts::{HostFiles, Need};
 use ask::Ask;
 use call::Action;
 use transport::{Call, Transport};

@@ -68,7 +68,11 @@ impl Parts {
     fn head(&mut self) -> Result<bool, String> {
         let Some(part) = self.wanted.front() else { return Ok(false) };
         let Some(end) = find(&self.buffer, b"\r\n\r\n") else {
-            return if self.buffer.len() > MAX_HEAD { Err("a part without a head".to_owned()) } else { Ok(false) };
+            return if self.buffer.len() > MAX_HEAD {
+                Err("a part without a head".to_owned())
+            } else {
+                Ok(false)
+            };
         };
         let head = std::str::from_utf8(&self.buffer[..end]).map_err(|_| "the head of a part is no text")?;
         let mut lines = head.split("\r\n").skip_while(|line| line.is_empty());
@@ -117,7 +121,9 @@ mod tests {
         let mut body = String::new();
         for (at, text) in parts {
             let last = at + text.len() as u64 - 1;
-            body += &format!("\r\n--xyz\r\nContent-Type: a/b\r\ncontent-range: bytes {at}-{last}/1000\r\n\r\n{text}");
+            body += &format!(
+                "\r\n--xyz\r\nContent-Type: a/b\r\ncontent-range: bytes {at}-{last}/1000\r\n\r\n{text}"
+            );
         }
         (body + "\r\n--xyz--\r\n").into_bytes()
     }
@@ -166,7 +172,12 @@ mod tests {
         ] {
             assert!(read(&wanted, &wrong, 9).is_err(), "{:?}", String::from_utf8_lossy(&wrong));
         }
-        for kind in ["text/plain", "multipart/byteranges", "multipart/byteranges; boundary=", "multipart/x; boundary=a"] {
+        for kind in [
+            "text/plain",
+            "multipart/byteranges",
+            "multipart/byteranges; boundary=",
+            "multipart/x; boundary=a",
+        ] {
             assert!(Parts::new(kind, &wanted).is_none(), "{kind}");
         }
     }

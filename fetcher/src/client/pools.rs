@@ -7,9 +7,9 @@ use std::time::Duration;
 use lru::LruCache;
 use reqwest::{Client, Url};
 
+use super::classify::deepest;
 use super::proxy::Proxies;
 use super::tls;
-use super::classify::deepest;
 use crate::error::FetchError;
 use crate::hosts::TlsSettings;
 
@@ -20,10 +20,10 @@ const CAPACITY: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Way {
     pub(super) tls: TlsSettings,
-    /// To this machine: without a proxy, and perhaps without any authority.
+    /// By https: some authority has to be known.
+    pub(super) secure: bool,
+    /// To this machine: without a proxy.
     pub(super) local: bool,
-    /// In plain http.
-    pub(super) plain: bool,
     /// Connections of its own where requests would share one (HTTP/2).
     pub(super) apart: bool,
     /// Bound for TCP and TLS handshakes.
@@ -89,7 +89,7 @@ impl Pools {
 
     /// Authorities take tens of milliseconds to load, and a proxy may still be talked to by https.
     fn tls_config(&self, way: &Way) -> Result<rustls::ClientConfig, FetchError> {
-        if way.plain && way.local { tls::unused() } else { tls::config(&way.tls, !way.local) }
+        if way.local && !way.secure { tls::unused() } else { tls::config(&way.tls, way.secure) }
     }
 
     fn build(&self, way: &Way) -> Result<Client, FetchError> {

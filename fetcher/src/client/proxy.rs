@@ -96,7 +96,9 @@ fn covers(entry: &str, host: &str, port: Option<u16>) -> bool {
     }
     // A port may follow; an IPv6 address with one stands in brackets.
     let (name, wanted) = match entry.rsplit_once(':') {
-        Some((name, digits)) if digits.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']')) => {
+        Some((name, digits))
+            if digits.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']')) =>
+        {
             (name, digits.parse().ok())
         }
         _ => (entry.as_str(), None),
@@ -191,7 +193,9 @@ mod tests {
 
     #[test]
     fn what_is_no_http_proxy_is_refused() {
-        for (url, ok) in [("socks5://u:secret@p:1080", false), ("http://p", true), ("p:3128", true), ("", true)] {
+        for (url, ok) in
+            [("socks5://u:secret@p:1080", false), ("http://p", true), ("p:3128", true), ("", true)]
+        {
             let proxies = Proxies { https: Some(url.to_owned()), ..Proxies::default() };
             let checked = proxies.check();
             assert_eq!(checked.is_ok(), ok, "{url}");

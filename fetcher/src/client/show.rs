@@ -87,7 +87,10 @@ impl RegistryClient {
     ///
     /// # Errors
     /// When the settings are malformed.
-    pub async fn short_names(&self, reference: &Reference) -> Result<Option<(Vec<String>, PathBuf)>, FetchError> {
+    pub async fn short_names(
+        &self,
+        reference: &Reference,
+    ) -> Result<Option<(Vec<String>, PathBuf)>, FetchError> {
         let plan = self.transport.hosts.plan(&Repository::of(reference)).await?;
         Ok(plan.search.clone().filter(|(names, _)| names.as_slice() != ["docker.io"]))
     }

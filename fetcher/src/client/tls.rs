@@ -89,7 +89,8 @@ fn own(cert: &Path, key: Option<&Path>, provider: &CryptoProvider) -> Result<Arc
     let file = key.unwrap_or(cert);
     // What is wrong with a key is told without its bytes.
     let bad = |reason: &str| FetchError::bad_config(file, None, reason);
-    let key = PrivateKeyDer::from_pem_slice(&read(file)?).map_err(|_| bad("it holds no private key in PEM"))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(&read(file)?).map_err(|_| bad("it holds no private key in PEM"))?;
     let found = CertifiedKey::from_der(chain, key, provider);
     found.map(Arc::new).map_err(|e| bad(&format!("the key cannot be used with {}: {e}", cert.display())))
 }

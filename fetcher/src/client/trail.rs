@@ -14,7 +14,7 @@ use crate::hosts::{Endpoint, Lack, Need};
 #[derive(Clone)]
 pub(super) struct Trail {
     pub(super) source: BlobSource,
-    route: Route,
+    route: Arc<Route>,
     at: usize,
     /// What the registry itself said when it was asked in vain.
     refusal: Option<FetchError>,
@@ -25,14 +25,10 @@ impl Trail {
     ///
     /// # Errors
     /// When the settings are malformed, or no host may be asked.
-    pub(super) async fn begin(
-        source: BlobSource,
-        digest: Digest,
-        ranged: bool,
-    ) -> Result<Trail, FetchError> {
-        let with = ranged.then_some(Lack::Ranges);
+    pub(super) async fn begin(source: BlobSource, digest: Digest, ranged: bool) -> Result<Trail, FetchError> {
+        let with = ranged.then_some(Lack::Ranges(digest));
         let ask = Ask { blob: Some(digest), with, ..Ask::new(&source.repository, Need::Pull) };
-        let route = source.transport.route(&ask).await?;
+        let route = Arc::new(source.transport.route(&ask).await?);
         Ok(Trail { source, route, at: 0, refusal: None })
     }
 
@@ -60,7 +56,7 @@ impl Trail {
         }
         transport.health.failed(host, error);
         if matches!(error, FetchError::RangeIgnored { .. } | FetchError::Protocol { .. }) {
-            transport.health.lacks(host, Lack::Ranges);
+            transport.health.lacks(host, Lack::Ranges(digest));
         }
     }
 

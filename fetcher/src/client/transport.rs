@@ -39,6 +39,9 @@ const FRESH_CONNECTIONS: usize = 4;
 /// Bound for connecting to a mirror, if it is not set: the next host is nearer than a long wait.
 const MIRROR_CONNECT: Duration = Duration::from_secs(3);
 
+/// Longest wait for a mirror's answer to begin, for the same reason. It may have to ask the registry itself first.
+const MIRROR_ANSWER: Duration = Duration::from_secs(8);
+
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
     pub(crate) options: ClientOptions,
@@ -98,6 +101,9 @@ impl Transport {
             let base = self.base_url(at).await?;
             let response = self.follow(&base, call, at, authorization.as_ref()).await?;
             if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &base) {
+                if answered > 1 {
+                    self.tokens.note_churn(&key);
+                }
                 return self.check(response, call, at).await;
             }
             // A token may be used up by others before it is used here; what else was refused stays refused.
@@ -210,7 +216,10 @@ impl Transport {
             let (request, progress) = call.request(&pooled.client, url);
             let sent = request.headers(headers.clone()).send();
             self.counters.requests.fetch_add(1, Relaxed);
-            let limit = self.options.stall_timeout;
+            let limit = match at.role {
+                Role::Mirror => self.options.stall_timeout.min(MIRROR_ANSWER),
+                Role::Origin => self.options.stall_timeout,
+            };
             let answer = match progress {
                 None => within(limit, sent).await,
                 Some(progress) => while_it_leaves(limit, sent, &progress).await,
@@ -242,7 +251,8 @@ impl Transport {
         });
         let same_host = at.root.host() == url.host()
             && (at.may_be_plain || at.root.port_or_known_default() == url.port_or_known_default());
-        let tls = if url.scheme() == "http" {
+        let secure = url.scheme() == "https";
+        let tls = if !secure {
             TlsSettings::default()
         } else if same_host {
             at.tls.clone()
@@ -252,7 +262,7 @@ impl Transport {
             tls.stamps.extend(at.tls.stamps.iter().cloned());
             tls
         };
-        Way { local: is_loopback(url), plain: url.scheme() == "http", tls, apart, connect }
+        Way { secure, local: is_loopback(url), tls, apart, connect }
     }
 
     /// Gives the place in the host's window back, and lets the host say that it is too much.
@@ -320,7 +330,12 @@ impl Transport {
     }
 
     /// Turns an error status into an error.
-    async fn check(&self, response: Response, call: &Call<'_>, at: &Endpoint) -> Result<Response, FetchError> {
+    async fn check(
+        &self,
+        response: Response,
+        call: &Call<'_>,
+        at: &Endpoint,
+    ) -> Result<Response, FetchError> {
         let status = response.status();
         let host = host_of(response.url());
         match status {

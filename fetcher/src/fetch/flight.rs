@@ -66,14 +66,20 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
         flight.is_some_and(|flight| flight.answer.borrow().is_none() && flight.answer.has_changed().is_ok())
     }
 
-    /// Joins or starts work that goes on when nobody waits any more.
-    pub(super) fn join_detached<F>(&self, key: LayerId, work: impl FnOnce() -> F)
-    where
+    /// Joins or starts work that goes on when nobody waits any more. `then` runs when it is done and the next one to
+    /// join would start anew.
+    pub(super) fn join_detached<F>(
+        &self,
+        key: LayerId,
+        work: impl FnOnce() -> F,
+        then: impl FnOnce() + Send + 'static,
+    ) where
         F: Future<Output = Result<T, FetchError>> + Send + 'static,
     {
         let flight = self.join(key, work);
         tokio::spawn(async move {
             let _ = flight.wait("a stream").await;
+            then();
         });
     }
 }

@@ -144,10 +144,13 @@ fn report(layer: &Layer, progress: &Arc<dyn Progress>) {
 /// more of it.
 pub(super) fn start_stream(inner: &Arc<Inner>, layer: &Arc<Layer>) {
     let (owned_inner, owned_layer) = (Arc::clone(inner), Arc::clone(layer));
-    inner.streams.join_detached(layer.id(), || async move {
+    let work = || async move {
         let progress: Arc<dyn Progress> = Arc::new(NoProgress);
         stream_once(&owned_inner, &owned_layer, &progress).await
-    });
+    };
+    // What was dropped behind the stream did not come: its readers have to look again.
+    let state = inner.state(layer.id());
+    inner.streams.join_detached(layer.id(), work, move || state.changed.notify_waiters());
 }
 
 /// Streams the layer, or joins the stream under way.

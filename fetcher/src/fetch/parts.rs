@@ -42,7 +42,8 @@ pub(super) async fn fetch(
 async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<(), FetchError> {
     let source = inner.sources(layer)?.swap_remove(0);
     let Some(position) = runs.first().map(|run| Arc::clone(&run.position)) else { return Ok(()) };
-    let ranges: Vec<Range<u64>> = runs.iter().map(|run| spans::blob_range(layer, run.ranks.clone())).collect();
+    let ranges: Vec<Range<u64>> =
+        runs.iter().map(|run| spans::blob_range(layer, run.ranks.clone())).collect();
     inner.counters.background_requests.fetch_add(1, Relaxed);
     let Some(reader) = source.parts(layer.index().blob_digest(), &ranges).await? else { return Ok(()) };
     inner.scheduler.link.answered(reader.first_byte());

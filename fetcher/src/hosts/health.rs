@@ -19,14 +19,14 @@ const ERRORS: u32 = 3;
 const LACK: Duration = Duration::from_secs(600);
 /// How long a mirror is not asked for a blob that it has given wrong.
 const DISBELIEF: Duration = Duration::from_secs(3600);
-/// Blobs for which that is remembered.
-const DISBELIEVED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+/// Blobs and lacks that are remembered.
+const CAPACITY: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
 /// Something that not every mirror does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Lack {
-    /// Parts of blobs.
-    Ranges,
+    /// Parts of this blob. Pull-through mirrors give all of what they do not have yet.
+    Ranges(Digest),
     /// The referrers API.
     Referrers,
 }
@@ -40,7 +40,7 @@ pub(crate) struct Health {
 
 struct State {
     down: HashMap<String, Down>,
-    lacks: HashMap<(String, Lack), Instant>,
+    lacks: LruCache<(String, Lack), Instant>,
     wrong: LruCache<(String, Digest), Instant>,
 }
 
@@ -57,7 +57,7 @@ struct Down {
 
 impl Health {
     pub(crate) fn new(first_rest: Duration) -> Health {
-        let (down, lacks, wrong) = (HashMap::new(), HashMap::new(), LruCache::new(DISBELIEVED));
+        let (down, lacks, wrong) = (HashMap::new(), LruCache::new(CAPACITY), LruCache::new(CAPACITY));
         Health { first_rest, state: Mutex::new(State { down, lacks, wrong }) }
     }
 
@@ -65,7 +65,9 @@ impl Health {
     /// all; the others go on without it for as long as that may take (`probe`).
     pub(crate) fn is_up(&self, mirror: &Endpoint, probe: Duration) -> bool {
         let mut state = self.lock();
-        let Some(until) = state.down.get_mut(mirror.key()).and_then(|d| d.until.as_mut()) else { return true };
+        let Some(until) = state.down.get_mut(mirror.key()).and_then(|d| d.until.as_mut()) else {
+            return true;
+        };
         let now = Instant::now();
         if now < *until {
             return false;
@@ -115,13 +117,13 @@ impl Health {
 
     /// A mirror does not do something.
     pub(crate) fn lacks(&self, mirror: &Endpoint, what: Lack) {
-        self.lock().lacks.insert((mirror.key().to_owned(), what), Instant::now());
+        self.lock().lacks.put((mirror.key().to_owned(), what), Instant::now());
     }
 
     /// Whether a mirror was lately found not to do something.
     pub(crate) fn is_known_to_lack(&self, mirror: &Endpoint, what: Lack) -> bool {
         let state = self.lock();
-        state.lacks.get(&(mirror.key().to_owned(), what)).is_some_and(|at| at.elapsed() < LACK)
+        state.lacks.peek(&(mirror.key().to_owned(), what)).is_some_and(|at| at.elapsed() < LACK)
     }
 
     /// A mirror has given a blob wrong.

@@ -14,16 +14,8 @@ use super::toml_error::{about, at, parse};
 use crate::error::FetchError;
 
 /// Keys that are known at the top and in each host's table.
-const KNOWN: [&str; 8] = [
-    "capabilities",
-    "ca",
-    "client",
-    "skip_verify",
-    "header",
-    "override_path",
-    "dial_timeout",
-    "server",
-];
+const KNOWN: [&str; 8] =
+    ["capabilities", "ca", "client", "skip_verify", "header", "override_path", "dial_timeout", "server"];
 
 /// What a `hosts.toml` says.
 #[derive(Debug)]
@@ -82,7 +74,12 @@ enum Client {
 ///
 /// # Errors
 /// When it is malformed, with the line.
-pub(crate) fn read(path: &Path, dir: &Path, text: &str, reader: &mut Reader) -> Result<HostsToml, FetchError> {
+pub(crate) fn read(
+    path: &Path,
+    dir: &Path,
+    text: &str,
+    reader: &mut Reader,
+) -> Result<HostsToml, FetchError> {
     #[derive(Deserialize)]
     struct Hosts {
         // As a table, which keeps the order of the file.
@@ -145,12 +142,7 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn entry(
-        &self,
-        root: Option<Url>,
-        fields: Fields,
-        reader: &mut Reader,
-    ) -> Result<HostEntry, FetchError> {
+    fn entry(&self, root: Option<Url>, fields: Fields, reader: &mut Reader) -> Result<HostEntry, FetchError> {
         let can = self.capabilities(fields.capabilities.as_deref())?;
         let dial_timeout = match &fields.dial_timeout {
             None => None,
@@ -196,10 +188,7 @@ impl Source<'_> {
         Ok(can)
     }
 
-    fn client(
-        &self,
-        given: Option<Spanned<Clients>>,
-    ) -> Result<Vec<(PathBuf, Option<PathBuf>)>, FetchError> {
+    fn client(&self, given: Option<Spanned<Clients>>) -> Result<Vec<(PathBuf, Option<PathBuf>)>, FetchError> {
         let Some(given) = given else { return Ok(Vec::new()) };
         let span = given.span();
         let list = match given.into_inner() {
@@ -251,13 +240,14 @@ impl Source<'_> {
 /// The root of a host's API: `/v2` is added to the path unless it is there or `override_path` is set.
 pub(crate) fn api_root(text: &str, override_path: bool) -> Result<Url, String> {
     let bad = || format!("{text:?} is not the URL of a registry");
-    let whole = if text.starts_with("http") { text.to_owned() } else { format!("https://{text}") };
+    let whole = if text.contains("://") { text.to_owned() } else { format!("https://{text}") };
     let mut url = Url::parse(&whole).map_err(|_| bad())?;
     let plain = url.username().is_empty() && url.password().is_none();
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() || !plain {
         return Err(bad());
     }
-    (url.set_query(None), url.set_fragment(None));
+    url.set_query(None);
+    url.set_fragment(None);
     let mut path = url.path().trim_end_matches('/').to_owned();
     if !override_path && !path.ends_with("/v2") {
         path.push_str("/v2");
@@ -334,10 +324,7 @@ ca = "root.crt"
         assert_eq!(first.tls.ca, [Path::new("/etc/a.crt"), Path::new("/c/r/b.crt")]);
         assert_eq!(
             first.tls.client,
-            [
-                ("/c/r/c.cert".into(), Some(PathBuf::from("/c/r/c.key"))),
-                (PathBuf::from("/c/r/d.pem"), None)
-            ]
+            [("/c/r/c.cert".into(), Some(PathBuf::from("/c/r/c.key"))), (PathBuf::from("/c/r/d.pem"), None)]
         );
         assert!(first.tls.skip_verify);
         assert_eq!(first.dial_timeout, Some(Duration::from_millis(60_500)));

@@ -123,11 +123,7 @@ fn load(files: &HostFiles, insecure: &[String], repository: &Repository) -> Resu
         }
     };
     let plan = Plan { endpoints: endpoints.into_iter().map(Arc::new).collect(), search: conf.search };
-    Ok(Known {
-        plan: Arc::new(plan),
-        stamps: Arc::new(loader.reader.stamps),
-        looked: Instant::now(),
-    })
+    Ok(Known { plan: Arc::new(plan), stamps: Arc::new(loader.reader.stamps), looked: Instant::now() })
 }
 
 struct Loader<'a> {
@@ -146,6 +142,10 @@ struct Place<'a> {
 impl Loader<'_> {
     /// The directory of a host: the first that exists, as containerd looks for it.
     fn dir_of(&mut self, host: &str) -> Option<PathBuf> {
+        // Redirects name hosts too, and they are foreign text: no such name leads out of the directories.
+        if host.starts_with('.') || host.contains(['/', '\\', '\0']) {
+            return None;
+        }
         let spelled = match host.rsplit_once(':') {
             Some((name, port)) if !port.contains(']') => Some(format!("{name}_{port}_")),
             _ => None,
@@ -238,8 +238,7 @@ impl Loader<'_> {
             let place = conf.place_in(mirror, &name);
             let mut endpoint =
                 self.endpoint(split(&place), Role::Mirror, mirror.insecure, Some(&conf.file))?;
-            endpoint.can =
-                Capabilities { pull: true, resolve: mirror.when != When::Digests, push: false };
+            endpoint.can = Capabilities { pull: true, resolve: mirror.when != When::Digests, push: false };
             endpoints.push(endpoint);
         }
         let place = conf.place(&name);
@@ -349,7 +348,7 @@ mod tests {
         write(&dir.path().join("b/_default/hosts.toml"), "[host.\"https://any\"]");
         write(&dir.path().join("a/r.example_5000_/hosts.toml"), "[host.\"https://first\"]");
         write(&dir.path().join("a/c.example/x.crt"), "");
-        let of = async |name: &str| shown(&*hosts.plan(&repository(name, "x")).await.unwrap());
+        let of = async |name: &str| shown(&hosts.plan(&repository(name, "x")).await.unwrap());
         assert_eq!(of("r.example:5000").await, ["https://first/v2/x", "https://r.example:5000/v2/x"]);
         assert_eq!(of("other").await, ["https://any/v2/x", "https://other/v2/x"]);
         assert_eq!(of("c.example").await, ["https://c.example/v2/x"]);
@@ -358,6 +357,22 @@ mod tests {
         let plan = hosts.plan(&repository("other", "x")).await.unwrap();
         assert_eq!(plan.endpoints[0].namespace.as_deref(), Some("other"));
         assert_eq!(plan.endpoints[1].namespace, None);
+    }
+
+    #[tokio::test]
+    async fn no_host_leads_out_of_the_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = Hosts::new(dirs(dir.path()), Vec::new());
+        write(&dir.path().join("a/inside.crt"), "");
+        write(&dir.path().join("outside.crt"), "");
+        for host in [".", "..", "../a", "../../etc"] {
+            let url = Url::parse(&format!("https://{host}/x"));
+            let named = hosts.plan(&repository(host, "x")).await;
+            assert!(named.is_err() || named.is_ok_and(|p| p.endpoints[0].tls.is_plain()), "{host}");
+            if let Ok(url) = url {
+                assert!(hosts.tls_of(&url).await.is_plain(), "{host}");
+            }
+        }
     }
 
     #[tokio::test]
@@ -395,7 +410,7 @@ mod tests {
         assert!(matches!(error, FetchError::Blocked { .. }), "{error}");
         write(&dir.path().join("b/docker.io/hosts.toml"), "server = \"https://s.example\"");
         let hosts = Hosts::new(dirs(dir.path()), Vec::new());
-        assert_eq!(shown(&*hosts.plan(&redis).await.unwrap()), ["https://s.example/v2/library/redis"]);
+        assert_eq!(shown(&hosts.plan(&redis).await.unwrap()), ["https://s.example/v2/library/redis"]);
     }
 
     #[tokio::test]

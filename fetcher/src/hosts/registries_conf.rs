@@ -183,7 +183,12 @@ fn read_mirror(
         None if digests_only => When::Digests,
         None | Some(("all", _)) => When::Always,
         Some((_, span)) if digests_only => {
-            return Err(at(path, text, &span, "mirror-by-digest-only and pull-from-mirror exclude each other"));
+            return Err(at(
+                path,
+                text,
+                &span,
+                "mirror-by-digest-only and pull-from-mirror exclude each other",
+            ));
         }
         Some(("digest-only", _)) => When::Digests,
         Some(("tag-only", _)) => When::Tags,
@@ -200,7 +205,9 @@ fn check_place(location: &str) -> Result<(), String> {
     if location.contains("://") {
         return Err(format!("{location:?} is a URL; a location is a host with a path"));
     }
-    if location.starts_with('/') || location.contains(char::is_whitespace) || location.contains(['@', '?', '#'])
+    if location.starts_with('/')
+        || location.contains(char::is_whitespace)
+        || location.contains(['@', '?', '#'])
     {
         return Err(format!("{location:?} is no location"));
     }

@@ -7,6 +7,7 @@ pub mod claim;
 pub mod evil;
 pub mod fake;
 pub mod hosts;
+pub mod pull;
 pub mod registry;
 pub mod server;
 

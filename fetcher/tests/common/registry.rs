@@ -55,7 +55,10 @@ impl Registry {
              http: {{addr: \"{address}\"{}}}\n{}",
             dir.path().join("data").display(),
             extra.tls_config(dir.path()),
-            extra.mirror_of.as_ref().map_or_else(String::new, |url| format!("proxy: {{remoteurl: \"{url}\"}}\n"))
+            extra
+                .mirror_of
+                .as_ref()
+                .map_or_else(String::new, |url| format!("proxy: {{remoteurl: \"{url}\"}}\n"))
         );
         std::fs::write(&config, text).unwrap();
         let child = Command::new("docker-registry")

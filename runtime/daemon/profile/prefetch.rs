@@ -56,7 +56,8 @@ fn waves(layers: &[Arc<Layer>], profile: &Profile, first: u64) -> Vec<Wave> {
     }
     waves.push(wave);
     let named = |wave: HashMap<u16, Vec<Range<usize>>>| {
-        wave.into_iter().filter_map(|(layer, spans)| Some((Arc::clone(layers.get(usize::from(layer))?), spans)))
+        wave.into_iter()
+            .filter_map(|(layer, spans)| Some((Arc::clone(layers.get(usize::from(layer))?), spans)))
     };
     waves.into_iter().map(|wave| named(wave).collect()).collect()
 }
