@@ -9,6 +9,7 @@ mod root_input;
 mod root_machine;
 mod root_manage;
 mod root_network;
+mod root_plan_fuse;
 mod root_profile;
 mod root_run;
 mod root_start;
