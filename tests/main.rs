@@ -11,6 +11,7 @@ mod root_manage;
 mod root_network;
 mod root_plan_fuse;
 mod root_profile;
+mod root_rootless;
 mod root_run;
 mod root_start;
 mod root_support;
