@@ -4,6 +4,7 @@
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -51,18 +52,16 @@ fn change(root: &Path) {
         device,
     )
     .expect("a device node");
-    set_xattr(&at("data/dangling/../attributes"), "user.more", b"1");
+    set_xattr(&at("data/attributes"), "user.more", b"1");
     set_xattr(&at("data"), "trusted.overlay.own", b"of a container");
 }
 
 fn set_xattr(path: &Path, name: &str, value: &[u8]) {
-    // `data/dangling` is a symlink to nowhere, so the path is made plain first.
-    let plain: PathBuf = path.to_string_lossy().replace("dangling/../", "").into();
-    let path = CString::new(plain.to_string_lossy().as_bytes()).expect("a path");
-    let name = CString::new(name).expect("a name");
+    let to_c = |bytes: &[u8]| CString::new(bytes).expect("no NUL in it");
+    let (at, name) = (to_c(path.as_os_str().as_bytes()), to_c(name.as_bytes()));
     // SAFETY: the strings end with NUL; the kernel reads `value.len()` bytes from `value`.
-    let set = unsafe { libc::lsetxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
-    assert_eq!(set, 0, "set an attribute of {plain:?}: {}", std::io::Error::last_os_error());
+    let set = unsafe { libc::lsetxattr(at.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
+    assert_eq!(set, 0, "set an attribute of {}: {}", path.display(), std::io::Error::last_os_error());
 }
 
 /// The only writable mount's upper directory, copied with everything that overlayfs keeps in it.

@@ -2,11 +2,9 @@
 //! root, to become that user.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::process::Command;
-
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use crate::support::instance::EXE;
 use crate::support::need_root;
@@ -23,20 +21,14 @@ impl Site {
         let dir = tempfile::Builder::new().prefix("lazyrun-rootless-").tempdir().expect("a directory");
         let at = dir.path();
         fs::copy(EXE, at.join("lazyrun")).expect("copy the program to where the user can see it");
-        for name in ["lower", "lower/dir", "upper", "work", "merged"] {
+        for name in ["lower", "lower/dir", "upper", "work", "merged", "device"] {
             fs::create_dir(at.join(name)).expect("a directory");
         }
         for name in ["one", "two", "three"] {
             fs::write(at.join("lower/dir").join(name), name).expect("a file");
         }
-        // Not every machine lets users have FUSE; this is the node as udev makes it.
-        let all = Mode::from_bits_truncate(0o666);
-        mknod(&at.join("fuse"), SFlag::S_IFCHR, all, makedev(10, 229)).expect("a device node");
-        fs::set_permissions(at.join("fuse"), fs::Permissions::from_mode(0o666)).expect("chmod");
-        for path in ["", "lower", "lower/dir", "lower/dir/one", "lower/dir/two", "lower/dir/three"]
-            .iter()
-            .chain(&["upper", "work", "merged"])
-        {
+        let owned = ["", "lower", "lower/dir", "lower/dir/one", "lower/dir/two", "lower/dir/three"];
+        for path in owned.iter().chain(&["upper", "work", "merged"]) {
             chown(at.join(path), Some(USER), Some(USER)).expect("chown");
         }
         Site(dir)
@@ -46,10 +38,13 @@ impl Site {
         self.0.path()
     }
 
-    /// Runs a script in the place as the user, in a mount namespace of the test's own that has the device.
-    fn as_user(&self, inside: &str, script: &str) -> String {
+    /// Runs a script in the place as the user. Not every machine lets users have FUSE, and not every /tmp has device
+    /// nodes: in a mount namespace of the test's own `/dev/fuse` has the given mode, 666 where udev makes it.
+    fn as_user(&self, mode: u32, inside: &str, script: &str) -> String {
+        let device = format!("mount -t tmpfs none device && mknod -m {mode} device/fuse c 10 229");
         let user = format!("setpriv --reuid={USER} --regid={USER} --clear-groups");
-        let outer = format!("mount --bind fuse /dev/fuse && exec {user} {inside} sh -eu script");
+        let outer =
+            format!("{device} && mount --bind device/fuse /dev/fuse && exec {user} {inside} sh -eu script");
         fs::write(self.path().join("script"), script).expect("write the script");
         let output = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-c", &outer])
@@ -95,10 +90,12 @@ const CHANGES: &str = "
 #[test]
 fn a_union_in_a_user_namespace() {
     let site = Site::new();
-    let said = site.as_user("unshare --map-root-user --mount", &CHANGES.replace("UNMOUNT", "umount merged"));
+    let said =
+        site.as_user(666, "unshare --map-root-user --mount", &CHANGES.replace("UNMOUNT", "umount merged"));
     site.judge(&said);
     // Where a whiteout was, a directory must be opaque: by an attribute that the user may set.
     site.as_user(
+        666,
         "unshare --map-root-user --mount",
         "./lazyrun union -o lowerdir=lower,upperdir=upper,workdir=work merged
          rm -r merged/dir; mkdir merged/dir; test -z \"$(ls merged/dir)\"; umount merged
@@ -110,15 +107,15 @@ fn a_union_in_a_user_namespace() {
 #[test]
 fn a_union_of_a_user_with_fusermount() {
     let site = Site::new();
-    let said = site.as_user("", &CHANGES.replace("UNMOUNT", "fusermount3 -u merged"));
+    let said = site.as_user(666, "", &CHANGES.replace("UNMOUNT", "fusermount3 -u merged"));
     site.judge(&said);
 }
 
 #[test]
 fn a_user_without_the_device_is_told() {
     let site = Site::new();
-    fs::set_permissions(site.path().join("fuse"), fs::Permissions::from_mode(0o600)).expect("chmod");
     let said = site.as_user(
+        600,
         "",
         "./lazyrun union -o lowerdir=lower,upperdir=upper,workdir=work merged 2>&1 || echo \"exit $?\"",
     );
