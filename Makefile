@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-micro soak evil
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak evil
 
 build:
 	$(CARGO) build --workspace
@@ -39,7 +39,7 @@ install-deps deps:
 
 # Figures: medians of interleaved rounds, ratios against the reference in the same run. Each takes minutes and
 # wants an otherwise idle machine.
-bench: bench-micro bench-index bench-view bench-spans bench-warm bench-cold bench-start
+bench: bench-micro bench-index bench-view bench-spans bench-union bench-warm bench-cold bench-start
 
 bench-warm:
 	@tests/tools/deps.sh all
@@ -59,6 +59,10 @@ bench-index:
 
 bench-spans:
 	$(CARGO) bench --bench spans -- $(if $(LAYOUT),--layout $(LAYOUT))
+
+bench-union:
+	@tests/tools/deps.sh all
+	$(CARGO) bench --bench union
 
 bench-view:
 	@tests/tools/deps.sh test

@@ -15,6 +15,14 @@ use crate::support::fixture::{Fixture, TAG, sha256};
 use crate::support::instance::Lazyrun;
 use crate::support::tree::{assert_equal, differences, from_json_lines, scan};
 
+/// Mounts an image by a plan; by plan `fuse` writable, for only then there is a union.
+fn mount_by<'a>(plan: &'a str, image: &'a str, dir: &'a str) -> Vec<&'a str> {
+    let mut command = vec!["mount", "--union", plan];
+    command.extend((plan == "fuse").then_some("--rw"));
+    command.extend([image, dir]);
+    command
+}
+
 /// Compares a mount by the given plan with containerd's overlayfs.
 fn compare_with_containerd(plan: &str) {
     let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
@@ -25,7 +33,7 @@ fn compare_with_containerd(plan: &str) {
     containerd.pull(&image);
     containerd.mount(&image, &theirs);
     let ours = lazyrun.scratch("ours");
-    lazyrun.ok(&["mount", "--union", plan, &image, ours.to_str().unwrap()]);
+    lazyrun.ok(&mount_by(plan, &image, ours.to_str().unwrap()));
     let (expected, actual) = (scan(&theirs), scan(&ours));
     assert!(expected.len() > 350, "only {} entries in containerd's tree", expected.len());
     lazyrun.ok(&["umount", ours.to_str().unwrap()]);
@@ -40,6 +48,11 @@ fn plan_erofs_equals_containerd() {
 #[test]
 fn plan_overlay_equals_containerd() {
     compare_with_containerd("overlay");
+}
+
+#[test]
+fn plan_fuse_equals_containerd() {
+    compare_with_containerd("fuse");
 }
 
 #[test]
@@ -92,7 +105,7 @@ fn judge_odd_layers(plan: &str) -> Vec<String> {
     for (tag, case) in cases.iter().filter(|(_, case)| !case.big) {
         let mount = lazyrun.scratch(&format!("odd/{tag}"));
         let (image, mount_text) = (registry.reference("odd", tag), mount.to_str().unwrap());
-        let finished = lazyrun.run(&["mount", "--union", plan, &image, mount_text]);
+        let finished = lazyrun.run(&mount_by(plan, &image, mount_text));
         let mounted = finished.code == Some(0);
         if !mounted && (finished.code != Some(125) || finished.stderr.contains("panicked")) {
             wrong.push(format!("{tag}: a refusal exits with 125: {finished:?}"));
@@ -130,5 +143,11 @@ fn odd_layers_by_plan_erofs() {
 #[test]
 fn odd_layers_by_plan_overlay() {
     let wrong = judge_odd_layers("overlay");
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn odd_layers_by_plan_fuse() {
+    let wrong = judge_odd_layers("fuse");
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
 }

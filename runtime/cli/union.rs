@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -27,7 +28,10 @@ mounted; ends when it is unmounted (fusermount3 -u, umount) or gets SIGTERM.
 ";
 
 /// What a background process writes to standard output when the union is mounted.
-const READY: &[u8] = b"ok";
+pub const READY: &[u8] = b"ok";
+
+/// Threads that serve a union for the daemon: a read of a lower file may wait for the network, and others go on.
+const SERVING: usize = 16;
 
 #[derive(Debug, Default)]
 struct Parsed {
@@ -35,6 +39,8 @@ struct Parsed {
     foreground: bool,
     /// This is the background process: tell the one that waits.
     tells: bool,
+    /// The daemon made the mount: the number of its `/dev/fuse` descriptor.
+    device: Option<RawFd>,
     places: Vec<PathBuf>,
     help: bool,
 }
@@ -51,6 +57,9 @@ pub fn main(args: &[OsString], helper: bool) -> ExitCode {
         if parsed.help {
             print!("{USAGE}");
             return Ok(());
+        }
+        if let Some(device) = parsed.device {
+            return serve_for_daemon(parsed.config, device);
         }
         let mountpoint = match (parsed.places.as_slice(), helper) {
             ([place], _) | ([_, place], true) => place.clone(),
@@ -79,6 +88,10 @@ fn parse(args: &[OsString]) -> Result<Parsed, String> {
             b"-f" | b"--foreground" => parsed.foreground = true,
             b"-d" | b"--debug" => parsed.foreground = true,
             b"--ready" => parsed.tells = true,
+            b"--device" => {
+                let number = args.next().and_then(|n| n.to_str()?.parse().ok()).filter(|n| *n > 2);
+                parsed.device = Some(number.ok_or("--device needs the number of a descriptor")?);
+            }
             b"-h" | b"--help" => parsed.help = true,
             // Of mount(8): sloppy, no mtab, verbose; and the type it was called for.
             b"-s" | b"-n" | b"-v" => {}
@@ -147,6 +160,31 @@ fn serve(parsed: Parsed, mountpoint: &Path) -> Result<(), Failure> {
     if parsed.tells {
         detach().map_err(|e| Failure::daemon(format!("cannot go to the background: {e}")))?;
     }
+    run(mounted)
+}
+
+/// Serves a mount that the daemon made and handed over, until it is gone. What goes wrong before that is told to the
+/// daemon, in the place of its success.
+fn serve_for_daemon(config: UnionConfig, device: RawFd) -> Result<(), Failure> {
+    raise_file_limit();
+    // Whoever uses the mount needs this process: it ends with the mount and not before.
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    let _ = signals.thread_block();
+    // SAFETY: the daemon placed this descriptor for this purpose, and nothing has used it since.
+    let device = unsafe { OwnedFd::from_raw_fd(device) };
+    let _ = nix::fcntl::fcntl(&device, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
+    let served = Union::open(config)
+        .map_err(|e| e.to_string())
+        .and_then(|union| unionfs::serve(union, device, SERVING).map_err(|e| e.to_string()));
+    let mut out = std::io::stdout();
+    let mounted = served.map_err(|why| {
+        let _ = out.write_all(why.as_bytes());
+        Failure::daemon(why)
+    })?;
+    let failed = |e: std::io::Error| Failure::daemon(format!("cannot tell that the union is served: {e}"));
+    out.write_all(READY).and_then(|()| out.flush()).map_err(failed)?;
+    let null = std::fs::OpenOptions::new().write(true).open("/dev/null").map_err(failed)?;
+    nix::unistd::dup2_stdout(&null).map_err(|e| failed(e.into()))?;
     run(mounted)
 }
 

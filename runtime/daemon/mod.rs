@@ -12,6 +12,7 @@ pub mod mounts;
 pub mod profile;
 mod run;
 mod server;
+mod union_views;
 pub mod views;
 
 use std::collections::BTreeMap;

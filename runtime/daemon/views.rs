@@ -18,6 +18,7 @@ use lazyrun_index::{Digest, LayerId, Layout};
 
 use super::layer_service::{LayerService, inode_of};
 use super::profile::{Devices, ShortReadahead, delete_others};
+use super::union_views;
 use crate::keeper::store::Kept;
 
 /// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
@@ -35,7 +36,7 @@ pub struct MountedView {
     pub layers: Vec<Arc<Layer>>,
     // During a start from this view.
     readahead: Mutex<Option<ShortReadahead>>,
-    // The server of plan `overlay`, which has a FUSE connection for each view.
+    // The server of plans `overlay` and `fuse`, which have a FUSE connection for each view.
     _server: Option<ServerHandle>,
 }
 
@@ -146,6 +147,9 @@ impl Views {
     /// When the kernel refuses the mount.
     pub fn stack(&self, view: &MountedView, writable: Option<(PathBuf, PathBuf)>) -> Result<OwnedFd> {
         match writable {
+            Some((upper, work)) if view.plan == Plan::Fuse => {
+                union_views::mount(view.tree.as_fd(), &upper, &work)
+            }
             Some((upper, work)) => {
                 let request = Request::Overlay { upper, work, options: OverlayOptions::default() };
                 Ok(self.mounter.mount(&request, &[view.tree.as_fd()])?)
@@ -205,8 +209,7 @@ impl Views {
         let runtime = tokio::runtime::Handle::current();
         let mounted = tokio::task::spawn_blocking(move || match plan {
             Plan::Erofs => this.mount_erofs(id, layers, purpose, &runtime),
-            Plan::Overlay => this.mount_fuse(id, layers),
-            Plan::Fuse => bail!("the mount plan fuse is not available in this version"),
+            Plan::Overlay | Plan::Fuse => this.mount_fuse(id, layers, plan),
         });
         let view = Arc::new(mounted.await.context("mounting the view")??);
         self.lock().insert((view.id.clone(), plan), Arc::clone(&view));
@@ -304,14 +307,14 @@ impl Views {
         Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, readahead, _server: None })
     }
 
-    fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>) -> Result<MountedView> {
+    fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>, plan: Plan) -> Result<MountedView> {
         let mount =
             fuse::mount(FuseKind::View).with_context(|| format!("mounting the FUSE view of {}", id.chain))?;
         let server = self.serve_view(&layers, &mount.tree, mount.dev, false)?;
-        self.keep(&id, Plan::Overlay, false, &mount.tree, Some(&server.device_fd()?))?;
+        self.keep(&id, plan, false, &mount.tree, Some(&server.device_fd()?))?;
         Ok(MountedView {
             id,
-            plan: Plan::Overlay,
+            plan,
             tree: mount.tree,
             direct: false,
             layers,

@@ -6,8 +6,8 @@ set -eu
 set_wanted=${1:-all}
 # command:package; a command may also be in a sbin directory that is not on a user's PATH.
 run="nft:nftables ip:iproute2 python3:python3 gcc:gcc make:make"
-test="$run containerd:containerd ctr:containerd runc:runc docker-registry:docker-registry skopeo:skopeo curl:curl"
-all="$test debootstrap:debootstrap mkfs.ext4:e2fsprogs losetup:mount"
+test="$run containerd:containerd ctr:containerd runc:runc docker-registry:docker-registry skopeo:skopeo curl:curl fusermount3:fuse3"
+all="$test debootstrap:debootstrap mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs"
 case $set_wanted in
 run) wanted=$run ;;
 test) wanted=$test ;;

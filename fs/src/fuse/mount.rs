@@ -33,6 +33,8 @@ pub enum FuseKind {
     Flat,
     /// A whole view, used as a container's root or a lower of one.
     View,
+    /// A writable union, used as a container's root.
+    Union,
 }
 
 /// A FUSE filesystem nobody serves yet.
@@ -56,11 +58,14 @@ pub fn mount(kind: FuseKind) -> Result<FuseMount, FuseError> {
     ctx.string(c"group_id", b"0")?;
     ctx.flag(c"allow_other")?;
     ctx.flag(c"default_permissions")?;
-    ctx.flag(c"ro")?;
     let attrs = match kind {
         FuseKind::Flat => ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC,
         FuseKind::View => ATTR_RDONLY,
+        FuseKind::Union => 0,
     };
+    if attrs & ATTR_RDONLY != 0 {
+        ctx.flag(c"ro")?;
+    }
     let tree = ctx.mount(attrs)?;
     Ok(FuseMount { tree, dev: dev.into() })
 }

@@ -93,7 +93,7 @@ pub fn serve<S: Server>(
 /// touch one page. The kernel gives zeroed memory page by page; but once such a buffer is freed, glibc moves
 /// its threshold up and takes the next one from the heap, where it writes the zeros itself: 16 MiB resident.
 /// A threshold that is set stays.
-fn keep_buffers_off_the_heap() {
+pub(super) fn keep_buffers_off_the_heap() {
     #[cfg(target_env = "gnu")]
     {
         const THRESHOLD: libc::c_int = 256 << 10;

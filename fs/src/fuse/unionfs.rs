@@ -54,14 +54,7 @@ pub struct UnionMount {
 /// Mounts a union on a directory. Nothing is answered before [`UnionMount::run`].
 pub fn mount(union: Union, mountpoint: &Path) -> io::Result<UnionMount> {
     let config = mount_config(&union);
-    let ttl = union.config().timeout.map_or(FOREVER, Duration::from_secs);
-    let fs = UnionFs {
-        union,
-        files: Handles::default(),
-        dirs: Handles::default(),
-        passthrough: Passthrough::default(),
-        ttl,
-    };
+    let fs = UnionFs::new(union);
     let session = match mount_here(&config, mountpoint) {
         Ok(dev) => Session::from_fd(fs, dev, config.acl, config)?,
         // Not ours to do: fusermount3 is.
@@ -71,11 +64,24 @@ pub fn mount(union: Union, mountpoint: &Path) -> io::Result<UnionMount> {
     Ok(UnionMount { session })
 }
 
+/// Takes over the `/dev/fuse` descriptor of a mount that somebody else made and holds
+/// ([`FuseKind::Union`](super::FuseKind)). Returns when the kernel has its answer to INIT; nothing else is answered
+/// before [`UnionMount::run`], which ends when the last holder of the mount is gone.
+///
+/// `threads` requests are answered at the same time: enough of them for those that wait for bytes of a lower layer.
+pub fn serve(union: Union, dev: OwnedFd, threads: usize) -> io::Result<UnionMount> {
+    super::session::keep_buffers_off_the_heap();
+    let mut config = Config::default();
+    config.acl = SessionACL::All;
+    config.n_threads = Some(threads.max(1));
+    Ok(UnionMount { session: Session::from_fd(UnionFs::new(union), dev, config.acl, config)? })
+}
+
 /// Makes the mount without a helper, with its type's full name and everything that the options do not forbid.
 fn mount_here(config: &Config, mountpoint: &Path) -> io::Result<OwnedFd> {
     let mut flags = MsFlags::empty();
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    let dev = OwnedFd::from(super::mount::open_device()?);
+    let dev = OwnedFd::from(super::mount::open_device().map_err(no_device)?);
     let mut data = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", dev.as_raw_fd());
     let (mut source, mut kind) = ("lazyrun", "fuse".to_owned());
     for option in &config.mount_options {
@@ -100,6 +106,11 @@ fn mount_here(config: &Config, mountpoint: &Path) -> io::Result<OwnedFd> {
     }
     nix::mount::mount(Some(source), mountpoint, Some(kind.as_str()), flags, Some(data.as_str()))?;
     Ok(dev)
+}
+
+/// fusermount3 could not open it either: it does so with the user's rights.
+fn no_device(e: io::Error) -> io::Error {
+    io::Error::other(format!("/dev/fuse can't be opened: {e}"))
 }
 
 impl UnionMount {
@@ -173,6 +184,17 @@ fn flag(option: &str) -> Option<MountOption> {
 }
 
 impl UnionFs {
+    fn new(union: Union) -> Self {
+        let ttl = union.config().timeout.map_or(FOREVER, Duration::from_secs);
+        UnionFs {
+            union,
+            files: Handles::default(),
+            dirs: Handles::default(),
+            passthrough: Passthrough::default(),
+            ttl,
+        }
+    }
+
     fn configure(&self, config: &mut KernelConfig) {
         let acl = if self.union.config().noacl { InitFlags::empty() } else { InitFlags::FUSE_POSIX_ACL };
         super::session::configure(config, FLAGS.union(acl));

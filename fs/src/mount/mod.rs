@@ -112,6 +112,10 @@ fn overlay_context(
     }
     if options.userxattr {
         ctx.flag(c"userxattr")?;
+    } else {
+        // Some kernels are built with it on; an upper directory with redirects could be used by no other plan.
+        // With `userxattr` it is off by itself.
+        ctx.string(c"redirect_dir", b"off")?;
     }
     if let Some(on) = options.xino {
         ctx.string(c"xino", if on { b"on" } else { b"off" })?;

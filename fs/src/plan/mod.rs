@@ -88,7 +88,7 @@ impl Probes {
                 &[&self.privilege, &self.fuse, &self.erofs, &self.erofs_on_fuse, &self.overlay_on_erofs]
             }
             Plan::Overlay => &[&self.privilege, &self.fuse, &self.overlay_on_fuse],
-            Plan::Fuse => return Err("it is not available in this version".into()),
+            Plan::Fuse => &[&self.privilege, &self.fuse],
         };
         needed.iter().try_for_each(|check| (*check).clone())
     }
@@ -109,12 +109,14 @@ pub enum PlanError {
         reason: String,
     },
     /// None works.
-    #[error("no mount plan works here: erofs: {erofs}; overlay: {overlay}")]
+    #[error("no mount plan works here: erofs: {erofs}; overlay: {overlay}; fuse: {fuse}")]
     None {
         /// Why not `erofs`.
         erofs: String,
         /// Why not `overlay`.
         overlay: String,
+        /// Why not `fuse`.
+        fuse: String,
     },
 }
 
@@ -126,7 +128,8 @@ pub fn choose(probes: &Probes, forced: Option<Plan>) -> Result<Plan, PlanError> 
     }
     let Err(erofs) = probes.allows(Plan::Erofs) else { return Ok(Plan::Erofs) };
     let Err(overlay) = probes.allows(Plan::Overlay) else { return Ok(Plan::Overlay) };
-    Err(PlanError::None { erofs, overlay })
+    let Err(fuse) = probes.allows(Plan::Fuse) else { return Ok(Plan::Fuse) };
+    Err(PlanError::None { erofs, overlay, fuse })
 }
 
 #[cfg(test)]
@@ -151,8 +154,10 @@ mod tests {
         probes.erofs = Err("the kernel has no EROFS".into());
         assert_eq!(choose(&probes, None), Ok(Plan::Overlay));
         probes.overlay_on_fuse = Err("overlayfs refuses the upper".into());
+        assert_eq!(choose(&probes, None), Ok(Plan::Fuse));
+        probes.fuse = Err("there is no /dev/fuse".into());
         let error = choose(&probes, None).unwrap_err().to_string();
-        assert!(error.contains("no EROFS") && error.contains("refuses the upper"), "{error}");
+        assert!(error.contains("no EROFS") && error.contains("fuse: there is no /dev/fuse"), "{error}");
     }
 
     #[test]
@@ -162,8 +167,8 @@ mod tests {
         probes.erofs_on_fuse = Err("the device is refused".into());
         let error = choose(&probes, Some(Plan::Erofs)).unwrap_err().to_string();
         assert_eq!(error, "mount plan erofs cannot be used: the device is refused");
-        let error = choose(&probes, Some(Plan::Fuse)).unwrap_err().to_string();
-        assert_eq!(error, "mount plan fuse cannot be used: it is not available in this version");
+        probes.overlay_on_fuse = Err("overlayfs refuses the upper".into());
+        assert_eq!(choose(&probes, Some(Plan::Fuse)), Ok(Plan::Fuse));
     }
 
     #[test]
