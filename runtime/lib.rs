@@ -13,3 +13,4 @@ pub mod names;
 pub mod network;
 pub mod paths;
 pub mod proc;
+pub mod snapshotter;

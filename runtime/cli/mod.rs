@@ -11,6 +11,7 @@ mod output;
 mod profiles;
 mod progress;
 mod run;
+mod snapshotter;
 mod system;
 mod template;
 pub mod union;
@@ -74,7 +75,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
-        Command::Daemon { kept } => return Ok(system::daemon(context, kept)),
+        Command::Daemon { kept, snapshotter } => return system::daemon(context, kept, snapshotter.as_deref()),
+        Command::Snapshotter { address } => return snapshotter::serve(context, address),
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,

@@ -350,6 +350,10 @@ impl Daemon {
             chains.extend(super::views::chain_id(&diff_ids));
             wanted.extend(diff_ids);
         }
+        for diff_ids in self.snapshot_layers()? {
+            chains.extend(super::views::chain_id(&diff_ids));
+            wanted.extend(diff_ids);
+        }
         let mut dropped = Vec::new();
         let busy = self.views.release(|view| !chains.contains(&view.id.chain));
         let store = self.images.fetcher().store();
