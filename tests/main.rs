@@ -11,6 +11,8 @@ mod root_manage;
 mod root_network;
 mod root_profile;
 mod root_run;
+mod root_snapshotter;
+mod root_snapshotter_api;
 mod root_start;
 mod root_support;
 mod root_trees;

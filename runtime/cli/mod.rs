@@ -75,7 +75,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
-        Command::Daemon { kept, snapshotter } => return system::daemon(context, kept, snapshotter.as_deref()),
+        Command::Daemon { kept, snapshotter } => {
+            return system::daemon(context, kept, snapshotter.as_deref());
+        }
         Command::Snapshotter { address } => return snapshotter::serve(context, address),
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),

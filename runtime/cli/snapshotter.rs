@@ -53,16 +53,16 @@ pub(super) fn serve(context: &Context, address: Option<PathBuf>) -> Result<ExitC
 /// The socket that systemd passes, if it does.
 fn passed_socket() -> Result<Option<UnixListener>, Failure> {
     let passed = sd_notify::listen_fds();
-    let mut passed = passed.map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
+    let mut passed =
+        passed.map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
     let Some(fd) = passed.next() else { return Ok(None) };
     // SAFETY: systemd opened it for this process, and nothing has used it since.
     Ok(Some(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })))
 }
 
 fn bind(address: &Path) -> Result<UnixListener, Failure> {
-    let failed = |e: io::Error| {
-        Failure::daemon(format!("the snapshotter can't listen at {}: {e}", address.display()))
-    };
+    let failed =
+        |e: io::Error| Failure::daemon(format!("the snapshotter can't listen at {}: {e}", address.display()));
     if let Some(dir) = address.parent().filter(|dir| !dir.as_os_str().is_empty()) {
         std::fs::create_dir_all(dir).map_err(failed)?;
     }

@@ -41,11 +41,7 @@ pub(super) fn keeper(context: &Context) -> ExitCode {
     keeper::main(&context.paths, Some(ready), None)
 }
 
-pub(super) fn daemon(
-    context: &Context,
-    kept: bool,
-    snapshotter: Option<&str>,
-) -> Result<ExitCode, Failure> {
+pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -> Result<ExitCode, Failure> {
     log_to_stderr();
     let snapshotter = snapshotter.map(serde_json::from_str).transpose();
     let snapshotter = snapshotter.map_err(|e| Failure::daemon(format!("odd --snapshotter: {e}")))?;

@@ -83,7 +83,11 @@ impl Images {
     }
 
     /// As [`Images::resolve`]; with `look`, where the registry is asked, it is also asked what lies beside the image.
-    pub(crate) async fn find_image(&self, request: &ImageRequest, look: bool) -> Result<(ResolvedImage, Beside)> {
+    pub(crate) async fn find_image(
+        &self,
+        request: &ImageRequest,
+        look: bool,
+    ) -> Result<(ResolvedImage, Beside)> {
         let reference: Reference = request.reference.parse()?;
         let client = self.client(&request.registry)?;
         let known = match (request.pull, self.recorded(&reference)?) {

@@ -34,12 +34,12 @@ use crate::keeper::store::Kept;
 use crate::keeper::{self, start};
 use crate::network::Instance;
 use crate::paths::Paths;
+use crate::snapshotter::{self, Snapshots, SnapshotterOptions};
 use containers::Containers;
 use images::Images;
 use layer_service::LayerService;
 use meta::Meta;
 use mounts::Mounts;
-use crate::snapshotter::{self, SnapshotterOptions, Snapshots};
 use profile::Profiles;
 use views::{ViewId, Views};
 

@@ -384,6 +384,9 @@ impl Daemon {
         for record in &records {
             diff_ids.extend(self.images.load(record)?.layers.iter().map(|l| l.diff_id));
         }
+        if image.is_none() {
+            diff_ids.extend(self.snapshot_layers()?.into_iter().flatten());
+        }
         let store = self.images.fetcher().store();
         let mut ids = store.list()?;
         ids.retain(|id| diff_ids.contains(&id.diff_id));

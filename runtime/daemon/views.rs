@@ -244,7 +244,8 @@ impl Views {
         let context = || format!("deleting views in {}", self.dir.display());
         for entry in std::fs::read_dir(&self.dir).with_context(context)? {
             let entry = entry.with_context(context)?;
-            let rest = entry.file_name().to_str().and_then(|n| n.strip_prefix(&chain.hex()).map(str::to_owned));
+            let rest =
+                entry.file_name().to_str().and_then(|n| n.strip_prefix(&chain.hex()).map(str::to_owned));
             if rest.is_some_and(|rest| rest.starts_with(['.', '-'])) {
                 std::fs::remove_file(entry.path()).with_context(context)?;
             }

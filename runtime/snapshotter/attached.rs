@@ -82,7 +82,8 @@ impl Attached {
         let point = self.dirs.content(id);
         let device = device_in_table(table, &point)?;
         let same = |view: &Arc<MountedView>| {
-            mount::device_of(view.tree.as_fd()).is_ok_and(|(major, minor)| device == format!("{major}:{minor}"))
+            mount::device_of(view.tree.as_fd())
+                .is_ok_and(|(major, minor)| device == format!("{major}:{minor}"))
         };
         if let Some(view) = views().into_iter().find(same) {
             self.lock().insert(id, Arc::new(Held { view: Arc::clone(&view) }));

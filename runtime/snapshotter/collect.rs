@@ -19,10 +19,9 @@ impl Snapshots {
         let known: HashSet<u64> = known.iter().map(|named| named.record.id).collect();
         for id in ids.difference(&known) {
             // Not known to be a layer or not: what is mounted there goes first in either case.
-            let deleted = self
-                .attached
-                .release(*id, || Ok(false))
-                .and_then(|()| self.dirs.delete(*id, false).map_err(|e| SnapshotError::Internal(e.to_string())));
+            let deleted = self.attached.release(*id, || Ok(false)).and_then(|()| {
+                self.dirs.delete(*id, false).map_err(|e| SnapshotError::Internal(e.to_string()))
+            });
             if let Err(error) = deleted {
                 tracing::warn!(id, %error, "the directory of a removed snapshot stays");
             }

@@ -28,7 +28,11 @@ impl Dirs {
                 dir.display()
             )));
         }
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| failed("make", &dir, &e))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| failed("make", &dir, &e))?;
         Ok(Self(dir))
     }
 

@@ -273,7 +273,8 @@ mod tests {
 
     #[test]
     fn what_does_not() {
-        for filter in ["nothing", "nothing==x", "name==c1", "kind!=committed", "name,kind==view", "name~=^x"] {
+        for filter in ["nothing", "nothing==x", "name==c1", "kind!=committed", "name,kind==view", "name~=^x"]
+        {
             assert!(!holds(&[filter]), "{filter}");
         }
     }
@@ -282,8 +283,22 @@ mod tests {
     fn what_is_no_filter() {
         let long = format!("name=={}", "x".repeat(MAX_LEN));
         for filter in [
-            ",", "name,", "name=x", "name==", "==x", "name==\"x", "name==\"\\q\"", "na-me", ".name", "name..x",
-            "name~=(", "name==x y", "name==\"\\xf\"", "name~=(a{1000}){1000}", &long, "name==\"\\777\"",
+            ",",
+            "name,",
+            "name=x",
+            "name==",
+            "==x",
+            "name==\"x",
+            "name==\"\\q\"",
+            "na-me",
+            ".name",
+            "name..x",
+            "name~=(",
+            "name==x y",
+            "name==\"\\xf\"",
+            "name~=(a{1000}){1000}",
+            &long,
+            "name==\"\\777\"",
         ] {
             assert!(parse(filter).is_err(), "{filter}");
         }
@@ -291,7 +306,8 @@ mod tests {
 
     #[test]
     fn no_text_makes_it_panic() {
-        let pieces = ["name", "==", "~=", "\"", "\\", "x", ",", ".", "é", "\n", " ", "'", "|", "\\u", "{", "9"];
+        let pieces =
+            ["name", "==", "~=", "\"", "\\", "x", ",", ".", "é", "\n", " ", "'", "|", "\\u", "{", "9"];
         let mut state: u64 = 7;
         for _ in 0..20_000 {
             let mut text = String::new();

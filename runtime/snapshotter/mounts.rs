@@ -30,12 +30,7 @@ pub(super) fn of(dirs: &Dirs, chain: &Chain) -> Vec<Mount> {
                 options.push(format!("upperdir={}", path(chain.id)));
             }
             options.push(format!("lowerdir={}", lowers.join(":")));
-            vec![Mount {
-                r#type: "overlay".into(),
-                source: "overlay".into(),
-                options,
-                target: String::new(),
-            }]
+            vec![Mount { r#type: "overlay".into(), source: "overlay".into(), options, target: String::new() }]
         }
     }
 }

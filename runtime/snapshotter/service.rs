@@ -149,9 +149,9 @@ impl Service {
         };
         let diff_ids: Vec<_> = known.image.layers.iter().map(|layer| layer.diff_id).collect();
         let position = (0..diff_ids.len()).find(|i| chain_id(&diff_ids[..=*i]) == Some(wanted.target));
-        let Some(position) = position.filter(|i| {
-            wanted.layer.is_none_or(|layer| known.image.layers[*i].digest == layer)
-        }) else {
+        let Some(position) =
+            position.filter(|i| wanted.layer.is_none_or(|layer| known.image.layers[*i].digest == layer))
+        else {
             tracing::warn!(image = wanted.reference, %wanted.target, "the image has no such layer");
             return Ok(Taken::No);
         };
@@ -165,21 +165,23 @@ impl Service {
             )));
         }
         let (asked, image) = (asked.clone(), Arc::clone(&known));
-        let taken = self.blocking(move |s| if rebased {
-            stage(s, &asked, remote, &image.row)
-        } else {
-            let layer = TakenLayer {
-                namespace: &asked.namespace,
-                name: &labels::name_of_layer(&asked.namespace, &asked.key, &target),
-                target: &target,
-                parent: &asked.parent,
-                labels: asked.labels,
-                remote,
-                image: &image.row,
-            };
-            match s.store.take_layer(layer) {
-                Ok(()) | Err(SnapshotError::AlreadyExists(_)) => Ok(Taken::Committed),
-                Err(error) => Err(error),
+        let taken = self.blocking(move |s| {
+            if rebased {
+                stage(s, &asked, remote, &image.row)
+            } else {
+                let layer = TakenLayer {
+                    namespace: &asked.namespace,
+                    name: &labels::name_of_layer(&asked.namespace, &asked.key, &target),
+                    target: &target,
+                    parent: &asked.parent,
+                    labels: asked.labels,
+                    remote,
+                    image: &image.row,
+                };
+                match s.store.take_layer(layer) {
+                    Ok(()) | Err(SnapshotError::AlreadyExists(_)) => Ok(Taken::Committed),
+                    Err(error) => Err(error),
+                }
             }
         });
         let taken = taken.await?;
@@ -336,7 +338,8 @@ impl api::snapshots_server::Snapshots for Service {
             Ok(all.into_iter().map(info).collect::<Vec<_>>())
         };
         let all = self.blocking(list).await?;
-        let chunks = all.chunks(LIST_CHUNK).map(|info| Ok(api::ListSnapshotsResponse { info: info.to_vec() }));
+        let chunks =
+            all.chunks(LIST_CHUNK).map(|info| Ok(api::ListSnapshotsResponse { info: info.to_vec() }));
         Ok(Response::new(tokio_stream::iter(chunks.collect::<Vec<_>>())))
     }
 
@@ -359,9 +362,8 @@ impl api::snapshots_server::Snapshots for Service {
     async fn cleanup(&self, request: Request<api::CleanupRequest>) -> Answer<()> {
         drop(request);
         let daemon = Arc::clone(&self.daemon);
-        let clean = move |s: &Snapshots| {
-            clean_up(&daemon, s).map_err(|e| SnapshotError::Internal(format!("{e:#}")))
-        };
+        let clean =
+            move |s: &Snapshots| clean_up(&daemon, s).map_err(|e| SnapshotError::Internal(format!("{e:#}")));
         self.blocking(clean).await?;
         Ok(Response::new(()))
     }

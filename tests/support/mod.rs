@@ -9,6 +9,7 @@ pub mod fixture;
 pub mod instance;
 pub mod leaks;
 pub mod server;
+pub mod snapshotter;
 pub mod tree;
 
 use std::time::{Duration, Instant};
