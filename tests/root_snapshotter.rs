@@ -129,7 +129,8 @@ fn the_tree_is_that_of_overlayfs() {
     let (image, mut containerd) = (fixture.image(), snapshotter.containerd());
     let (theirs, ours) = (snapshotter.lazyrun.scratch("theirs"), snapshotter.lazyrun.scratch("ours"));
     pull(&containerd, &image);
-    containerd.mount_by(PROXY, &image, &ours);
+    let top = containerd.top_snapshot();
+    containerd.mount_snapshot("view", "viewed", &top, &ours);
     let actual = scan(&ours);
     assert!(fs::write(ours.join("data/new"), "x").is_err(), "a view can be written to");
     try_pull(&containerd, "overlayfs", &image).expect("pull by overlayfs");
@@ -152,48 +153,39 @@ fn plain_ctr_unpacks_as_ever() {
 #[test]
 fn what_is_built_stands_on_the_image() {
     let (fixture, snapshotter) = (Fixture::new(), Snapshotter::start());
-    let (image, containerd) = (fixture.image(), snapshotter.containerd());
+    let (image, mut containerd) = (fixture.image(), snapshotter.containerd());
     pull(&containerd, &image);
-    let ctr =
-        |args: &[&str]| containerd.output(["snapshots", "--snapshotter", PROXY].iter().chain(args).copied());
-    let chains = snapshots(&containerd);
-    let parents = ctr(&["ls"]);
-    let is_parent =
-        |chain: &&String| !parents.lines().skip(1).any(|l| l.split_whitespace().nth(1) == Some(chain));
-    let top = chains.iter().find(is_parent).expect("the topmost layer").clone();
+    let top = containerd.top_snapshot();
     let dir = snapshotter.lazyrun.scratch("built");
-    let target = dir.to_str().unwrap();
-    let mounted = |command: String, change: &dyn Fn()| {
-        let done = Command::new("sh").args(["-ec", &command]).output().unwrap();
-        assert!(done.status.success(), "{command}: {done:?}");
-        change();
-        nix::mount::umount(&dir).unwrap();
-    };
-    mounted(ctr(&["prepare", "--target", target, "active", &top]), &|| {
-        fs::write(dir.join("data/last"), "changed\n").unwrap();
-        fs::remove_dir_all(dir.join("data/small")).unwrap();
-    });
-    ctr(&["commit", "built", "active"]);
-    // Remove is refused for what others stand on.
-    let refused = containerd.ctr(["snapshots", "--snapshotter", PROXY, "rm", &top]).output().unwrap();
-    assert!(
-        !refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("child"),
-        "{refused:?}"
-    );
+    let unmount = || nix::mount::umount(&dir).expect("unmount the snapshot");
+    let ctr = ["snapshots", "--snapshotter", PROXY];
+    containerd.mount_snapshot("prepare", "active", &top, &dir);
+    fs::write(dir.join("data/last"), "changed\n").unwrap();
+    fs::remove_dir_all(dir.join("data/small")).unwrap();
+    unmount();
+    containerd.run(ctr.into_iter().chain(["commit", "built", "active"]));
+    // Nothing is removed that something stands on.
+    let refused = containerd.ctr(ctr.into_iter().chain(["rm", &top])).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("child"), "{said}");
     snapshotter.kill_daemon();
-    mounted(ctr(&["prepare", "--target", target, "again", "built"]), &|| {
-        assert_eq!(fs::read_to_string(dir.join("data/last")).unwrap(), "changed\n");
-        assert_eq!(fs::read_to_string(dir.join("data/first")).unwrap(), "replaced\n");
-        assert!(!dir.join("data/small").exists());
-    });
-    mounted(ctr(&["view", "--target", target, "viewed", "built"]), &|| {
-        assert_eq!(fs::read_to_string(dir.join("data/last")).unwrap(), "changed\n");
-        assert_eq!(fs::write(dir.join("x"), "").unwrap_err().raw_os_error(), Some(libc::EROFS));
-    });
+    containerd.mount_snapshot("prepare", "again", "built", &dir);
+    assert_eq!(fs::read_to_string(dir.join("data/last")).unwrap(), "changed\n");
+    assert_eq!(fs::read_to_string(dir.join("data/first")).unwrap(), "replaced\n");
+    assert!(!dir.join("data/small").exists());
+    unmount();
+    containerd.mount_snapshot("view", "viewed", "built", &dir);
+    assert_eq!(fs::read_to_string(dir.join("data/last")).unwrap(), "changed\n");
+    assert_eq!(fs::write(dir.join("x"), "").unwrap_err().raw_os_error(), Some(libc::EROFS));
+    unmount();
+    assert_eq!(snapshotter.mounts().len(), 1, "one view below all of them");
     for key in ["viewed", "again", "built"] {
-        ctr(&["rm", key]);
+        containerd.run(ctr.into_iter().chain(["rm", key]));
     }
-    assert_eq!(snapshotter.mounts(), Vec::<String>::new(), "the last snapshot on a view takes it along");
+    // containerd's garbage collector comes with the image's removal.
+    containerd.remove(&image);
+    assert_eq!(snapshots(&containerd), Vec::<String>::new());
+    assert_eq!(snapshotter.mounts(), Vec::<String>::new());
 }
 
 #[test]
@@ -280,7 +272,8 @@ fn it_ends_cleanly_on_signals() {
         pull(&containerd, &fixture.image());
         let ours = snapshotter.lazyrun.scratch("ours");
         let mut containerd = containerd;
-        containerd.mount_by(PROXY, &fixture.image(), &ours);
+        let top = containerd.top_snapshot();
+        containerd.mount_snapshot("view", "viewed", &top, &ours);
         assert_eq!(snapshotter.mounts().len(), 1);
         let root = snapshotter.lazyrun.root().to_owned();
         let (code, _lazyrun, socket) = snapshotter.end(signal);

@@ -236,7 +236,7 @@ fn refusals_have_the_codes_that_containerd_knows() {
     assert_eq!(code(client.prepare("", "", &none)), Code::InvalidArgument);
     let long = Labels::from([("a".into(), "b".repeat(5000))]);
     assert_eq!(code(client.prepare("x", "", &long)), Code::InvalidArgument);
-    assert_eq!(code(client.commit("active", "nothing", "", &none)), Code::AlreadyExists);
+    assert_eq!(code(client.commit("active", "active", "", &none)), Code::AlreadyExists);
     assert_eq!(code(client.commit("c", "nothing", "", &none)), Code::NotFound);
     assert_eq!(code(client.commit("", "active", "", &none)), Code::InvalidArgument);
     client.commit("c", "active", "", &none).expect("commit");

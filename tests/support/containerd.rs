@@ -133,13 +133,27 @@ impl Containerd {
 
     /// Mounts a pulled image's tree, as containerd's overlayfs snapshotter makes it, read-only.
     pub fn mount(&mut self, reference: &str, dir: &Path) {
-        self.mount_by("overlayfs", reference, dir);
+        let dir_text = dir.to_str().expect("a path in UTF-8");
+        self.run(["images", "mount", reference, dir_text]);
+        self.mounted.push(dir.to_owned());
     }
 
-    /// The same by another snapshotter.
-    pub fn mount_by(&mut self, snapshotter: &str, reference: &str, dir: &Path) {
-        let dir_text = dir.to_str().expect("a path in UTF-8");
-        self.run(["images", "mount", "--snapshotter", snapshotter, reference, dir_text]);
+    /// The snapshot of [`PROXY`] that no other stands on: of an image, its topmost layer.
+    pub fn top_snapshot(&self) -> String {
+        let listed = self.output(["snapshots", "--snapshotter", PROXY, "ls"]);
+        let rows: Vec<Vec<&str>> = listed.lines().skip(1).map(|l| l.split_whitespace().collect()).collect();
+        let top = rows.iter().find(|row| !rows.iter().any(|other| other.get(1) == row.first()));
+        (*top.and_then(|row| row.first()).expect("a snapshot")).to_owned()
+    }
+
+    /// Makes a snapshot of [`PROXY`] (`prepare` or `view`) on another one and mounts it.
+    pub fn mount_snapshot(&mut self, how: &str, key: &str, parent: &str, dir: &Path) {
+        // What `images mount` of containerd 1.6 does with another snapshotter than overlayfs: it takes overlayfs.
+        let target = dir.to_str().expect("a path in UTF-8");
+        let commands =
+            self.output(["snapshots", "--snapshotter", PROXY, how, "--target", target, key, parent]);
+        let done = Command::new("sh").args(["-ec", &commands]).output().expect("run mount");
+        assert!(done.status.success(), "{commands}: {done:?}");
         self.mounted.push(dir.to_owned());
     }
 
