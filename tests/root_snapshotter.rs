@@ -1,6 +1,7 @@
 //! The snapshotter under a real containerd: pulled, run, compared with overlayfs, killed in any order.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::process::Command;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use lazyrun::demo::registry::Registry;
 use lazyrun::demo::shaper::{Shape, Shaper};
+use lazyrun::ipc::fds;
 use nix::sys::signal::Signal;
 
 use crate::support::containerd::{Containerd, PROXY};
@@ -279,14 +281,18 @@ fn it_ends_cleanly_on_signals() {
         let (code, _lazyrun, socket) = snapshotter.end(signal);
         assert_eq!((code, socket.exists()), (Some(0), false));
         assert_eq!(mounts_below(&root), Vec::<String>::new());
+        // What the test itself has mounted goes before the instance is searched for leftovers.
+        drop(containerd);
     }
 }
 
-/// Starts the snapshotter with systemd's variables, by a shell that becomes it.
-fn by_systemd(lazyrun: &Lazyrun, script: &str, vars: &[(&str, &Path)]) -> Server {
+/// Starts the snapshotter as systemd does, by a shell that becomes it.
+fn by_systemd(lazyrun: &Lazyrun, listener: &UnixListener, notify: &Path) -> Server {
     let mut command = Command::new("sh");
-    command.args(["-c", &format!("{script} exec \"$0\" --root \"$1\" snapshotter"), EXE]).arg(lazyrun.root());
-    command.envs(vars.iter().copied());
+    let script = "export LISTEN_FDS=1 LISTEN_PID=$$; exec \"$0\" --root \"$1\" snapshotter";
+    command.args(["-c", script, EXE]).arg(lazyrun.root()).env("NOTIFY_SOCKET", notify);
+    // Descriptor 3 is where systemd puts the first socket.
+    fds::place(&mut command, &[(listener.as_fd(), 3)]).expect("place the socket");
     Server::start(&mut command, &lazyrun.scratch("log").join("snapshotter"))
 }
 
@@ -297,13 +303,8 @@ fn systemd_is_told_and_may_open_the_socket() {
     let notify = UnixDatagram::bind(dir.join("notify")).expect("bind");
     notify.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
     let listener = UnixListener::bind(dir.join("s")).expect("bind");
-    // Descriptor 3 is where systemd puts the first socket.
-    let raw = std::os::fd::AsRawFd::as_raw_fd(&listener);
-    nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
-        .expect("keep it");
-    let script = format!("exec 3<&{raw}; export LISTEN_FDS=1 LISTEN_PID=$$;");
     let (path, socket) = (dir.join("notify"), dir.join("s"));
-    let mut server = by_systemd(&lazyrun, &script, &[("NOTIFY_SOCKET", &path)]);
+    let mut server = by_systemd(&lazyrun, &listener, &path);
     let mut said = [0; 256];
     let len = notify.recv(&mut said).expect("to be told");
     assert_eq!(std::str::from_utf8(&said[..len]).unwrap().trim(), "READY=1");
