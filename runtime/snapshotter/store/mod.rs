@@ -6,7 +6,7 @@ mod tests;
 
 use std::path::Path;
 
-use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition};
+use redb::{Database, ReadableTable, Table, TableDefinition};
 
 use super::error::SnapshotError;
 use super::record::{Below, Chain, ImageRow, Kind, Labels, Moment, Named, Record, Remote, Usage};
