@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak evil
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak evil proto
 
 build:
 	$(CARGO) build --workspace
@@ -33,6 +33,10 @@ fmt:
 
 deny:
 	tests/tools/cargo-deny.sh check --hide-inclusion-graph bans licenses sources
+
+# Compiles containerd's protocol anew; `tests/tools/proto.sh check` only compares.
+proto:
+	tests/tools/proto.sh write
 
 install-deps deps:
 	tests/tools/deps.sh all

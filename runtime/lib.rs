@@ -14,3 +14,4 @@ pub mod network;
 pub mod paths;
 pub mod proc;
 pub mod registries;
+pub mod snapshotter;

@@ -91,6 +91,11 @@ impl Paths {
         self.root.join("mounts")
     }
 
+    /// One directory for each snapshot of containerd's, and the database of snapshots.
+    pub fn snapshots(&self) -> PathBuf {
+        self.root.join("snapshots")
+    }
+
     /// The metadata database.
     pub fn meta(&self) -> PathBuf {
         self.root.join("meta.db")

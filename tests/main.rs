@@ -14,6 +14,8 @@ mod root_profile;
 mod root_registries;
 mod root_rootless;
 mod root_run;
+mod root_snapshotter;
+mod root_snapshotter_api;
 mod root_start;
 mod root_support;
 mod root_trees;

@@ -203,6 +203,16 @@ pub enum Command {
         /// Started by a keeper.
         #[arg(long, hide = true)]
         kept: bool,
+        /// Serves containerd with these options.
+        #[arg(long, hide = true, requires = "kept")]
+        snapshotter: Option<String>,
+    },
+    /// Run the daemon in the foreground and serve snapshots to containerd
+    Snapshotter {
+        /// Unix socket for containerd; a socket that systemd passes is used instead [default:
+        /// /run/lazyrun/snapshotter.sock]
+        #[arg(long, value_name = "SOCKET")]
+        address: Option<PathBuf>,
     },
     /// The daemon's parent.
     #[command(hide = true)]

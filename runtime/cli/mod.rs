@@ -13,6 +13,7 @@ mod progress;
 mod registry;
 mod registry_args;
 mod run;
+mod snapshotter;
 mod system;
 mod template;
 pub mod union;
@@ -79,7 +80,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
-        Command::Daemon { kept } => return Ok(system::daemon(context, kept)),
+        Command::Daemon { kept, snapshotter } => {
+            return system::daemon(context, kept, snapshotter.as_deref());
+        }
+        Command::Snapshotter { address } => return snapshotter::serve(context, address),
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,

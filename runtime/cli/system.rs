@@ -24,7 +24,7 @@ use crate::network::Instance;
 // Long enough for a kernel that is busy taking things down, short enough for a person.
 const RESET_TIMEOUT: Duration = Duration::from_secs(20);
 
-fn log_to_stderr() {
+pub(super) fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LAZYRUN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let _ = tracing_subscriber::fmt()
@@ -38,12 +38,17 @@ pub(super) fn keeper(context: &Context) -> ExitCode {
     // SAFETY: the command line that started this process placed the pipe there and nothing has used it since.
     let ready = unsafe { OwnedFd::from_raw_fd(keeper::start::KEEPER_READY_FD) };
     let _ = nix::fcntl::fcntl(&ready, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    keeper::main(&context.paths, Some(ready))
+    keeper::main(&context.paths, Some(ready), None)
 }
 
-pub(super) fn daemon(context: &Context, kept: bool) -> ExitCode {
+pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -> Result<ExitCode, Failure> {
     log_to_stderr();
-    if kept { crate::daemon::main(&context.paths) } else { keeper::main(&context.paths, None) }
+    let snapshotter = snapshotter.map(serde_json::from_str).transpose();
+    let snapshotter = snapshotter.map_err(|e| Failure::daemon(format!("odd --snapshotter: {e}")))?;
+    Ok(match kept {
+        true => crate::daemon::main(&context.paths, snapshotter.as_ref()),
+        false => keeper::main(&context.paths, None, None),
+    })
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

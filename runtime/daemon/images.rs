@@ -85,7 +85,12 @@ impl Images {
         self.find_image(request, true).await
     }
 
-    async fn find_image(&self, request: &ImageRequest, look: bool) -> Result<(ResolvedImage, Beside)> {
+    /// As [`Images::resolve`]; with `look`, where the registry is asked, it is also asked what lies beside the image.
+    pub(crate) async fn find_image(
+        &self,
+        request: &ImageRequest,
+        look: bool,
+    ) -> Result<(ResolvedImage, Beside)> {
         let reference: Reference = request.reference.parse()?;
         let client = self.client(&request.registry)?;
         let known = match (request.pull, self.recorded(&reference)?) {
@@ -125,7 +130,8 @@ impl Images {
         Ok((image, beside))
     }
 
-    fn add_sources(&self, client: &RegistryClient, image: &ResolvedImage) {
+    /// Tells the fetcher where the layers of an image come from.
+    pub(crate) fn add_sources(&self, client: &RegistryClient, image: &ResolvedImage) {
         let source = client.blobs(&image.reference);
         for layer in &image.layers {
             self.fetcher.add_source(layer.diff_id, layer.clone(), source.clone());
@@ -296,7 +302,8 @@ impl Images {
         try_join_all(image.layers.iter().cloned().map(one)).await
     }
 
-    async fn layer(
+    /// A layer of an image, with an index that the policy admits; streamed if there is none.
+    pub(crate) async fn layer(
         &self,
         descriptor: LayerDescriptor,
         source: BlobSource,

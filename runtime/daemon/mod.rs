@@ -12,6 +12,7 @@ pub mod mounts;
 pub mod profile;
 mod run;
 mod server;
+mod snapshots;
 mod union_views;
 pub mod views;
 
@@ -34,6 +35,7 @@ use crate::keeper::store::Kept;
 use crate::keeper::{self, start};
 use crate::network::Instance;
 use crate::paths::Paths;
+use crate::snapshotter::{self, Snapshots, SnapshotterOptions};
 use containers::Containers;
 use images::Images;
 use layer_service::LayerService;
@@ -59,14 +61,17 @@ pub struct Daemon {
     profiles: Profiles,
     containers: Containers,
     mounts: Mounts,
+    // Snapshots of containerd's, where there are any.
+    snapshots: Option<Arc<Snapshots>>,
     network: Instance,
     stop: tokio::sync::Notify,
     // Serves the flat mount; ends when the daemon does.
     flat: fuse::ServerHandle,
 }
 
-/// Runs the daemon that a keeper started, until it is told to end.
-pub fn main(paths: &Paths) -> ExitCode {
+/// Runs the daemon that a keeper started, until it is told to end. With options for it, it serves snapshots to
+/// containerd as well.
+pub fn main(paths: &Paths, snapshotter: Option<&SnapshotterOptions>) -> ExitCode {
     // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
     // or closed them since.
     let (listener, store, ready) = unsafe {
@@ -76,7 +81,9 @@ pub fn main(paths: &Paths) -> ExitCode {
             OwnedFd::from_raw_fd(keeper::READY_FD),
         )
     };
-    for fd in [&listener, &store, &ready] {
+    // SAFETY: as above; the keeper places this one when it gives the options.
+    let containerd = snapshotter.map(|_| unsafe { OwnedFd::from_raw_fd(keeper::SNAPSHOTTER_FD) });
+    for fd in [&listener, &store, &ready].into_iter().chain(&containerd) {
         let _ = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
     }
     let mut ready = std::fs::File::from(ready);
@@ -88,12 +95,17 @@ pub fn main(paths: &Paths) -> ExitCode {
         .build();
     let served = runtime.context("starting the runtime").and_then(|runtime| {
         runtime.block_on(async {
-            let daemon = Daemon::start(paths.clone(), store).await?;
+            let daemon = Daemon::start(paths.clone(), store, snapshotter).await?;
+            let containerd = containerd.map(|listener| snapshotter::serve(&daemon, listener)).transpose()?;
             let listener = std::os::unix::net::UnixListener::from(listener);
             let _ = write!(ready, "{}", start::READY);
             drop(ready.flush());
             drop(std::mem::replace(&mut ready, std::fs::File::open("/dev/null")?));
-            daemon.serve(listener).await
+            let ended = daemon.serve(listener).await;
+            if let Some(containerd) = containerd {
+                containerd.abort();
+            }
+            ended
         })
     });
     match served {
@@ -109,7 +121,11 @@ pub fn main(paths: &Paths) -> ExitCode {
 }
 
 impl Daemon {
-    async fn start(paths: Paths, store: OwnedFd) -> Result<Arc<Self>> {
+    async fn start(
+        paths: Paths,
+        store: OwnedFd,
+        snapshotter: Option<&SnapshotterOptions>,
+    ) -> Result<Arc<Self>> {
         let (kept, mut before) = Kept::connect(store.into()).context("taking over from the keeper")?;
         let kept = Arc::new(kept);
         let mounter = Mounter::new("/proc/self/exe".into());
@@ -123,6 +139,7 @@ impl Daemon {
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
         let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
         images.add_recorded_sources()?;
+        let snapshots = Snapshots::open(&paths, &images, snapshotter)?.map(Arc::new);
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
         let probes = probing.await.context("probing mount plans")??;
@@ -140,6 +157,7 @@ impl Daemon {
             service,
             containers: Containers::default(),
             mounts: Mounts::default(),
+            snapshots,
             stop: tokio::sync::Notify::new(),
             flat,
         });
@@ -163,6 +181,7 @@ impl Daemon {
                 tracing::warn!(view = name, %error, "a view can't be taken over");
             }
         }
+        self.recover_snapshots()?;
         self.recover_containers().await?;
         self.recover_mounts().await
     }
@@ -176,7 +195,10 @@ impl Daemon {
                 return Ok(layers.filter(|layers| ViewId::of(layers) == *id));
             }
         }
-        Ok(None)
+        let of_snapshots = self.snapshot_layers()?;
+        let diff_ids = of_snapshots.iter().find(|diff_ids| views::chain_id(diff_ids) == Some(id.chain));
+        let layers = diff_ids.and_then(|diff_ids| self.known_layers(&id.layer_ids(diff_ids)));
+        Ok(layers.filter(|layers| ViewId::of(layers) == *id))
     }
 
     /// These layer files, if all are here.

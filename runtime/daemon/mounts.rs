@@ -133,6 +133,7 @@ impl Daemon {
 
     /// Takes all mounts down that this process can see.
     pub fn unmount_all(&self) {
+        self.detach_snapshots();
         for record in self.mounts.all() {
             if let Err(error) = lazyrun_fs::mount::detach(&record.target) {
                 tracing::warn!(target = %record.target.display(), %error, "a mount can't be taken down");
@@ -181,8 +182,14 @@ impl Daemon {
     }
 }
 
-// Field 5 of a mountinfo line is the mount point, with space, tab, newline and backslash in octal.
-fn in_table(mountinfo: &[u8], target: &Path) -> bool {
+/// Whether a mount table (mountinfo) has something at `target`.
+pub(crate) fn in_table(mountinfo: &[u8], target: &Path) -> bool {
+    device_in_table(mountinfo, target).is_some()
+}
+
+/// The device number, `major:minor`, of what a mount table has at `target`.
+pub(crate) fn device_in_table(mountinfo: &[u8], target: &Path) -> Option<String> {
+    // Field 5 of a line is the mount point, with space, tab, newline and backslash in octal; the last one is on top.
     let mut escaped = Vec::new();
     for &byte in target.as_os_str().as_encoded_bytes() {
         match byte {
@@ -190,7 +197,11 @@ fn in_table(mountinfo: &[u8], target: &Path) -> bool {
             byte => escaped.push(byte),
         }
     }
-    mountinfo.split(|b| *b == b'\n').any(|line| line.split(|b| *b == b' ').nth(4) == Some(&escaped))
+    let fields = mountinfo.rsplit(|b| *b == b'\n').map(|line| line.splitn(6, |b| *b == b' '));
+    fields.map(Iterator::collect::<Vec<_>>).find_map(|fields| {
+        let here = fields.get(4).is_some_and(|point| **point == *escaped);
+        here.then(|| String::from_utf8_lossy(fields[2]).into_owned())
+    })
 }
 
 #[cfg(test)]
@@ -202,5 +213,8 @@ mod tests {
         let table = b"36 25 0:32 / /a\\040b rw - overlay overlay rw\n37 25 0:33 / /c rw - proc proc rw\n";
         assert!(in_table(table, Path::new("/a b")) && in_table(table, Path::new("/c")));
         assert!(!in_table(table, Path::new("/a")));
+        assert_eq!(device_in_table(table, Path::new("/a b")).as_deref(), Some("0:32"));
+        let twice = [&table[..], b"38 25 0:99 / /c rw - erofs x ro\n"].concat();
+        assert_eq!(device_in_table(&twice, Path::new("/c")).as_deref(), Some("0:99"));
     }
 }

@@ -354,6 +354,10 @@ impl Daemon {
             chains.extend(super::views::chain_id(&diff_ids));
             wanted.extend(diff_ids);
         }
+        for diff_ids in self.snapshot_layers()? {
+            chains.extend(super::views::chain_id(&diff_ids));
+            wanted.extend(diff_ids);
+        }
         let mut dropped = Vec::new();
         let busy = self.views.release(|view| !chains.contains(&view.id.chain));
         let store = self.images.fetcher().store();
@@ -383,6 +387,9 @@ impl Daemon {
         let mut diff_ids = Vec::new();
         for record in &records {
             diff_ids.extend(self.images.load(record)?.layers.iter().map(|l| l.diff_id));
+        }
+        if image.is_none() {
+            diff_ids.extend(self.snapshot_layers()?.into_iter().flatten());
         }
         let store = self.images.fetcher().store();
         let mut ids = store.list()?;

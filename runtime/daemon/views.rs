@@ -234,6 +234,28 @@ impl Views {
         Some(Arc::clone(view))
     }
 
+    /// The mounted views of a chain.
+    pub fn of_chain(&self, chain: Digest) -> Vec<Arc<MountedView>> {
+        self.lock().values().filter(|view| view.id.chain == chain).map(Arc::clone).collect()
+    }
+
+    /// Deletes the metadata images of a chain that nothing starts from any more.
+    ///
+    /// # Errors
+    /// When the directory can't be read or a file can't be deleted.
+    pub fn delete(&self, chain: Digest) -> Result<()> {
+        let context = || format!("deleting views in {}", self.dir.display());
+        for entry in std::fs::read_dir(&self.dir).with_context(context)? {
+            let entry = entry.with_context(context)?;
+            let rest =
+                entry.file_name().to_str().and_then(|n| n.strip_prefix(&chain.hex()).map(str::to_owned));
+            if rest.is_some_and(|rest| rest.starts_with(['.', '-'])) {
+                std::fs::remove_file(entry.path()).with_context(context)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Starts from the views of this chain are over.
     pub fn started(&self, chain: Digest) {
         for view in self.lock().values().filter(|view| view.id.chain == chain) {

@@ -31,6 +31,8 @@ pub const LISTENER_FD: RawFd = 3;
 pub const STORE_FD: RawFd = 4;
 /// Where it says that it is ready, or why it can't be.
 pub const READY_FD: RawFd = 5;
+/// Where it finds the listening socket for containerd, when it is to serve that.
+pub const SNAPSHOTTER_FD: RawFd = 6;
 
 // A daemon that dies this soon after its start, this often in a row, won't get better by starting it again.
 const SHORT_LIFE: Duration = Duration::from_secs(5);
@@ -39,8 +41,8 @@ const MAX_SHORT_LIVES: u32 = 5;
 /// Runs the keeper until the daemon ends in peace; returns the process's exit code.
 ///
 /// `ready` is told `ok` once the daemon serves, or the reason why it doesn't.
-pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
-    match Keeper::new(paths).and_then(|mut k| k.run(ready)) {
+pub fn main(paths: &Paths, ready: Option<OwnedFd>, snapshotter: Option<Snapshotter>) -> ExitCode {
+    match Keeper::new(paths, snapshotter).and_then(|mut k| k.run(ready)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("lazyrun keeper: {e}");
@@ -49,7 +51,18 @@ pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
     }
 }
 
+/// What a daemon that serves snapshots to containerd gets: containerd waits in the backlog of the socket while there
+/// is no daemon.
+#[derive(Debug)]
+pub struct Snapshotter {
+    /// The listening socket.
+    pub listener: UnixListener,
+    /// The daemon's options for it, as JSON.
+    pub options: String,
+}
+
 struct Keeper<'a> {
+    snapshotter: Option<Snapshotter>,
     paths: &'a Paths,
     listener: UnixListener,
     signals: SignalFd,
@@ -63,7 +76,7 @@ enum Ended {
 }
 
 impl<'a> Keeper<'a> {
-    fn new(paths: &'a Paths) -> io::Result<Self> {
+    fn new(paths: &'a Paths, snapshotter: Option<Snapshotter>) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         paths.create()?;
@@ -83,7 +96,7 @@ impl<'a> Keeper<'a> {
         }
         set.thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { paths, listener, signals, store: FdStore::default(), _lock: lock })
+        Ok(Self { snapshotter, paths, listener, signals, store: FdStore::default(), _lock: lock })
     }
 
     fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
@@ -121,7 +134,11 @@ impl<'a> Keeper<'a> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
         command.stdin(Stdio::null());
-        let placed = [(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
+        let mut placed = vec![(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
+        if let Some(snapshotter) = &self.snapshotter {
+            command.arg("--snapshotter").arg(&snapshotter.options);
+            placed.push((snapshotter.listener.as_fd(), SNAPSHOTTER_FD));
+        }
         fds::place(&mut command, &placed)?;
         // The keeper takes its signals from a descriptor; its children are to get theirs the usual way.
         let unblock = || Ok(SigSet::all().thread_unblock()?);

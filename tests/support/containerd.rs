@@ -23,44 +23,93 @@ const DISABLED: &[&str] = &[
     "io.containerd.tracing.processor.v1.otlp",
 ];
 
+/// The name of the snapshotter under test in containerd's configuration.
+pub const PROXY: &str = "lazyrun";
+
 /// A running containerd.
 pub struct Containerd {
     socket: PathBuf,
     namespace: String,
     mounted: Vec<PathBuf>,
+    command: fn() -> Command,
     // Stopped before its directory is removed: fields drop in this order.
     server: Server,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Containerd {
     /// Starts one and waits until it answers.
     pub fn start() -> Containerd {
+        Containerd::start_as(|| Command::new("containerd"), "")
+    }
+
+    /// Starts one with the snapshotter that listens at `address` as [`PROXY`].
+    pub fn with_snapshotter(address: &Path) -> Containerd {
+        Containerd::with_snapshotter_as(|| Command::new("containerd"), address)
+    }
+
+    /// As [`Containerd::with_snapshotter`], started by another command, such as `unshare … containerd`.
+    pub fn with_snapshotter_as(command: fn() -> Command, address: &Path) -> Containerd {
+        let proxy = format!("[proxy_plugins.{PROXY}]\ntype = \"snapshot\"\naddress = {address:?}\n");
+        Containerd::start_as(command, &proxy)
+    }
+
+    fn start_as(command: fn() -> Command, more: &str) -> Containerd {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let dir = tempfile::tempdir().expect("a directory for containerd");
         let socket = dir.path().join("sock");
-        let config = dir.path().join("config.toml");
         let text = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {DISABLED:?}\n\
-             [grpc]\naddress = {socket:?}\n[ttrpc]\naddress = {:?}\n",
+             [grpc]\naddress = {socket:?}\n[ttrpc]\naddress = {:?}\n{more}",
             dir.path().join("root"),
             dir.path().join("state"),
             dir.path().join("ttrpc"),
         );
-        fs::write(&config, text).expect("write containerd's configuration");
-        let mut command = Command::new("containerd");
-        command.arg("--config").arg(&config);
-        let server = Server::start(&mut command, &dir.path().join("log"));
+        fs::write(dir.path().join("config.toml"), text).expect("write containerd's configuration");
+        let server = Containerd::spawn(command, dir.path());
         // runc's state lies in /run/containerd/runc/<namespace>, which is the host's: hence a name of our own.
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let namespace = format!("lazyrun-test-{}-{number}", std::process::id());
-        let mut containerd = Containerd { socket, namespace, mounted: Vec::new(), server, _dir: dir };
+        let mut containerd = Containerd { socket, namespace, mounted: Vec::new(), command, server, dir };
+        containerd.wait();
+        containerd
+    }
+
+    fn spawn(command: fn() -> Command, dir: &Path) -> Server {
+        Server::start(command().arg("--config").arg(dir.join("config.toml")), &dir.join("log"))
+    }
+
+    fn wait(&mut self) {
         wait_for("containerd to answer", Duration::from_secs(30), || {
-            containerd.server.assert_alive();
-            let status = containerd.ctr(["version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            self.server.assert_alive();
+            let status = self.ctr(["version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
             status.is_ok_and(|status| status.success()).then_some(())
         });
-        containerd
+    }
+
+    /// Kills it as `kill -9` does and starts it again on the same state.
+    pub fn kill_and_restart(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.server.pid() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill containerd");
+        self.server = Containerd::spawn(self.command, self.dir.path());
+        self.wait();
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The namespace of containerd that this one's commands use.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Runs a `ctr` command that must succeed and returns its standard output.
+    pub fn output<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> String {
+        let output = self.ctr(args).output().expect("ctr is needed: run tests/tools/deps.sh");
+        assert!(output.status.success(), "ctr: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// A `ctr` command against it.
@@ -86,6 +135,25 @@ impl Containerd {
     pub fn mount(&mut self, reference: &str, dir: &Path) {
         let dir_text = dir.to_str().expect("a path in UTF-8");
         self.run(["images", "mount", reference, dir_text]);
+        self.mounted.push(dir.to_owned());
+    }
+
+    /// The snapshot of [`PROXY`] that no other stands on: of an image, its topmost layer.
+    pub fn top_snapshot(&self) -> String {
+        let listed = self.output(["snapshots", "--snapshotter", PROXY, "ls"]);
+        let rows: Vec<Vec<&str>> = listed.lines().skip(1).map(|l| l.split_whitespace().collect()).collect();
+        let top = rows.iter().find(|row| !rows.iter().any(|other| other.get(1) == row.first()));
+        (*top.and_then(|row| row.first()).expect("a snapshot")).to_owned()
+    }
+
+    /// Makes a snapshot of [`PROXY`] (`prepare` or `view`) on another one and mounts it.
+    pub fn mount_snapshot(&mut self, how: &str, key: &str, parent: &str, dir: &Path) {
+        // What `images mount` of containerd 1.6 does with another snapshotter than overlayfs: it takes overlayfs.
+        let target = dir.to_str().expect("a path in UTF-8");
+        let commands =
+            self.output(["snapshots", "--snapshotter", PROXY, how, "--target", target, key, parent]);
+        let done = Command::new("sh").args(["-ec", &commands]).output().expect("run mount");
+        assert!(done.status.success(), "{commands}: {done:?}");
         self.mounted.push(dir.to_owned());
     }
 

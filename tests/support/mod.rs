@@ -10,6 +10,7 @@ pub mod instance;
 pub mod leaks;
 pub mod proxy;
 pub mod server;
+pub mod snapshotter;
 pub mod tree;
 
 use std::time::{Duration, Instant};

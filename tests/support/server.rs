@@ -34,6 +34,11 @@ impl Server {
         self.child.id()
     }
 
+    /// Its exit code once it has ended.
+    pub fn ended(&mut self) -> Option<Option<i32>> {
+        self.child.try_wait().expect("wait for the server").map(|status| status.code())
+    }
+
     /// Panics with its log when it has ended.
     pub fn assert_alive(&mut self) {
         if let Ok(Some(status)) = self.child.try_wait() {

@@ -6,7 +6,7 @@ set -eu
 set_wanted=${1:-all}
 # command:package; a command may also be in a sbin directory that is not on a user's PATH.
 run="nft:nftables ip:iproute2 python3:python3 gcc:gcc make:make"
-test="$run containerd:containerd ctr:containerd runc:runc docker-registry:docker-registry skopeo:skopeo curl:curl fusermount3:fuse3"
+test="$run containerd:containerd ctr:containerd runc:runc docker-registry:docker-registry skopeo:skopeo curl:curl fusermount3:fuse3 go:golang-go"
 all="$test debootstrap:debootstrap mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs"
 case $set_wanted in
 run) wanted=$run ;;
@@ -23,6 +23,10 @@ done
 # Two packages own /bin/busybox; only the static one runs inside an otherwise empty image.
 if [ "$set_wanted" != run ] && { [ ! -x /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; }; then
   missing="$missing busybox-static"
+fi
+# containerd's own suite of tests for snapshotters, and its client.
+if [ "$set_wanted" != run ] && [ ! -d /usr/share/gocode/src/github.com/containerd/containerd ]; then
+  missing="$missing golang-github-containerd-containerd-dev"
 fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -e /etc/pki/tls/certs/ca-bundle.crt ] || missing="$missing ca-certificates"
 if ! command -v cargo >/dev/null && [ ! -x "$HOME/.cargo/bin/cargo" ]; then

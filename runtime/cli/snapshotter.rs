@@ -1,0 +1,110 @@
+//! `lazyrun snapshotter`: the keeper in the foreground, with a socket for containerd.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use nix::sys::signal::{SigSet, Signal};
+use sd_notify::NotifyState;
+
+use super::{Context, system};
+use crate::failure::Failure;
+use crate::ipc::protocol::PullPolicy;
+use crate::keeper::{self, start};
+use crate::snapshotter::SnapshotterOptions;
+
+/// Where containerd finds the snapshotter unless it was told.
+const DEFAULT_ADDRESS: &str = "/run/lazyrun/snapshotter.sock";
+
+pub(super) fn serve(context: &Context, address: Option<PathBuf>) -> Result<ExitCode, Failure> {
+    system::log_to_stderr();
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Failure::daemon("the snapshotter mounts images, which needs root; run it with sudo"));
+    }
+    // No name of an image: only the settings of this process are wanted.
+    let registry = context.image("", PullPolicy::Missing).registry;
+    let options = SnapshotterOptions { registry, index: context.index.clone() };
+    let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
+    let (listener, bound) = match passed_socket()? {
+        Some(listener) => (listener, None),
+        None => {
+            let address = address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
+            (bind(&address)?, Some(address))
+        }
+    };
+    let told = tell_when_ready()?;
+    let code = keeper::main(&context.paths, Some(told.0), Some(keeper::Snapshotter { listener, options }));
+    if let Some(address) = bound {
+        let _ = std::fs::remove_file(address);
+    }
+    match told.1.join() {
+        Ok(Ok(())) => Ok(code),
+        // What went wrong in the keeper itself it has said.
+        Ok(Err(said)) if said.is_empty() => Ok(code),
+        Ok(Err(said)) => Err(Failure::daemon(format!("the snapshotter can't be started: {said}"))),
+        Err(_) => Err(Failure::daemon("the snapshotter can't be started: its own thread failed")),
+    }
+}
+
+/// The socket that systemd passes, if it does.
+fn passed_socket() -> Result<Option<UnixListener>, Failure> {
+    let passed = sd_notify::listen_fds();
+    let mut passed =
+        passed.map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
+    let Some(fd) = passed.next() else { return Ok(None) };
+    // SAFETY: systemd opened it for this process, and nothing has used it since.
+    Ok(Some(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })))
+}
+
+fn bind(address: &Path) -> Result<UnixListener, Failure> {
+    let failed =
+        |e: io::Error| Failure::daemon(format!("the snapshotter can't listen at {}: {e}", address.display()));
+    if let Some(dir) = address.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        std::fs::create_dir_all(dir).map_err(failed)?;
+    }
+    match std::fs::symlink_metadata(address) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "something else is there")));
+        }
+        Ok(_) if UnixStream::connect(address).is_ok() => {
+            return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "somebody else serves there")));
+        }
+        // Left by one that was killed.
+        Ok(_) => std::fs::remove_file(address).map_err(failed)?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(address).map_err(failed)?;
+    std::fs::set_permissions(address, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+type Told = std::thread::JoinHandle<Result<(), String>>;
+
+/// Where the daemon says that it is ready, which systemd is told, and what it said if it is not.
+fn tell_when_ready() -> Result<(OwnedFd, Told), Failure> {
+    let failed = |e: io::Error| Failure::daemon(format!("the snapshotter can't be started: {e}"));
+    // The keeper takes these from a descriptor; no other thread may get them.
+    let mut keepers = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP] {
+        keepers.add(signal);
+    }
+    keepers.thread_block().map_err(|e| failed(e.into()))?;
+    let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+    let wait = move || {
+        let mut said = String::new();
+        let _ = File::from(read).take(4096).read_to_string(&mut said);
+        if said != start::READY {
+            return Err(said.trim().to_owned());
+        }
+        if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+            tracing::warn!(%error, "systemd can't be told that the snapshotter is ready");
+        }
+        Ok(())
+    };
+    let thread = std::thread::Builder::new().name("ready".into()).spawn(wait).map_err(failed)?;
+    Ok((write, thread))
+}

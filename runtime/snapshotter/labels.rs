@@ -1,0 +1,105 @@
+//! The labels by which containerd tells what a snapshot is to be.
+
+use lazyrun_index::Digest;
+
+use super::error::SnapshotError;
+use super::record::Labels;
+
+/// The chainID of the layer that is about to be unpacked. The snapshotter may provide it itself.
+pub const TARGET: &str = "containerd.io/snapshot.ref";
+/// The reference the image is pulled by.
+const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+/// The digest of the image's manifest.
+const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+/// The digest of the layer's blob.
+const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
+/// Longest name and value of a label together, in bytes: containerd's own limit.
+const MAX_LABEL: usize = 4096;
+
+/// A layer of an image, as the labels of a request name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The chainID of the layer and those below it.
+    pub target: Digest,
+    /// The reference of the image.
+    pub reference: String,
+    /// The digest of its manifest.
+    pub manifest: Digest,
+    /// The digest of the layer's blob, where it was said.
+    pub layer: Option<Digest>,
+}
+
+/// Checks the lengths of labels.
+///
+/// # Errors
+/// [`SnapshotError::InvalidArgument`] when one is too long.
+pub fn check(labels: &Labels) -> Result<(), SnapshotError> {
+    match labels.iter().find(|(name, value)| name.len() + value.len() > MAX_LABEL) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let start: String = name.chars().take(40).collect();
+            Err(SnapshotError::InvalidArgument(format!(
+                "the label {start} is longer than {MAX_LABEL} bytes with its value"
+            )))
+        }
+    }
+}
+
+/// The layer that labels name. A client that passes no annotations of the image (plain `ctr`) names none.
+pub fn wanted(labels: &Labels) -> Option<Wanted> {
+    let digest = |label: &str| labels.get(label)?.parse::<Digest>().ok();
+    Some(Wanted {
+        target: digest(TARGET)?,
+        reference: labels.get(IMAGE_REF)?.clone(),
+        manifest: digest(MANIFEST)?,
+        layer: digest(LAYER),
+    })
+}
+
+/// The name a layer gets when it is committed within a request for `key`.
+///
+/// containerd's own metadata store makes keys as `NAMESPACE/NUMBER/KEY`, which nobody else has; its garbage collector
+/// later names the layer without saying a namespace. So the layer's name begins like the key.
+pub fn name_of_layer(namespace: &str, key: &str, target: &str) -> String {
+    let number = key.strip_prefix(namespace).and_then(|rest| rest.strip_prefix('/'));
+    let number = number.and_then(|rest| rest.split_once('/')).map(|(number, _)| number);
+    match number.filter(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) {
+        Some(number) => format!("{namespace}/{number}/{target}"),
+        None => target.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_begin_like_the_keys_of_containerd() {
+        let of = |namespace: &str, key: &str| name_of_layer(namespace, key, "T");
+        assert_eq!(of("default", "default/12/extract-1 T"), "default/12/T");
+        for key in ["extract-1 T", "other/12/x", "default/x/y", "default//y", "default/12"] {
+            assert_eq!(of("default", key), "T", "{key}");
+        }
+    }
+
+    #[test]
+    fn all_of_an_image_has_to_be_named() {
+        let digest = Digest::of(b"x").to_string();
+        let mut labels = Labels::from([
+            (TARGET.to_owned(), digest.clone()),
+            (IMAGE_REF.to_owned(), "r.example/x:1".to_owned()),
+            (MANIFEST.to_owned(), digest),
+        ]);
+        assert!(wanted(&labels).is_some_and(|w| w.layer.is_none()));
+        labels.insert(MANIFEST.into(), "sha256:short".into());
+        assert_eq!(wanted(&labels), None);
+        labels.remove(IMAGE_REF);
+        assert_eq!(wanted(&labels), None);
+    }
+
+    #[test]
+    fn labels_are_bounded() {
+        assert!(check(&Labels::from([("a".into(), "b".repeat(4095))])).is_ok());
+        assert!(check(&Labels::from([("a".into(), "b".repeat(4096))])).is_err());
+    }
+}

@@ -1,0 +1,88 @@
+//! The snapshotter of containerd: `containerd.services.snapshots.v1` on a unix socket.
+//!
+//! Snapshots that containerd fills itself are directories, stacked by overlayfs, as its own overlayfs snapshotter has
+//! them. A layer of an image that is pulled with its name ([`labels`]) becomes a snapshot without being unpacked or
+//! even fetched: containerd is told that it is there already and downloads nothing. The first container on such
+//! layers gets the image's view ([`attached`]) below its own directory.
+//!
+//! The snapshotter never calls containerd: that holds locks while it waits for an answer.
+
+pub mod attached;
+mod collect;
+mod dirs;
+pub mod error;
+pub mod filter;
+pub mod images;
+pub mod labels;
+mod mounts;
+pub mod proto;
+pub mod record;
+mod server;
+mod service;
+pub mod store;
+
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+use lazyrun_index::Digest;
+use serde::{Deserialize, Serialize};
+
+use crate::daemon::images::Images;
+use crate::ipc::protocol::{IndexOptions, RegistryOptions};
+use crate::paths::Paths;
+use attached::Attached;
+use dirs::Dirs;
+use images::SnapshotImages;
+use store::Store;
+
+pub use server::serve;
+
+/// How the daemon serves containerd.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SnapshotterOptions {
+    /// How registries are talked to.
+    pub registry: RegistryOptions,
+    /// Whose indexes are used.
+    pub index: IndexOptions,
+}
+
+/// The snapshots of an instance.
+pub struct Snapshots {
+    /// What is known of them.
+    pub store: Arc<Store>,
+    /// The views that are attached for them.
+    pub attached: Attached,
+    /// The images whose layers are snapshots.
+    pub images: Arc<SnapshotImages>,
+    dirs: Dirs,
+    // diffIDs of layers that were removed since what they leave was deleted.
+    removed: Mutex<Vec<Vec<Digest>>>,
+}
+
+impl Snapshots {
+    /// Opens the snapshots of an instance; `None` if it has none and, without options, is not to have any.
+    ///
+    /// # Errors
+    /// When their directory or database can't be used.
+    pub fn open(
+        paths: &Paths,
+        images: &Arc<Images>,
+        options: Option<&SnapshotterOptions>,
+    ) -> Result<Option<Self>> {
+        let database = paths.snapshots().join("snapshots.db");
+        if options.is_none() && !database.exists() {
+            return Ok(None);
+        }
+        let dirs = Dirs::new(paths.snapshots())?;
+        let store = Store::open(&database).with_context(|| format!("opening {}", database.display()))?;
+        let options = options.cloned().unwrap_or_default();
+        let images = SnapshotImages::new(Arc::clone(images), options.registry, options.index);
+        Ok(Some(Self {
+            store: Arc::new(store),
+            attached: Attached::new(dirs.clone()),
+            images: Arc::new(images),
+            dirs,
+            removed: Mutex::default(),
+        }))
+    }
+}

@@ -1,0 +1,19 @@
+//! containerd's snapshot service as it is published, compiled by `runtime/snapshotter/proto/generate` and kept here;
+//! `tests/tools/proto.sh check` compares.
+#![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated code")]
+
+/// `containerd.types`.
+pub mod types {
+    include!("proto/generated/containerd.types.rs");
+}
+
+/// `containerd.services`.
+pub mod services {
+    /// `containerd.services.snapshots`.
+    pub mod snapshots {
+        /// `containerd.services.snapshots.v1`.
+        pub mod v1 {
+            include!("proto/generated/containerd.services.snapshots.v1.rs");
+        }
+    }
+}

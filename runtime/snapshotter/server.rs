@@ -1,0 +1,75 @@
+//! The socket that containerd connects to.
+
+use std::convert::Infallible;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tonic::codegen::Service as _;
+
+use super::proto::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use super::service::{Peer, Service};
+use crate::daemon::Daemon;
+
+/// Most connections at a time; containerd has one.
+const MAX_CONNECTIONS: usize = 64;
+/// Most requests at a time on one connection; others wait in it.
+const MAX_REQUESTS: u32 = 256;
+
+/// Answers containerd on a listening socket until the task is aborted.
+///
+/// # Errors
+/// When the descriptor is no socket.
+pub fn serve(daemon: &Arc<Daemon>, listener: OwnedFd) -> Result<JoinHandle<()>> {
+    let listener = std::os::unix::net::UnixListener::from(listener);
+    listener.set_nonblocking(true).context("using the socket for containerd")?;
+    let listener = UnixListener::from_std(listener).context("using the socket for containerd")?;
+    let snapshots = daemon.snapshots().context("the snapshots are not open")?;
+    let service = SnapshotsServer::new(Service::new(Arc::clone(daemon), Arc::clone(snapshots)));
+    Ok(tokio::spawn(accept(listener, service)))
+}
+
+async fn accept(listener: UnixListener, service: SnapshotsServer<Service>) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // Ends them all when this task ends.
+    let mut open = tokio::task::JoinSet::new();
+    loop {
+        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let service = service.clone();
+                open.spawn(async move {
+                    let _permit = permit;
+                    if let Err(error) = answer(stream, service).await {
+                        tracing::debug!(%error, "a connection of containerd's broke");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection of containerd's can't be accepted");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+        while open.try_join_next().is_some() {}
+    }
+}
+
+async fn answer(stream: UnixStream, service: SnapshotsServer<Service>) -> hyper::Result<()> {
+    let peer = Peer(stream.peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid > 0));
+    let answer = service_fn(move |mut request: hyper::Request<Incoming>| {
+        let mut service = service.clone();
+        request.extensions_mut().insert(peer);
+        async move { Ok::<_, Infallible>(service.call(request).await.unwrap_or_else(|never| match never {})) }
+    });
+    http2::Builder::new(TokioExecutor::new())
+        .max_concurrent_streams(MAX_REQUESTS)
+        .serve_connection(TokioIo::new(stream), answer)
+        .await
+}
