@@ -12,6 +12,7 @@ mod profiles;
 mod progress;
 mod run;
 mod system;
+mod system_disk;
 mod template;
 pub mod union;
 
@@ -22,6 +23,7 @@ use clap::Parser;
 use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Connection;
 use crate::ipc::protocol::IndexOptions;
+use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
 use crate::paths::{DEFAULT_ROOT, Paths};
 use args::{Cli, Command, SystemCommand};
@@ -33,17 +35,27 @@ pub struct Context {
     progress: progress::Style,
     insecure: Vec<String>,
     index: IndexOptions,
+    limits: LimitChange,
 }
 
 impl Context {
     /// A connection to the instance's daemon, which is started when none answers.
     fn daemon(&self) -> Result<Connection, Failure> {
+        if self.limits != LimitChange::default() {
+            system_disk::limit(self, self.limits)?;
+        }
         keeper::start::connect_or_start(&self.paths)
     }
 
     /// A connection to the instance's daemon if one runs.
     fn running_daemon(&self) -> Option<Connection> {
-        Connection::open(&self.paths.control()).ok()
+        let connection = Connection::open(&self.paths.control()).ok()?;
+        if self.limits != LimitChange::default()
+            && let Err(failure) = system_disk::limit(self, self.limits)
+        {
+            eprintln!("lazyrun: {failure}");
+        }
+        Some(connection)
     }
 }
 
@@ -70,7 +82,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let paths = Paths::new(&root)
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
-    let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry, index };
+    let limits = LimitChange { limit: cli.cache_limit, reserve: cli.disk_reserve };
+    let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry, index, limits };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -95,9 +108,28 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,
         Command::Doctor { format } => return system::doctor(context, format.as_deref()),
-        Command::System { command: SystemCommand::Reset { force } } => system::reset(context, force)?,
+        Command::System { command } => return system_command(context, command),
         Command::Demo(args) => return system::demo(&args),
         Command::Bench(args) => return system::bench(context, &args),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn system_command(context: &Context, command: SystemCommand) -> Result<ExitCode, Failure> {
+    match command {
+        SystemCommand::Df { verbose, format } => system_disk::usage(context, verbose, format.as_deref())?,
+        SystemCommand::Prune { all, cache, dry_run, force, format } => {
+            return system_disk::prune(
+                context,
+                PruneOptions { all, cache, dry_run },
+                force,
+                format.as_deref(),
+            );
+        }
+        SystemCommand::Check { repair, format } => {
+            return system_disk::check(context, repair, format.as_deref());
+        }
+        SystemCommand::Reset { force } => system::reset(context, force)?,
     }
     Ok(ExitCode::SUCCESS)
 }

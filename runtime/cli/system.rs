@@ -12,12 +12,14 @@ use serde_json::json;
 use super::args::{BenchArgs, DemoArgs};
 use super::{Context, output};
 use crate::bench::{self, BenchOptions};
+use crate::daemon::cache::change_limits;
 use crate::demo::image::HostImageOptions;
 use crate::demo::shaper::Shape;
 use crate::demo::{self, DemoOptions};
 use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Info, Request};
+use crate::ipc::system::LimitChange;
 use crate::keeper;
 use crate::network::Instance;
 
@@ -43,7 +45,20 @@ pub(super) fn keeper(context: &Context) -> ExitCode {
 
 pub(super) fn daemon(context: &Context, kept: bool) -> ExitCode {
     log_to_stderr();
-    if kept { crate::daemon::main(&context.paths) } else { keeper::main(&context.paths, None) }
+    if kept {
+        return crate::daemon::main(&context.paths);
+    }
+    if context.limits != LimitChange::default()
+        && let Err(error) = context
+            .paths
+            .create()
+            .map_err(Into::into)
+            .and_then(|()| change_limits(&context.paths, context.limits))
+    {
+        eprintln!("lazyrun: {error:#}");
+        return ExitCode::from(EXIT_LAZYRUN);
+    }
+    keeper::main(&context.paths, None)
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use lazyrun_fetcher::{Fetcher, Layer};
+use lazyrun_fetcher::{Fetcher, Layer, LayerPin};
 use lazyrun_fs::erofs::{self, BUILDER_VERSION, DeviceSpec, LayerContent};
 use lazyrun_fs::fuse::{self, FuseKind, ServeOptions, ServerHandle};
 use lazyrun_fs::mount::{self, OverlayOptions};
@@ -33,6 +34,8 @@ pub struct MountedView {
     pub direct: bool,
     /// The layers, bottom first.
     pub layers: Vec<Arc<Layer>>,
+    // Nothing of what is read without FUSE may be evicted.
+    _pins: Vec<LayerPin>,
     // During a start from this view.
     readahead: Mutex<Option<ShortReadahead>>,
     // The server of plan `overlay`, which has a FUSE connection for each view.
@@ -173,7 +176,9 @@ impl Views {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
             None => None,
         };
+        let pins = if direct { pin(&layers) } else { Vec::new() };
         let view = MountedView {
+            _pins: pins,
             id: id.clone(),
             plan,
             tree,
@@ -197,6 +202,7 @@ impl Views {
         purpose: Purpose,
     ) -> Result<Arc<MountedView>> {
         let id = ViewId::of(&layers);
+        layers.iter().for_each(|layer| layer.touch());
         let _building = self.building.lock().await;
         if let Some(view) = self.reusable(&id, plan, purpose) {
             return Ok(view);
@@ -255,6 +261,54 @@ impl Views {
         busy
     }
 
+    /// Layer files of the views that somebody uses.
+    pub fn in_use(&self) -> Vec<LayerId> {
+        let mounted = self.lock();
+        let used = mounted.values().filter(|view| Arc::strong_count(view) > 1);
+        used.flat_map(|view| view.layers.iter().map(|l| l.id())).collect()
+    }
+
+    /// The files of all views, and whether somebody uses them.
+    ///
+    /// # Errors
+    /// When the directory can't be read.
+    pub fn files(&self) -> Result<Vec<(PathBuf, bool)>> {
+        let used: Vec<PathBuf> = {
+            let mounted = self.lock();
+            let used = mounted.values().filter(|view| Arc::strong_count(view) > 1);
+            used.flat_map(|view| [self.image_path(&view.id), self.appendix_path(&view.id)]).collect()
+        };
+        let files =
+            std::fs::read_dir(&self.dir).with_context(|| format!("reading {}", self.dir.display()))?;
+        Ok(files.flatten().map(|f| f.path()).map(|path| (path.clone(), used.contains(&path))).collect())
+    }
+
+    /// Takes down views that nobody uses and deletes their files, but for chains that `keep` says yes to; they can be
+    /// built again. Returns the files and what they took. Does nothing while a view is being made.
+    ///
+    /// # Errors
+    /// When the directory can't be read or a file can't be deleted.
+    pub fn prune(&self, keep: impl Fn(Digest) -> bool, dry_run: bool) -> Result<Vec<(PathBuf, u64)>> {
+        let Ok(_building) = self.building.try_lock() else { return Ok(Vec::new()) };
+        if !dry_run {
+            self.release(|view| !keep(view.id.chain));
+        }
+        let mut gone = Vec::new();
+        for (path, used) in self.files()? {
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let chain = name.get(..64).and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
+            if used || chain.is_some_and(&keep) {
+                continue;
+            }
+            let size = std::fs::metadata(&path).map_or(0, |meta| meta.blocks() * 512);
+            if !dry_run {
+                std::fs::remove_file(&path).with_context(|| format!("deleting {}", path.display()))?;
+            }
+            gone.push((path, size));
+        }
+        Ok(gone)
+    }
+
     /// Deletes the metadata images of all chains but these, and those with adopted indexes that are not mounted. Those
     /// still mounted live on until unmounted.
     ///
@@ -280,7 +334,12 @@ impl Views {
         if !image.exists() {
             self.build(&layers, &image, &appendix, runtime)?;
         }
+        // Held before the look: what is whole then stays whole.
+        let mut pins = pin(&layers);
         let direct = purpose != Purpose::Recorded && layers.iter().all(|l| l.is_hydrated());
+        if !direct {
+            pins.clear();
+        }
         let device = |layer: &Arc<Layer>| match direct {
             true => Device::Local(layer.data_path()),
             false => Device::Flat(layer.file_name().to_owned()),
@@ -301,7 +360,7 @@ impl Views {
         self.keep(&id, Plan::Erofs, direct, &tree, None)?;
         drop(while_opened);
         let readahead = Mutex::new(before.and_then(|before| before.shorten_new()));
-        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, readahead, _server: None })
+        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, _pins: pins, readahead, _server: None })
     }
 
     fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>) -> Result<MountedView> {
@@ -315,6 +374,7 @@ impl Views {
             tree: mount.tree,
             direct: false,
             layers,
+            _pins: Vec::new(),
             readahead: Mutex::default(),
             _server: Some(server),
         })
@@ -400,6 +460,10 @@ impl Views {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {
         self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn pin(layers: &[Arc<Layer>]) -> Vec<LayerPin> {
+    layers.iter().map(Layer::pin_direct).collect()
 }
 
 fn merge(layers: &[Arc<Layer>]) -> Result<View> {

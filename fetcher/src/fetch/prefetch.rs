@@ -15,6 +15,7 @@ pub(super) async fn run(
 ) -> Result<(), FetchError> {
     let state = inner.state(layer.id());
     let count = layer.index().span_count();
+    layer.touch_spans(range.start..range.end.min(count));
     let mut ranks: Vec<usize> = range.take_while(|&i| i < count).map(|i| layer.rank_of(i)).collect();
     ranks.sort_unstable();
     while !ranks.is_empty() {

@@ -15,7 +15,7 @@ use super::claims::LayerState;
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking, ingest, table};
 use crate::error::FetchError;
-use crate::store::Layer;
+use crate::store::{Layer, LayerPin};
 
 /// Passes per source when what comes is damaged.
 const TRIES: usize = 2;
@@ -113,6 +113,8 @@ pub(super) async fn pass<T: Send + 'static>(
 /// Stores the spans of the claimed index as the prover lets them pass.
 struct Sink {
     layer: Arc<Layer>,
+    /// What was seen to be here is still here when it is compared.
+    _pin: LayerPin,
     state: Arc<LayerState>,
     progress: Arc<dyn Progress>,
     /// `forget`s before the pass.
@@ -143,8 +145,10 @@ struct Passing {
 
 impl Sink {
     fn new(layer: &Arc<Layer>, state: Arc<LayerState>, progress: &Arc<dyn Progress>) -> Sink {
+        let pin = layer.pin_busy();
         Sink {
             epoch: layer.epoch(),
+            _pin: pin,
             layer: Arc::clone(layer),
             state,
             progress: Arc::clone(progress),

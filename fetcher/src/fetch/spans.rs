@@ -14,7 +14,7 @@ use super::scheduler::Class;
 use super::{Inner, blocking};
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
-use crate::store::Layer;
+use crate::store::{Layer, Need};
 
 /// Tries per source when what comes is corrupt.
 const TRIES: usize = 2;
@@ -43,7 +43,14 @@ pub(super) async fn fetch(
     let result = from_any_source(inner, layer, &run).await;
     drop(slot);
     let saved = Arc::clone(layer);
+    // What nobody has any more can't be fetched again, so nothing of it may be evicted.
+    let gone = match &result {
+        Ok(()) => Some(false),
+        Err(FetchError::BlobNotFound { .. } | FetchError::ImageNotFound { .. }) => Some(true),
+        Err(_) => None,
+    };
     let _ = blocking("saving the span map", move || {
+        gone.into_iter().for_each(|gone| saved.set_origin_gone(gone));
         saved.save_map().map_err(|e| FetchError::store("writing", &saved.data_path(), e))
     })
     .await;
@@ -74,7 +81,7 @@ async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>)
         for _ in 0..TRIES {
             match from_source(inner, layer, run, source, other.clone(), &mut next).await {
                 Ok(()) => return Ok(()),
-                Err(error @ (FetchError::DiskFull { .. } | FetchError::Store { .. })) => return Err(error),
+                Err(error) if error.is_of_store() => return Err(error),
                 Err(error @ FetchError::Corrupt { .. }) => {
                     tracing::warn!(%error, source = source.name(), "span is fetched again");
                     failure = error;
@@ -187,8 +194,13 @@ fn store(
         .decode_span(number, compressed, &mut decoded)
         .map_err(|error| corrupt(error.to_string()))?;
     inner.counters.spans.fetch_add(1, Relaxed);
-    let stored =
-        layer.write_span(span, &decoded).map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
+    let need = match run.class {
+        Class::Fault => Need::Reader,
+        Class::Background => Need::Ahead,
+    };
+    let stored = layer
+        .write_span_for(need, span, &decoded)
+        .map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
     // One that the stream has brought meanwhile is right.
     if !stored && !layer.has_span(number) {
         return Err(corrupt(format!(
