@@ -75,7 +75,7 @@ soak:
 # The daemon is killed KILLS times while it fills and evicts; every span that survives is verified each time.
 KILLS ?= 200
 soak-fills:
-	FILL_ROUNDS=$(KILLS) $(CARGO) test --test main -- --ignored soak_fills
+	FILL_ROUNDS=$(KILLS) $(CARGO) test --test integration -- --ignored soak_fills
 
 # Mixes of misbehaviours of a registry, SEEDS of them.
 evil:

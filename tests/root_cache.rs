@@ -20,7 +20,7 @@ const LIMIT: u64 = 12 << 20;
 /// The same, as it is typed.
 const LIMITED: [&str; 2] = ["--cache-limit", "12MiB"];
 /// Bytes that a request may bring beyond what was looked at.
-const SLACK: u64 = 1 << 20;
+const SLACK: u64 = 2 << 20;
 /// After a life as long as this a keeper does not mind that its daemon dies.
 const LONG_LIFE: Duration = Duration::from_millis(5200);
 

@@ -6,10 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::server::{Server, serve, status};
-use common::{Bench, TestImage, TestLayer, no_progress, tar};
-use lazyrun_fetcher::{CacheLimit, CacheLimits, FetchError, Layer};
+use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
+use lazyrun_fetcher::{CacheLimit, CacheLimits, FetchError, FetchOptions, Layer};
+use lazyrun_index::StreamOptions;
 
 const LIMIT: u64 = 8 << 20;
+
+/// Spans so large that their index is small beside them.
+fn bench() -> Bench {
+    let stream = StreamOptions { span_size: 256 << 10, span_len: 1 << 20, ..StreamOptions::default() };
+    Bench::with(quick_client(), FetchOptions { stream, ..quick_fetch() })
+}
 
 fn limit(bench: &Bench, bytes: u64) {
     let limits = CacheLimits { limit: Some(CacheLimit::Bytes(bytes)), reserve: 0 };
@@ -47,7 +54,7 @@ async fn a_layer_larger_than_the_limit_is_read_and_read_again() {
     assert!(made.len() as u64 > LIMIT + (2 << 20));
     let served = image.clone();
     let server = Server::start(move |seen| serve(&served, seen)).await;
-    let bench = Bench::new();
+    let bench = bench();
     limit(&bench, LIMIT);
     // Streamed without an index: what does not fit is indexed and not stored.
     let layer = ingest_all(&bench, &server).await.remove(0);
@@ -72,7 +79,7 @@ async fn many_readers_share_little_room() {
     let image = image(2);
     let served = image.clone();
     let server = Server::start(move |seen| serve(&served, seen)).await;
-    let bench = Arc::new(Bench::new());
+    let bench = Arc::new(bench());
     limit(&bench, LIMIT);
     let layers = ingest_all(&bench, &server).await;
     let mut readers = Vec::new();
@@ -112,7 +119,7 @@ async fn what_the_registry_has_lost_stays() {
         serve(&served, seen)
     })
     .await;
-    let bench = Bench::new();
+    let bench = bench();
     let layers = ingest_all(&bench, &server).await;
     // Some of it is missing, and the registry does not have it any more: what is left is all there will be.
     limit(&bench, LIMIT * 2);

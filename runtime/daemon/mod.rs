@@ -120,6 +120,7 @@ impl Daemon {
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
         let limits = cache::load_limits(&paths)?;
+        layers.set_users(Arc::new(cache::NotYet));
         let fetcher = Fetcher::new(layers, FetchOptions::default());
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
         let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));

@@ -233,6 +233,7 @@ impl Daemon {
         let ready = self.images.ready(&request, &progress).await?;
         self.keep_profile(&ready);
         // One layer of the image must not take the place of another, or none would ever be whole.
+        ready.layers.iter().for_each(|layer| layer.touch());
         let _pins: Vec<_> = ready.layers.iter().map(|layer| layer.pin_filling()).collect();
         self.images.hydrate(&ready.layers, &progress).await?;
         let records = self.images.find(&ready.image.reference.to_string())?;

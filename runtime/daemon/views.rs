@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -56,7 +55,7 @@ pub enum Purpose {
 
 /// All views of an instance.
 pub struct Views {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     mounter: Mounter,
     fetcher: Fetcher,
     service: Arc<LayerService>,
@@ -64,7 +63,7 @@ pub struct Views {
     kept: Arc<Kept>,
     mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
-    building: tokio::sync::Mutex<()>,
+    pub(super) building: tokio::sync::Mutex<()>,
 }
 
 /// Names a view: the chainID of its layers and, unless all are tar layer files that were indexed here, which files
@@ -245,7 +244,7 @@ impl Views {
     }
 
     /// Takes down views that nobody uses and for which `which` says yes; returns the layer files of those in use.
-    pub fn release(&self, which: impl Fn(&MountedView) -> bool) -> Vec<LayerId> {
+    pub fn release(&self, mut which: impl FnMut(&MountedView) -> bool) -> Vec<LayerId> {
         let mut busy = Vec::new();
         self.lock().retain(|_, view| {
             if Arc::strong_count(view) > 1 {
@@ -259,54 +258,6 @@ impl Views {
             keep
         });
         busy
-    }
-
-    /// Layer files of the views that somebody uses.
-    pub fn in_use(&self) -> Vec<LayerId> {
-        let mounted = self.lock();
-        let used = mounted.values().filter(|view| Arc::strong_count(view) > 1);
-        used.flat_map(|view| view.layers.iter().map(|l| l.id())).collect()
-    }
-
-    /// The files of all views, and whether somebody uses them.
-    ///
-    /// # Errors
-    /// When the directory can't be read.
-    pub fn files(&self) -> Result<Vec<(PathBuf, bool)>> {
-        let used: Vec<PathBuf> = {
-            let mounted = self.lock();
-            let used = mounted.values().filter(|view| Arc::strong_count(view) > 1);
-            used.flat_map(|view| [self.image_path(&view.id), self.appendix_path(&view.id)]).collect()
-        };
-        let files =
-            std::fs::read_dir(&self.dir).with_context(|| format!("reading {}", self.dir.display()))?;
-        Ok(files.flatten().map(|f| f.path()).map(|path| (path.clone(), used.contains(&path))).collect())
-    }
-
-    /// Takes down views that nobody uses and deletes their files, but for chains that `keep` says yes to; they can be
-    /// built again. Returns the files and what they took. Does nothing while a view is being made.
-    ///
-    /// # Errors
-    /// When the directory can't be read or a file can't be deleted.
-    pub fn prune(&self, keep: impl Fn(Digest) -> bool, dry_run: bool) -> Result<Vec<(PathBuf, u64)>> {
-        let Ok(_building) = self.building.try_lock() else { return Ok(Vec::new()) };
-        if !dry_run {
-            self.release(|view| !keep(view.id.chain));
-        }
-        let mut gone = Vec::new();
-        for (path, used) in self.files()? {
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            let chain = name.get(..64).and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
-            if used || chain.is_some_and(&keep) {
-                continue;
-            }
-            let size = std::fs::metadata(&path).map_or(0, |meta| meta.blocks() * 512);
-            if !dry_run {
-                std::fs::remove_file(&path).with_context(|| format!("deleting {}", path.display()))?;
-            }
-            gone.push((path, size));
-        }
-        Ok(gone)
     }
 
     /// Deletes the metadata images of all chains but these, and those with adopted indexes that are not mounted. Those
@@ -426,11 +377,11 @@ impl Views {
         Ok(())
     }
 
-    fn image_path(&self, id: &ViewId) -> PathBuf {
+    pub(super) fn image_path(&self, id: &ViewId) -> PathBuf {
         self.dir.join(format!("{}.v{BUILDER_VERSION}.erofs", id.file_stem()))
     }
 
-    fn appendix_path(&self, id: &ViewId) -> PathBuf {
+    pub(super) fn appendix_path(&self, id: &ViewId) -> PathBuf {
         self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", id.file_stem()))
     }
 
@@ -457,7 +408,7 @@ impl Views {
         let _ = self.kept.discard(&format!("{name}:dev"));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {
+    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {
         self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

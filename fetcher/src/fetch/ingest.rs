@@ -149,6 +149,7 @@ impl Job {
             None => store.publish(staging, summary.spans as usize, self.plan.replace)?,
             Some(stored) => store.publish_start(staging, stored, self.plan.replace)?,
         };
+        store.room().settle();
         self.progress.advance(self.layer.diff_id, self.layer.size, self.layer.size);
         Ok(layer)
     }

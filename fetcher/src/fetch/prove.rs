@@ -15,7 +15,7 @@ use super::claims::LayerState;
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking, ingest, table};
 use crate::error::FetchError;
-use crate::store::{Layer, LayerPin};
+use crate::store::{Layer, LayerPin, is_full};
 
 /// Passes per source when what comes is damaged.
 const TRIES: usize = 2;
@@ -205,8 +205,14 @@ impl Sink {
         if known && span.digest_of == DigestOf::Decoded {
             return Ok(());
         }
-        if !self.layer.write_span(span, bytes)? {
-            self.contradiction.get_or_insert(span.index as usize);
+        match self.layer.write_span_for(self.state.stream_need(), span, bytes) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.contradiction.get_or_insert(span.index as usize);
+            }
+            // The index is proven all the same; who wants the span fetches it.
+            Err(error) if is_full(&error) => return Ok(()),
+            Err(error) => return Err(error),
         }
         self.stored()
     }

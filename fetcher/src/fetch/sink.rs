@@ -13,6 +13,8 @@ use crate::store::{Need, NoRoom, Room};
 
 /// Decoded bytes gathered for one write.
 const WRITE_SIZE: usize = 1 << 20;
+/// What a span takes of the index, about: most of it is what a decoder has to know to begin there.
+const SPAN_COST: u64 = 36 << 10;
 /// Zeros in a row that are left out of the file, in bytes.
 const HOLE: usize = 64 << 10;
 
@@ -23,6 +25,8 @@ pub(super) struct FileSink<'a> {
     at: u64,
     gathered: Vec<u8>,
     room: &'a Room,
+    /// Bytes of the index that come at its end.
+    promised: u64,
     /// Where storing ended, when the store's limit ended it and the rest is only looked at.
     ended: Option<u64>,
     /// Whether that may be.
@@ -35,13 +39,14 @@ impl<'a> FileSink<'a> {
     /// A sink in a store with this room, which has to take everything.
     pub(super) fn new(data: &'a File, room: &'a Room, progress: &'a (dyn Fn(u64) + Sync)) -> Self {
         let gathered = Vec::with_capacity(WRITE_SIZE);
-        FileSink { data, at: 0, gathered, room, ended: None, may_end: false, progress }
+        FileSink { data, at: 0, gathered, room, promised: 0, ended: None, may_end: false, progress }
     }
 
     /// Where the store's limit leaves no room, what is still to come is not stored: once the layer is indexed, it can
     /// be fetched when it is wanted.
-    pub(super) fn may_end_early(self) -> Self {
-        FileSink { may_end: true, ..self }
+    pub(super) fn may_end_early(mut self) -> Self {
+        self.may_end = true;
+        self
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
@@ -94,11 +99,19 @@ impl LayerSink for FileSink<'_> {
     }
 
     fn span(&mut self, _: &SpanInfo) -> io::Result<()> {
+        self.promised += SPAN_COST;
+        self.room.promise(SPAN_COST);
         Ok(())
     }
 
     fn progress(&mut self, blob_bytes: u64) {
         (self.progress)(blob_bytes);
+    }
+}
+
+impl Drop for FileSink<'_> {
+    fn drop(&mut self) {
+        self.room.keep_promise(self.promised);
     }
 }
 

@@ -24,10 +24,12 @@ const BLOCK: u64 = 4096;
 
 impl Layer {
     /// Evicts those of the spans that are here, on which no pin is and which no reader waits for. Returns the bytes
-    /// of disk that this freed; none when the file is read directly by anybody.
-    pub(super) fn evict(&self, spans: &[usize]) -> io::Result<u64> {
+    /// of disk that this freed; none when the file is read directly by anybody. `released`: somebody has just let go of
+    /// the file, and the kernel may need a moment to close it.
+    pub(super) fn evict(&self, spans: &[usize], released: bool) -> io::Result<u64> {
         let _fills = self.fills.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(_lease) = Lease::take(&self.data)? else { return Ok(0) };
+        let lease = if released { Lease::wait(&self.data) } else { Lease::take(&self.data) };
+        let Some(_lease) = lease? else { return Ok(0) };
         let gone = {
             let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
             if self.pins.hold_all() {

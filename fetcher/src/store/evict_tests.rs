@@ -46,11 +46,12 @@ fn limit(store: &LayerStore, bytes: u64) {
 struct Uses(HashMap<LayerId, InUse>);
 
 impl LayerUsers for Uses {
-    fn in_use(&self) -> HashMap<LayerId, InUse> {
-        self.0.clone()
+    fn in_use(&self) -> Option<HashMap<LayerId, InUse>> {
+        Some(self.0.clone())
     }
-    fn release(&self, layer: LayerId) {
+    fn release(&self, layer: LayerId) -> bool {
         assert!(!self.0.contains_key(&layer), "what is in use is not let go");
+        false
     }
 }
 
@@ -63,7 +64,7 @@ fn evicted_spans_are_missing_and_their_neighbours_whole() {
     layer.sync().unwrap();
     let count = layer.index().span_count();
     let before = layer.disk_bytes().unwrap();
-    let freed = layer.evict(&[1, 2, 5]).unwrap();
+    let freed = layer.evict(&[1, 2, 5], false).unwrap();
     let evicted: u64 = [1, 2, 5].iter().map(|i| layer.index().span(*i).len).sum();
     assert!(freed <= evicted && freed + 4 * 4096 >= evicted, "{freed} of {evicted}");
     assert_eq!(layer.disk_bytes().unwrap(), before - freed);
@@ -86,7 +87,7 @@ fn evicted_spans_are_missing_and_their_neighbours_whole() {
     }
     // All that is left goes without a block remaining, in whatever pieces it went.
     for span in (0..count).rev() {
-        layer.evict(&[span]).unwrap();
+        layer.evict(&[span], false).unwrap();
     }
     assert_eq!((layer.disk_bytes().unwrap(), layer.local_bytes()), (0, 0));
     for span in 0..count {
@@ -104,24 +105,24 @@ fn what_is_held_stays() {
     let layer = publish(&store, &made);
     let all: Vec<usize> = (0..layer.index().span_count()).collect();
     let direct = layer.pin_direct();
-    assert_eq!(layer.evict(&all).unwrap(), 0);
+    assert_eq!(layer.evict(&all, false).unwrap(), 0);
     assert!(layer.is_hydrated());
     assert_eq!(layer.forget().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
     drop(direct);
     let busy = layer.pin_busy();
-    assert_eq!(layer.evict(&all).unwrap(), 0);
+    assert_eq!(layer.evict(&all, false).unwrap(), 0);
     drop(busy);
     // Somebody else has the file open, though nobody says so: a mount that an earlier life made.
     let other = fs::File::open(layer.data_path()).unwrap();
-    assert_eq!(layer.evict(&all).unwrap(), 0);
+    assert_eq!(layer.evict(&all, false).unwrap(), 0);
     assert!(layer.is_hydrated());
     drop(other);
     let wanted = layer.want(2..4);
-    assert!(layer.evict(&all).unwrap() > 0);
+    assert!(layer.evict(&all, false).unwrap() > 0);
     let left: Vec<usize> = all.iter().copied().filter(|i| layer.counts(*i)).collect();
     assert_eq!(left, [2, 3]);
     drop(wanted);
-    assert!(layer.evict(&all).unwrap() > 0);
+    assert!(layer.evict(&all, false).unwrap() > 0);
     assert_eq!(layer.local_bytes(), 0);
 }
 
@@ -218,7 +219,7 @@ fn readers_never_see_the_hole() {
         }
         for round in 0..120 {
             let spans: Vec<usize> = (0..count).filter(|i| (i + round) % 3 != 0).collect();
-            layer.evict(&spans).unwrap();
+            layer.evict(&spans, false).unwrap();
             if round % 40 == 39 {
                 layer.sync().unwrap();
             }
@@ -247,7 +248,7 @@ fn a_pin_and_an_eviction_agree_on_what_is_whole() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                layer.evict(&[0, 1, 2]).unwrap();
+                layer.evict(&[0, 1, 2], false).unwrap();
                 (0..3).for_each(|span| fill(&layer, &made, span));
             }
         });
@@ -285,7 +286,7 @@ fn a_limit_is_kept_by_evicting_what_was_not_used_for_longest() {
     assert!(used > 16 << 20, "{used}");
     limit(&store, used);
     let span = layers[3].index().span(0);
-    layers[3].evict(&[0]).unwrap();
+    layers[3].evict(&[0], false).unwrap();
     limit(&store, 14 << 20);
     assert!(store.disk_bytes().unwrap() <= 14 << 20);
     let local: Vec<bool> = layers.iter().map(|l| l.local_bytes() == l.index().layer_size()).collect();
@@ -423,7 +424,7 @@ proptest! {
                 }
                 Step::Evict(from, len) => {
                     let spans: Vec<usize> = (from % count..count.min(from % count + len)).collect();
-                    layer.evict(&spans).unwrap();
+                    layer.evict(&spans, false).unwrap();
                     let any = spans.iter().any(|i| here.contains(i));
                     spans.iter().for_each(|i| { here.remove(i); durable.remove(i); saved.remove(i); });
                     if any { saved = here.clone(); }

@@ -29,7 +29,7 @@ pub use layer::Layer;
 pub use limits::{CacheLimit, CacheLimits, ParseLimitError, parse_bytes};
 pub use pins::LayerPin;
 pub use room::EvictionStats;
-pub(crate) use room::{Need, NoRoom, Room};
+pub(crate) use room::{Need, NoRoom, Room, is_full};
 pub(crate) use staging::Staging;
 pub use victims::{InUse, LayerUsers};
 

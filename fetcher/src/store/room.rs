@@ -87,6 +87,8 @@ pub(crate) struct Room {
     layers: PathBuf,
     limits: RwLock<CacheLimits>,
     account: Mutex<Account>,
+    /// Bytes that are certain to be written without asking.
+    promised: AtomicU64,
     /// One looks and evicts at a time; the others find room when it is done.
     turn: Mutex<()>,
     pub(super) hooks: Hooks,
@@ -108,6 +110,7 @@ impl Room {
             layers,
             limits: RwLock::default(),
             account: Mutex::default(),
+            promised: AtomicU64::new(0),
             turn: Mutex::default(),
             hooks: Hooks::default(),
             store,
@@ -126,6 +129,27 @@ impl Room {
         match self.take(0, Need::Reader) {
             Err(e) if is_full(&e) => Ok(()),
             result => result,
+        }
+    }
+
+    /// Counts bytes that will be written without asking, until [`Room::keep_promise`].
+    pub(crate) fn promise(&self, bytes: u64) {
+        self.promised.fetch_add(bytes, Relaxed);
+    }
+
+    /// Promised bytes are written, or never will be.
+    pub(crate) fn keep_promise(&self, bytes: u64) {
+        self.promised.fetch_sub(bytes, Relaxed);
+    }
+
+    /// Looks whether what was written without asking is beyond the limit, and evicts what nobody needs if it is.
+    pub(crate) fn settle(&self) {
+        if self.limits().limit.is_none() {
+            return;
+        }
+        *self.account() = Account::default();
+        if let Err(error) = self.take(0, Need::Ahead) {
+            tracing::debug!(%error, "the cache is beyond its limit");
         }
     }
 
@@ -208,7 +232,10 @@ impl Room {
         }
         let mut account = self.account();
         account.disk_left = (look.free - look.reserve).min(LOOK_EVERY.max(len)) - len;
-        account.limit_left = look.limited.map_or(u64::MAX, |(used, limit)| limit.saturating_sub(used) - len);
+        // Indexes and maps are written without asking: the next look finds them.
+        let soon = look.slack(len);
+        let left = |(used, limit): (u64, u64)| limit.saturating_sub(used).min(soon.max(len)) - len;
+        account.limit_left = look.limited.map_or(u64::MAX, left);
         Ok(Ok(()))
     }
 
@@ -239,7 +266,9 @@ impl Room {
         let bytes = |blocks: u64| blocks.saturating_mul(disk.fragment_size());
         let size = bytes(disk.blocks());
         let limited = match limits.limit_on(size) {
-            Some(limit) => Some((used_below(&self.layers)?, limit)),
+            Some(limit) => {
+                Some((used_below(&self.layers)?.saturating_add(self.promised.load(Relaxed)), limit))
+            }
             None => None,
         };
         Ok(Look { free: bytes(disk.blocks_available()), reserve: limits.reserve_on(size), limited })

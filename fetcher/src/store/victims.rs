@@ -25,10 +25,11 @@ pub enum InUse {
 
 /// What only those above the store know of its layers.
 pub trait LayerUsers: Send + Sync {
-    /// Layers in use. Called while a fill waits for room: takes no long locks.
-    fn in_use(&self) -> HashMap<LayerId, InUse>;
-    /// Lets go of what holds the layer open without need, because it is about to be evicted.
-    fn release(&self, layer: LayerId);
+    /// Layers in use; `None` while that can't be told, and nothing may go. Called while a fill waits for room: takes no
+    /// long locks.
+    fn in_use(&self) -> Option<HashMap<LayerId, InUse>>;
+    /// Lets go of what holds the layer open without need, because it is about to be evicted. Whether there was such.
+    fn release(&self, layer: LayerId) -> bool;
 }
 
 type Refetch = dyn Fn(&Layer) -> bool + Send + Sync;
@@ -64,7 +65,9 @@ impl Hooks {
 /// Evicts spans until about `want` bytes of disk are freed, or nothing is left that may go. Returns what was freed.
 pub(super) fn evict(store: &Arc<Inner>, hooks: &Hooks, want: u64, need: Need) -> u64 {
     let users = hooks.users();
-    let in_use = users.as_ref().map(|users| users.in_use()).unwrap_or_default();
+    let Some(in_use) = users.as_ref().map_or_else(|| Some(HashMap::new()), |users| users.in_use()) else {
+        return 0;
+    };
     let Ok(ids) = store.list() else { return 0 };
     let mut idle: Vec<(u64, LayerId)> = Vec::new();
     for id in ids.iter().filter(|id| !in_use.contains_key(id)) {
@@ -77,10 +80,9 @@ pub(super) fn evict(store: &Arc<Inner>, hooks: &Hooks, want: u64, need: Need) ->
             return freed;
         }
         let Some(layer) = open(store, hooks, id, need) else { continue };
-        if let Some(users) = &users {
-            users.release(id);
-        }
-        freed += evict_of(&layer, want - freed);
+        // A view that nobody uses is mounted still, and its pin goes with it.
+        let released = users.as_ref().is_some_and(|users| users.release(id));
+        freed += evict_of(&layer, want - freed, released);
     }
     if need == Need::Reader && freed < want {
         freed += evict_in_use(store, hooks, &in_use, want - freed);
@@ -103,12 +105,12 @@ fn last_use(store: &Inner, id: LayerId) -> u64 {
 /// A layer of which something may go.
 fn open(store: &Arc<Inner>, hooks: &Hooks, id: LayerId, need: Need) -> Option<Arc<Layer>> {
     let layer = store.by_id(id).ok().flatten()?;
-    let held = layer.pins.hold_all() || need == Need::Ahead && layer.pins.hold_for_filling();
+    let held = need == Need::Ahead && layer.pins.hold_for_filling();
     (!held && layer.local_bytes() > 0 && hooks.can_refetch(&layer)).then_some(layer)
 }
 
 /// Evicts spans of one layer, longest unused first.
-fn evict_of(layer: &Layer, want: u64) -> u64 {
+fn evict_of(layer: &Layer, want: u64, released: bool) -> u64 {
     let mut spans = Vec::new();
     let mut bytes = 0u64;
     for (_, _, span, len) in layer.evictable() {
@@ -118,7 +120,7 @@ fn evict_of(layer: &Layer, want: u64) -> u64 {
         spans.push(span);
         bytes = bytes.saturating_add(len);
     }
-    evict_spans(layer, &mut spans)
+    evict_spans(layer, &mut spans, released)
 }
 
 fn evict_in_use(store: &Arc<Inner>, hooks: &Hooks, in_use: &HashMap<LayerId, InUse>, want: u64) -> u64 {
@@ -127,7 +129,7 @@ fn evict_in_use(store: &Arc<Inner>, hooks: &Hooks, in_use: &HashMap<LayerId, InU
     let mut spans = Vec::new();
     for (i, (class, layer)) in layers.iter().enumerate() {
         let evictable = layer.evictable().into_iter();
-        spans.extend(evictable.map(|(whole, time, span, len)| (whole, *class, time, i, span, len)));
+        spans.extend(evictable.map(|(whole, time, span, len)| (*class, whole, time, i, span, len)));
     }
     spans.sort_unstable();
     let mut of_layer = vec![Vec::new(); layers.len()];
@@ -139,15 +141,15 @@ fn evict_in_use(store: &Arc<Inner>, hooks: &Hooks, in_use: &HashMap<LayerId, InU
         of_layer[i].push(span);
         bytes = bytes.saturating_add(len);
     }
-    layers.iter().zip(&mut of_layer).map(|((_, layer), spans)| evict_spans(layer, spans)).sum()
+    layers.iter().zip(&mut of_layer).map(|((_, layer), spans)| evict_spans(layer, spans, false)).sum()
 }
 
-fn evict_spans(layer: &Layer, spans: &mut [usize]) -> u64 {
+fn evict_spans(layer: &Layer, spans: &mut [usize], released: bool) -> u64 {
     if spans.is_empty() {
         return 0;
     }
     spans.sort_unstable();
-    layer.evict(spans).unwrap_or_else(|error| {
+    layer.evict(spans, released).unwrap_or_else(|error| {
         tracing::warn!(layer = %layer.id(), %error, "spans can't be evicted");
         0
     })

@@ -3,6 +3,7 @@
 mod check;
 mod prune;
 mod usage;
+mod views;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -76,18 +77,36 @@ fn write(path: &Path, dir: &Path, content: &Content) -> Result<()> {
     Ok(())
 }
 
+/// For a daemon that does not know yet what reads which layers: nothing may be evicted.
+pub struct NotYet;
+
+impl LayerUsers for NotYet {
+    fn in_use(&self) -> Option<HashMap<LayerId, InUse>> {
+        None
+    }
+
+    fn release(&self, _: LayerId) -> bool {
+        false
+    }
+}
+
 /// What the store asks while it evicts.
 struct Users(Weak<Daemon>);
 
 impl LayerUsers for Users {
-    fn in_use(&self) -> HashMap<LayerId, InUse> {
-        self.0.upgrade().map(|daemon| daemon.layers_in_use()).unwrap_or_default()
+    fn in_use(&self) -> Option<HashMap<LayerId, InUse>> {
+        Some(self.0.upgrade()?.layers_in_use())
     }
 
-    fn release(&self, layer: LayerId) {
-        if let Some(daemon) = self.0.upgrade() {
-            daemon.views.release(|view| view.direct && view.layers.iter().any(|l| l.id() == layer));
-        }
+    fn release(&self, layer: LayerId) -> bool {
+        let Some(daemon) = self.0.upgrade() else { return false };
+        let mut released = false;
+        daemon.views.release(|view| {
+            let holds = view.direct && view.layers.iter().any(|l| l.id() == layer);
+            released |= holds;
+            holds
+        });
+        released
     }
 }
 
