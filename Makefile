@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak evil proto
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak soak-fills evil proto
 
 build:
 	$(CARGO) build --workspace
@@ -79,6 +79,11 @@ bench-micro:
 SEEDS ?= 500
 soak:
 	UNION_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fs --test root_union_model -- --ignored
+
+# The daemon is killed KILLS times while it fills and evicts; every span that survives is verified each time.
+KILLS ?= 200
+soak-fills:
+	FILL_ROUNDS=$(KILLS) $(CARGO) test --test integration -- --ignored soak_fills
 
 # Mixes of misbehaviours of a registry, SEEDS of them.
 evil:

@@ -96,6 +96,11 @@ impl Paths {
         self.root.join("snapshots")
     }
 
+    /// What the store of layers may take of the disk.
+    pub fn cache_limits(&self) -> PathBuf {
+        self.root.join("cache.json")
+    }
+
     /// The metadata database.
     pub fn meta(&self) -> PathBuf {
         self.root.join("meta.db")

@@ -2,6 +2,7 @@
 
 mod support;
 
+mod root_cache;
 mod root_demo;
 mod root_faults;
 mod root_index;

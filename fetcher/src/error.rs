@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use lazyrun_index::{Digest, IndexError};
 
+use crate::store::NoRoom;
 use crate::trust::OriginKind;
 
 /// Why an image, a blob or a piece of a layer could not be had.
@@ -360,6 +361,32 @@ pub enum FetchError {
         /// Bytes that are kept.
         reserve: u64,
     },
+    /// More would take what is kept free of the disk.
+    #[error(
+        "the disk that holds {path} has {free} bytes of free space, of which {reserve} stay free, and nothing in the \
+         cache may be evicted; free some or remove images that are not needed"
+    )]
+    DiskReserved {
+        /// File being written.
+        path: PathBuf,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes that are kept.
+        reserve: u64,
+    },
+    /// More would take the store beyond its limit.
+    #[error(
+        "the cache is full: it has {used} of at most {limit} bytes of space and nothing in it may be evicted for \
+         {path}; raise its limit or remove images that are not needed"
+    )]
+    CacheFull {
+        /// File being written.
+        path: PathBuf,
+        /// Bytes that the store takes.
+        used: u64,
+        /// Bytes that it may take.
+        limit: u64,
+    },
     /// Any other trouble with the store.
     #[error("{what} {path} failed: {source}")]
     Store {
@@ -418,12 +445,34 @@ impl FetchError {
 
     /// Wraps an I/O error of the store, telling a full disk apart.
     pub(crate) fn store(what: &'static str, path: &Path, source: io::Error) -> FetchError {
+        let path_of = || path.to_owned();
+        match source.get_ref().and_then(|reason| reason.downcast_ref()) {
+            Some(&NoRoom::Reserve { free, reserve }) => {
+                return FetchError::DiskReserved { path: path_of(), free, reserve };
+            }
+            Some(&NoRoom::Limit { used, limit }) => {
+                return FetchError::CacheFull { path: path_of(), used, limit };
+            }
+            None => {}
+        }
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 FetchError::DiskFull { path: path.to_owned() }
             }
             _ => FetchError::Store { what, path: path.to_owned(), source: Arc::new(source) },
         }
+    }
+
+    /// Whether the store is to blame, so that no other source helps.
+    pub(crate) fn is_of_store(&self) -> bool {
+        matches!(
+            self,
+            FetchError::DiskFull { .. }
+                | FetchError::DiskReserved { .. }
+                | FetchError::NoRoom { .. }
+                | FetchError::CacheFull { .. }
+                | FetchError::Store { .. }
+        )
     }
 
     /// Whether the same request may succeed a moment later.

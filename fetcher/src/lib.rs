@@ -44,5 +44,8 @@ pub use manifest::{LayerDescriptor, ResolvedImage};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
 pub use stats::{ClientStats, FetchStats};
-pub use store::{Layer, LayerStore};
+pub use store::{
+    CacheLimit, CacheLimits, Checked, EvictionStats, InUse, Layer, LayerPin, LayerStore, LayerUsers,
+    ParseLimitError, parse_bytes,
+};
 pub use trust::{IndexPolicy, Origin, OriginKind, ParseTrustError, Trust, TrustMode};

@@ -11,6 +11,7 @@ pub use super::index_args::{IndexCommand, ProfileCommand};
 use super::progress::Style;
 pub use super::registry_args::{LoginArgs, RegistryCommand};
 use crate::ipc::protocol::PullPolicy;
+use crate::ipc::system::LimitValue;
 
 /// Starts containers before their image is local.
 #[derive(Debug, Parser)]
@@ -36,9 +37,21 @@ pub struct Cli {
     /// Use the index artifact with this digest and no other
     #[arg(long, global = true, value_name = "DIGEST")]
     pub index_digest: Option<Digest>,
+    /// Most that the local copies of layers may take, such as 20GiB or 80% of the disk; none takes a limit away. Kept
+    /// for this root until another is given
+    #[arg(long, global = true, env = "LAZYRUN_CACHE_LIMIT", value_name = "LIMIT")]
+    pub cache_limit: Option<LimitValue>,
+    /// Bytes of the disk that the local copies of layers leave free, such as 2GiB [default: 512MiB, or a twentieth of a
+    /// small disk]. Kept for this root until another is given
+    #[arg(long, global = true, env = "LAZYRUN_DISK_RESERVE", value_name = "BYTES", value_parser = disk_bytes)]
+    pub disk_reserve: Option<u64>,
     #[command(subcommand)]
     /// The command.
     pub command: Command,
+}
+
+fn disk_bytes(text: &str) -> Result<u64, String> {
+    lazyrun_fetcher::parse_bytes(text).ok_or_else(|| format!("{text:?} is no size; write for example 2GiB"))
 }
 
 /// The commands.
@@ -232,6 +245,42 @@ pub enum CacheCommand {
 /// `lazyrun system`
 #[derive(Debug, Subcommand)]
 pub enum SystemCommand {
+    /// Show what takes how much of the disk
+    Df {
+        /// Each image, layer, view and container
+        #[arg(short, long)]
+        verbose: bool,
+        /// `json`, or a template such as '{{.Type}} {{.Size}}'
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// Remove containers that have ended, views that no container uses, and what interrupted work has left
+    Prune {
+        /// Also images without a container
+        #[arg(short, long)]
+        all: bool,
+        /// Also local bytes of layers that can be fetched again and that nothing in use reads
+        #[arg(long)]
+        cache: bool,
+        /// Only show what would be removed
+        #[arg(long)]
+        dry_run: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+        /// `json`, or a template such as '{{.SpaceReclaimed}}'
+        #[arg(long)]
+        format: Option<String>,
+    },
+    /// Verify every local byte of layers against their indexes; exits with 1 when something is wrong
+    Check {
+        /// Drop what is wrong, so that it is fetched again
+        #[arg(long)]
+        repair: bool,
+        /// `json`, or a template such as '{{.Spans}}'
+        #[arg(long)]
+        format: Option<String>,
+    },
     /// Stop everything, unmount, delete the root directory
     Reset {
         /// Also with containers running

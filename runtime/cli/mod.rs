@@ -15,6 +15,7 @@ mod registry_args;
 mod run;
 mod snapshotter;
 mod system;
+mod system_disk;
 mod template;
 pub mod union;
 
@@ -26,6 +27,7 @@ use clap::Parser;
 use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Connection;
 use crate::ipc::protocol::IndexOptions;
+use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
 use crate::paths::{DEFAULT_ROOT, Paths};
 use args::{Cli, Command, SystemCommand};
@@ -38,17 +40,27 @@ pub struct Context {
     insecure: Vec<String>,
     hosts_dirs: Vec<PathBuf>,
     index: IndexOptions,
+    limits: LimitChange,
 }
 
 impl Context {
     /// A connection to the instance's daemon, which is started when none answers.
     fn daemon(&self) -> Result<Connection, Failure> {
+        if self.limits != LimitChange::default() {
+            system_disk::limit(self, self.limits)?;
+        }
         keeper::start::connect_or_start(&self.paths)
     }
 
     /// A connection to the instance's daemon if one runs.
     fn running_daemon(&self) -> Option<Connection> {
-        Connection::open(&self.paths.control()).ok()
+        let connection = Connection::open(&self.paths.control()).ok()?;
+        if self.limits != LimitChange::default()
+            && let Err(failure) = system_disk::limit(self, self.limits)
+        {
+            eprintln!("lazyrun: {failure}");
+        }
+        Some(connection)
     }
 }
 
@@ -76,7 +88,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
     let (insecure, hosts_dirs) = (cli.insecure_registry, cli.hosts_dir);
-    let context = Context { paths, progress: cli.progress, insecure, hosts_dirs, index };
+    let limits = LimitChange { limit: cli.cache_limit, reserve: cli.disk_reserve };
+    let context = Context { paths, progress: cli.progress, insecure, hosts_dirs, index, limits };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -107,9 +120,28 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,
         Command::Doctor { format } => return system::doctor(context, format.as_deref()),
-        Command::System { command: SystemCommand::Reset { force } } => system::reset(context, force)?,
+        Command::System { command } => return system_command(context, command),
         Command::Demo(args) => return system::demo(&args),
         Command::Bench(args) => return system::bench(context, &args),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn system_command(context: &Context, command: SystemCommand) -> Result<ExitCode, Failure> {
+    match command {
+        SystemCommand::Df { verbose, format } => system_disk::usage(context, verbose, format.as_deref())?,
+        SystemCommand::Prune { all, cache, dry_run, force, format } => {
+            return system_disk::prune(
+                context,
+                PruneOptions { all, cache, dry_run },
+                force,
+                format.as_deref(),
+            );
+        }
+        SystemCommand::Check { repair, format } => {
+            return system_disk::check(context, repair, format.as_deref());
+        }
+        SystemCommand::Reset { force } => system::reset(context, force)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -12,12 +12,14 @@ use serde_json::json;
 use super::args::{BenchArgs, DemoArgs};
 use super::{Context, output};
 use crate::bench::{self, BenchOptions};
+use crate::daemon::cache::change_limits;
 use crate::demo::image::HostImageOptions;
 use crate::demo::shaper::Shape;
 use crate::demo::{self, DemoOptions};
 use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Info, Request};
+use crate::ipc::system::LimitChange;
 use crate::keeper;
 use crate::network::Instance;
 
@@ -45,10 +47,14 @@ pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -
     log_to_stderr();
     let snapshotter = snapshotter.map(serde_json::from_str).transpose();
     let snapshotter = snapshotter.map_err(|e| Failure::daemon(format!("odd --snapshotter: {e}")))?;
-    Ok(match kept {
-        true => crate::daemon::main(&context.paths, snapshotter.as_ref()),
-        false => keeper::main(&context.paths, None, None),
-    })
+    if kept {
+        return Ok(crate::daemon::main(&context.paths, snapshotter.as_ref()));
+    }
+    if context.limits != LimitChange::default() {
+        context.paths.create().map_err(anyhow::Error::from)?;
+        change_limits(&context.paths, context.limits)?;
+    }
+    Ok(keeper::main(&context.paths, None, None))
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

@@ -1,5 +1,6 @@
 //! The daemon: owns the store, the FUSE sessions, the views and the containers of one root directory.
 
+pub mod cache;
 pub mod containers;
 mod foresee;
 pub mod images;
@@ -135,6 +136,8 @@ impl Daemon {
         });
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
+        let limits = cache::load_limits(&paths)?;
+        layers.set_users(Arc::new(cache::NotYet));
         let fetcher = Fetcher::new(layers, FetchOptions::default());
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
         let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
@@ -163,6 +166,7 @@ impl Daemon {
         });
         lies::watch(&daemon, lies);
         daemon.recover(before).await?;
+        daemon.guard_cache(limits);
         let this = Arc::clone(&daemon);
         tokio::task::spawn_blocking(move || this.remove_superseded());
         Ok(daemon)
@@ -195,10 +199,31 @@ impl Daemon {
                 return Ok(layers.filter(|layers| ViewId::of(layers) == *id));
             }
         }
+        // An image can be removed while containers of it run.
+        for diff_ids in self.recorded_uses() {
+            if views::chain_id(&diff_ids) == Some(id.chain) {
+                let layers = self.known_layers(&id.layer_ids(&diff_ids));
+                return Ok(layers.filter(|layers| ViewId::of(layers) == *id));
+            }
+        }
         let of_snapshots = self.snapshot_layers()?;
         let diff_ids = of_snapshots.iter().find(|diff_ids| views::chain_id(diff_ids) == Some(id.chain));
         let layers = diff_ids.and_then(|diff_ids| self.known_layers(&id.layer_ids(diff_ids)));
         Ok(layers.filter(|layers| ViewId::of(layers) == *id))
+    }
+
+    /// Layers of the containers and mounts that earlier daemons recorded.
+    fn recorded_uses(&self) -> Vec<Vec<Digest>> {
+        #[derive(serde::Deserialize)]
+        struct Uses {
+            diff_ids: Vec<Digest>,
+        }
+        let dirs = [(self.paths.containers(), "container.json"), (self.paths.mounts(), "mount.json")];
+        let files = dirs.into_iter().flat_map(|(dir, name)| {
+            std::fs::read_dir(dir).into_iter().flatten().flatten().map(move |entry| entry.path().join(name))
+        });
+        let read = |path| serde_json::from_slice::<Uses>(&std::fs::read(path).ok()?).ok();
+        files.filter_map(read).map(|uses| uses.diff_ids).collect()
     }
 
     /// These layer files, if all are here.

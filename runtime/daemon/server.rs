@@ -122,6 +122,7 @@ impl Daemon {
                 self.settle_mount(&id);
                 return Ok(None);
             }
+            Request::System(action) => self.system(action).await?,
             Request::Images => {
                 let list = |this: &Self| -> Result<Vec<_>> {
                     this.images.records()?.iter().map(|r| this.images.summary(r)).collect()
@@ -235,6 +236,9 @@ impl Daemon {
     async fn pull(self: &Arc<Self>, request: ImageRequest, progress: Arc<dyn Progress>) -> Result<Value> {
         let ready = self.images.ready(&request, &progress).await?;
         self.keep_profile(&ready);
+        // One layer of the image must not take the place of another, or none would ever be whole.
+        ready.layers.iter().for_each(|layer| layer.touch());
+        let _pins: Vec<_> = ready.layers.iter().map(|layer| layer.pin_filling()).collect();
         self.images.hydrate(&ready.layers, &progress).await?;
         let records = self.images.find(&ready.image.reference.to_string())?;
         let record = records.first().context("the image was removed meanwhile")?;
@@ -345,7 +349,7 @@ impl Daemon {
     }
 
     // Deletes layers and views that no image and no mount has any more.
-    fn collect_layers(&self) -> Result<()> {
+    pub(super) fn collect_layers(&self) -> Result<()> {
         self.sweep_mounts();
         let mut wanted = Vec::new();
         let mut chains = Vec::new();
@@ -399,8 +403,15 @@ impl Daemon {
         let mut freed = 0;
         for id in ids.into_iter().filter(|id| !busy.contains(id)) {
             if let Some(layer) = store.by_id(id)? {
-                freed += layer.local_bytes();
-                layer.forget()?;
+                let local = layer.local_bytes();
+                match layer.forget() {
+                    Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                        tracing::warn!(%error, "local bytes are not dropped");
+                        continue;
+                    }
+                    result => result?,
+                }
+                freed += local;
                 if let Err(error) = self.flat.invalidate(super::layer_service::inode_of(layer.file_name())) {
                     tracing::warn!(layer = %id, %error, "cached contents of a dropped layer may remain");
                 }

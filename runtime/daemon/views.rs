@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use lazyrun_fetcher::{Fetcher, Layer};
+use lazyrun_fetcher::{Fetcher, Layer, LayerPin};
 use lazyrun_fs::erofs::{self, BUILDER_VERSION, DeviceSpec, LayerContent};
 use lazyrun_fs::fuse::{self, FuseKind, ServeOptions, ServerHandle};
 use lazyrun_fs::mount::{self, OverlayOptions};
@@ -34,6 +34,8 @@ pub struct MountedView {
     pub direct: bool,
     /// The layers, bottom first.
     pub layers: Vec<Arc<Layer>>,
+    // Nothing of what is read without FUSE may be evicted.
+    _pins: Vec<LayerPin>,
     // During a start from this view.
     readahead: Mutex<Option<ShortReadahead>>,
     // The server of plans `overlay` and `fuse`, which have a FUSE connection for each view.
@@ -54,7 +56,7 @@ pub enum Purpose {
 
 /// All views of an instance.
 pub struct Views {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     mounter: Mounter,
     fetcher: Fetcher,
     service: Arc<LayerService>,
@@ -62,7 +64,7 @@ pub struct Views {
     kept: Arc<Kept>,
     mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
-    building: tokio::sync::Mutex<()>,
+    pub(super) building: tokio::sync::Mutex<()>,
 }
 
 /// Names a view: the chainID of its layers and, unless all are tar layer files that were indexed here, which files
@@ -177,7 +179,9 @@ impl Views {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
             None => None,
         };
+        let pins = if direct { pin(&layers) } else { Vec::new() };
         let view = MountedView {
+            _pins: pins,
             id: id.clone(),
             plan,
             tree,
@@ -201,6 +205,7 @@ impl Views {
         purpose: Purpose,
     ) -> Result<Arc<MountedView>> {
         let id = ViewId::of(&layers);
+        layers.iter().for_each(|layer| layer.touch());
         let _building = self.building.lock().await;
         if let Some(view) = self.reusable(&id, plan, purpose) {
             return Ok(view);
@@ -264,7 +269,7 @@ impl Views {
     }
 
     /// Takes down views that nobody uses and for which `which` says yes; returns the layer files of those in use.
-    pub fn release(&self, which: impl Fn(&MountedView) -> bool) -> Vec<LayerId> {
+    pub fn release(&self, mut which: impl FnMut(&MountedView) -> bool) -> Vec<LayerId> {
         let mut busy = Vec::new();
         self.lock().retain(|_, view| {
             if Arc::strong_count(view) > 1 {
@@ -305,7 +310,12 @@ impl Views {
         if !image.exists() {
             self.build(&layers, &image, &appendix, runtime)?;
         }
+        // Held before the look: what is whole then stays whole.
+        let mut pins = pin(&layers);
         let direct = purpose != Purpose::Recorded && layers.iter().all(|l| l.is_hydrated());
+        if !direct {
+            pins.clear();
+        }
         let device = |layer: &Arc<Layer>| match direct {
             true => Device::Local(layer.data_path()),
             false => Device::Flat(layer.file_name().to_owned()),
@@ -326,7 +336,7 @@ impl Views {
         self.keep(&id, Plan::Erofs, direct, &tree, None)?;
         drop(while_opened);
         let readahead = Mutex::new(before.and_then(|before| before.shorten_new()));
-        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, readahead, _server: None })
+        Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, _pins: pins, readahead, _server: None })
     }
 
     fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>, plan: Plan) -> Result<MountedView> {
@@ -340,6 +350,7 @@ impl Views {
             tree: mount.tree,
             direct: false,
             layers,
+            _pins: Vec::new(),
             readahead: Mutex::default(),
             _server: Some(server),
         })
@@ -391,11 +402,11 @@ impl Views {
         Ok(())
     }
 
-    fn image_path(&self, id: &ViewId) -> PathBuf {
+    pub(super) fn image_path(&self, id: &ViewId) -> PathBuf {
         self.dir.join(format!("{}.v{BUILDER_VERSION}.erofs", id.file_stem()))
     }
 
-    fn appendix_path(&self, id: &ViewId) -> PathBuf {
+    pub(super) fn appendix_path(&self, id: &ViewId) -> PathBuf {
         self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", id.file_stem()))
     }
 
@@ -422,9 +433,13 @@ impl Views {
         let _ = self.kept.discard(&format!("{name}:dev"));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {
+    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {
         self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn pin(layers: &[Arc<Layer>]) -> Vec<LayerPin> {
+    layers.iter().map(Layer::pin_direct).collect()
 }
 
 fn merge(layers: &[Arc<Layer>]) -> Result<View> {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::indexes::IndexAction;
 use super::profiles::ProfileAction;
+use super::system::SystemAction;
 use crate::container::spec::RunOptions;
 use crate::network::PortMapping;
 
@@ -195,6 +196,8 @@ pub enum Request {
         /// Reference or digest; all when absent.
         image: Option<String>,
     },
+    /// Does something with what the instance has on disk; [`SystemAction`] says what it answers.
+    System(SystemAction),
     /// Stops containers, takes mounts down and ends the daemon, so that the root can be deleted.
     Reset {
         /// Also with containers running.

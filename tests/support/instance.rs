@@ -47,7 +47,8 @@ impl Lazyrun {
         Lazyrun::below(&["a-rather-long-directory-name-for-a-root"; 5].join("/"))
     }
 
-    fn below(path: &str) -> Lazyrun {
+    /// An instance whose root is at this path below a directory of its own.
+    pub fn below(path: &str) -> Lazyrun {
         need_root();
         let dir = tempfile::Builder::new().prefix("lazyrun-test-").tempdir().expect("a temporary directory");
         let root = dir.path().join(path);

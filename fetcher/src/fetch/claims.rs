@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::scheduler::Class;
 use super::window::Window;
 use crate::error::FetchError;
-use crate::store::Layer;
+use crate::store::{Layer, Need};
 
 /// A fault waits for a background request that will reach the span within so many bytes, or within what the link
 /// carries in a round trip; for one that is further away it sends its own request and that span is then fetched twice.
@@ -98,6 +98,11 @@ impl LayerState {
     /// Whether some reader waits for what only the stream of the layer brings.
     pub(super) fn stream_wanted(&self) -> bool {
         self.lock().stream_wanted
+    }
+
+    /// For whom a stream writes.
+    pub(super) fn stream_need(&self) -> Need {
+        if self.stream_wanted() { Need::Reader } else { Need::Ahead }
     }
 
     pub(super) fn fail_stream(&self, error: FetchError) {

@@ -39,6 +39,7 @@ pub(super) async fn read(
     let state = inner.state(layer.id());
     let need = layer.index().spans_covering(offset, len as u64);
     let since = state.generation();
+    let _wanted = layer.want(need.clone());
     loop {
         let changed = state.changed.notified();
         if let Some(lie) = layer.lie() {

@@ -46,6 +46,7 @@ pub(super) async fn run(
     layer: &Arc<Layer>,
     progress: &Arc<dyn Progress>,
 ) -> Result<(), FetchError> {
+    let _pin = layer.pin_filling();
     if layer.has_suspects() {
         let layer = Arc::clone(layer);
         blocking("verifying a layer", move || {
@@ -263,7 +264,7 @@ impl LayerSink for StreamSink {
         }
         if !self.layer.has_span(span.index as usize) {
             // The index has all digests here, so what is stored is right.
-            let _ = self.layer.write_span(span, &self.span[..len])?;
+            let _ = self.layer.write_span_for(self.state.stream_need(), span, &self.span[..len])?;
             self.state.changed.notify_waiters();
             self.unsaved += 1;
         }

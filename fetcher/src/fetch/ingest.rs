@@ -150,26 +150,36 @@ impl Job {
     fn work(self, reader: PumpReader) -> Result<Arc<Layer>, FetchError> {
         let store = &self.inner.store;
         let staging = store.stage(LayerId::tar(self.layer.diff_id))?;
-        let summary = self.index(&staging, reader)?;
+        let (summary, stored) = self.index(&staging, reader)?;
         self.check(&summary)?;
-        let layer = store.publish(staging, summary.spans as usize, self.plan.replace)?;
+        let layer = match stored {
+            None => store.publish(staging, summary.spans as usize, self.plan.replace)?,
+            Some(stored) => store.publish_start(staging, stored, self.plan.replace)?,
+        };
+        store.room().settle();
         self.progress.advance(self.layer.diff_id, self.layer.size, self.layer.size);
         Ok(layer)
     }
 
-    fn index(&self, staging: &Staging, reader: PumpReader) -> Result<StreamSummary, FetchError> {
+    /// Also says how much of the layer is stored, if not all of it.
+    fn index(
+        &self,
+        staging: &Staging,
+        reader: PumpReader,
+    ) -> Result<(StreamSummary, Option<u64>), FetchError> {
         let data_path = staging.data_path();
         let failed = |e| sink_error(self.layer.digest, &data_path, e);
         let data = staging.create(&data_path)?;
         let out = staging.create(&staging.index_path())?;
         let progress = |done| self.progress.advance(self.layer.diff_id, done, self.layer.size);
-        let mut sink = FileSink::new(&data, self.inner.options.disk_reserve, &progress);
+        let mut sink = FileSink::new(&data, self.inner.store.room(), &progress).may_end_early();
         let options = self.inner.options.stream_of(self.layer.size);
         let summary = index_layer_along(reader, &mut sink, out, &options, &self.plan.touched)
             .map_err(|error| layer_error(self.layer.digest, error, &self.failure, &data_path))?;
         sink.flush().map_err(failed)?;
+        let stored = sink.ended_early().map_err(failed)?;
         data.set_len(summary.layer_size).map_err(failed)?;
-        Ok(summary)
+        Ok((summary, stored))
     }
 
     fn check(&self, summary: &StreamSummary) -> Result<(), FetchError> {

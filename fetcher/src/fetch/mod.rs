@@ -73,8 +73,6 @@ pub struct FetchOptions {
     pub streams: usize,
     /// Most compressed bytes read ahead of a fault.
     pub max_readahead: u64,
-    /// Bytes of the store's disk that streams of layers leave free, or a twentieth of a disk for which that is less.
-    pub disk_reserve: u64,
     /// How new layers are cut into spans.
     pub stream: StreamOptions,
 }
@@ -89,7 +87,6 @@ impl Default for FetchOptions {
             ranges_again: Duration::from_secs(300),
             streams: 6,
             max_readahead: 8 << 20,
-            disk_reserve: 512 << 20,
             stream: StreamOptions::default(),
         }
     }
@@ -131,7 +128,7 @@ struct Source {
 impl Fetcher {
     /// A fetcher over `store`.
     pub fn new(store: LayerStore, options: FetchOptions) -> Fetcher {
-        Fetcher {
+        let fetcher = Fetcher {
             inner: Arc::new(Inner {
                 scheduler: Scheduler::new(&options),
                 interest: Interest::default(),
@@ -145,7 +142,11 @@ impl Fetcher {
                 streams: Flights::default(),
                 sync_turn: tokio::sync::Mutex::default(),
             }),
-        }
+        };
+        let inner = Arc::downgrade(&fetcher.inner);
+        let known = move |layer: &Layer| inner.upgrade().is_some_and(|inner| inner.sources(layer).is_ok());
+        fetcher.inner.store.set_refetch(known);
+        fetcher
     }
 
     /// The store that is filled.

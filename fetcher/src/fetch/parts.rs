@@ -32,7 +32,7 @@ pub(super) async fn fetch(
 ) -> Result<(), FetchError> {
     let result = read(inner, layer, runs).await;
     drop(slot);
-    spans::save_map(layer).await;
+    spans::settle(layer, &result).await;
     if layer.is_whole() {
         inner.sync_later(layer);
     }

@@ -28,6 +28,10 @@ pub(super) async fn run(
     wanted: &[Range<usize>],
 ) -> Result<(), FetchError> {
     let state = inner.state(layer.id());
+    let count = layer.index().span_count();
+    for range in wanted {
+        layer.touch_spans(range.start.min(count)..range.end.min(count));
+    }
     let wanted = ranks_of(layer, wanted);
     let mut tries = PARTS_TRIES;
     while tries > 0 && wanted.len() > 1 && parts::are_possible(inner, layer) {

@@ -15,7 +15,7 @@ use super::claims::LayerState;
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking, ingest, table};
 use crate::error::FetchError;
-use crate::store::Layer;
+use crate::store::{Layer, LayerPin, is_full};
 
 /// Passes per source when what comes is damaged.
 const TRIES: usize = 2;
@@ -119,6 +119,8 @@ pub(super) async fn pass<T: Send + 'static>(
 /// Stores the spans of the claimed index as the prover lets them pass.
 struct Sink {
     layer: Arc<Layer>,
+    /// What was seen to be here is still here when it is compared.
+    _pin: LayerPin,
     state: Arc<LayerState>,
     progress: Arc<dyn Progress>,
     /// `forget`s before the pass.
@@ -149,8 +151,10 @@ struct Passing {
 
 impl Sink {
     fn new(layer: &Arc<Layer>, state: Arc<LayerState>, progress: &Arc<dyn Progress>) -> Sink {
+        let pin = layer.pin_busy();
         Sink {
             epoch: layer.epoch(),
+            _pin: pin,
             layer: Arc::clone(layer),
             state,
             progress: Arc::clone(progress),
@@ -207,8 +211,14 @@ impl Sink {
         if known && span.digest_of == DigestOf::Decoded {
             return Ok(());
         }
-        if !self.layer.write_span(span, bytes)? {
-            self.contradiction.get_or_insert(span.index as usize);
+        match self.layer.write_span_for(self.state.stream_need(), span, bytes) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.contradiction.get_or_insert(span.index as usize);
+            }
+            // The index is proven all the same; who wants the span fetches it.
+            Err(error) if is_full(&error) => return Ok(()),
+            Err(error) => return Err(error),
         }
         self.stored()
     }

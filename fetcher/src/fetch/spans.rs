@@ -14,7 +14,7 @@ use super::scheduler::Class;
 use super::{Inner, blocking};
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
-use crate::store::Layer;
+use crate::store::{Layer, Need};
 
 /// Tries per source when what comes is corrupt.
 const TRIES: usize = 2;
@@ -42,7 +42,7 @@ pub(super) async fn fetch(
 ) -> Result<(), FetchError> {
     let result = from_any_source(inner, layer, &run).await;
     drop(slot);
-    save_map(layer).await;
+    settle(layer, &result).await;
     match &result {
         Ok(()) if layer.is_whole() => inner.sync_later(layer),
         Ok(()) => {}
@@ -61,10 +61,17 @@ pub(super) async fn fetch(
     result
 }
 
-/// Writes down which spans are here.
-pub(super) async fn save_map(layer: &Arc<Layer>) {
+/// Writes down which spans are here, and whether more can be had.
+pub(super) async fn settle(layer: &Arc<Layer>, result: &Result<(), FetchError>) {
     let saved = Arc::clone(layer);
+    // What nobody has any more can't be fetched again, so nothing of it may be evicted.
+    let gone = match result {
+        Ok(()) => Some(false),
+        Err(FetchError::BlobNotFound { .. } | FetchError::ImageNotFound { .. }) => Some(true),
+        Err(_) => None,
+    };
     let _ = blocking("saving the span map", move || {
+        gone.into_iter().for_each(|gone| saved.set_origin_gone(gone));
         saved.save_map().map_err(|e| FetchError::store("writing", &saved.data_path(), e))
     })
     .await;
@@ -83,7 +90,7 @@ async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>)
             let witness = reader.witness();
             match read_spans(inner, layer, run, reader, &mut next).await {
                 Ok(()) => return Ok(()),
-                Err(error @ (FetchError::DiskFull { .. } | FetchError::Store { .. })) => return Err(error),
+                Err(error) if error.is_of_store() => return Err(error),
                 Err(error @ FetchError::Corrupt { .. }) => {
                     tracing::warn!(%error, source = source.name(), "span is fetched again");
                     // What a mirror has spoilt is no try of the registry.
@@ -210,8 +217,13 @@ pub(super) fn store(
         .decode_span(number, compressed, &mut decoded)
         .map_err(|error| corrupt(error.to_string()))?;
     inner.counters.spans.fetch_add(1, Relaxed);
-    let stored =
-        layer.write_span(span, &decoded).map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
+    let need = match run.class {
+        Class::Fault => Need::Reader,
+        Class::Background => Need::Ahead,
+    };
+    let stored = layer
+        .write_span_for(need, span, &decoded)
+        .map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
     // One that the stream has brought meanwhile is right.
     if !stored && !layer.has_span(number) {
         return Err(corrupt(format!(

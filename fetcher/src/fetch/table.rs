@@ -30,6 +30,7 @@ pub(super) async fn run(
     };
     let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
     blocking("proving a layer", move || {
+        let _held = (tar.pin_busy(), layer.pin_busy());
         let found = compare(layer.index(), tar.index())
             .map_or_else(|mismatch| Ok(Some(mismatch.to_string())), |()| fill(&layer, &tar))
             .map_err(|e| FetchError::store("copying", &layer.data_path(), e))?;
@@ -115,7 +116,7 @@ fn write_tar(
     let out = staging.create(&staging.index_path()).map_err(Pass::Failed)?;
     let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
     let report = |done| progress.advance(layer.diff_id(), done, size);
-    let mut sink = FileSink::new(&data, inner.options.disk_reserve, &report);
+    let mut sink = FileSink::new(&data, inner.store.room(), &report);
     let options = inner.options.stream_of(layer.index().blob_size());
     let passed = prove_layer(layer.index(), reader, &mut sink, out, &options);
     let failed = |e| Pass::Failed(sink_error(digest, &path, e));

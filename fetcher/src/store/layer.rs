@@ -2,19 +2,22 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use lazyrun_index::{Digest, DigestOf, Hasher, IndexError, LayerId, LayerIndex, SpanInfo};
-use nix::fcntl::{FallocateFlags, fallocate};
+use lazyrun_index::{Digest, DigestOf, IndexError, LayerId, LayerIndex, SpanInfo};
 
 use super::learnt::Learnt;
 use super::order::BlobOrder;
+use super::pins::Pins;
+use super::room::{Need, Room};
 use super::span_map::{Bits, SpanMap};
 use super::standing::Standing;
-use super::{DATA, DIGESTS, INDEX, SPANS};
+use super::touched::Touched;
+use super::{DATA, DIGESTS, GONE, INDEX, SPANS, USED};
 use crate::error::FetchError;
 use crate::trust::Origin;
 
@@ -23,25 +26,33 @@ pub struct Layer {
     id: LayerId,
     file_name: String,
     dir: PathBuf,
-    index: LayerIndex,
+    pub(super) index: LayerIndex,
     order: BlobOrder,
     standing: Standing,
-    data: File,
+    pub(super) data: File,
     /// Digests that the index lacks; `None` when it lacks none.
     learnt: Option<Learnt>,
     /// Held while a span is written whose bytes cannot be told right or wrong by the index alone.
     learning: Mutex<()>,
     /// Spans whose bytes are in `data` and verified.
-    trusted: Vec<AtomicU64>,
-    trusted_count: AtomicUsize,
+    pub(super) trusted: Vec<AtomicU64>,
+    pub(super) trusted_count: AtomicUsize,
     /// Spans that were written before a reboot and not looked at since.
-    suspect: Vec<AtomicU64>,
-    map: Mutex<SpanMap>,
-    /// Shared by readers and writers of `data`, exclusive for `forget`: what was seen present must not be
-    /// punched away between the look and the read.
-    gate: RwLock<()>,
-    /// Counts `forget`s.
-    epoch: AtomicU64,
+    pub(super) suspect: Vec<AtomicU64>,
+    pub(super) map: Mutex<SpanMap>,
+    /// Shared by readers of `data`, exclusive for who takes spans out of `trusted` and `suspect`: what was seen
+    /// present must not be punched away between the look and the read. Taken behind `fills`.
+    pub(super) gate: RwLock<()>,
+    /// Shared by writers of `data`, exclusive for an eviction from its first look to its last hole: what is written
+    /// again must not be punched away by it.
+    pub(super) fills: RwLock<()>,
+    pub(super) pins: Pins,
+    /// Counts evictions and `forget`s.
+    pub(super) epoch: AtomicU64,
+    pub(super) touched: Touched,
+    /// No source has the blob any more, as far as is known.
+    origin_gone: AtomicBool,
+    room: Arc<Room>,
 }
 
 pub(super) enum OpenError {
@@ -50,7 +61,12 @@ pub(super) enum OpenError {
 }
 
 impl Layer {
-    pub(super) fn open(dir: &Path, id: LayerId, boot_id: [u8; 16]) -> Result<Layer, OpenError> {
+    pub(super) fn open(
+        dir: &Path,
+        id: LayerId,
+        boot_id: [u8; 16],
+        room: Arc<Room>,
+    ) -> Result<Layer, OpenError> {
         let io_error = |what, path: &Path, e| OpenError::Io(FetchError::store(what, path, e));
         let index_path = dir.join(INDEX);
         let index = match LayerIndex::open(&index_path) {
@@ -110,7 +126,12 @@ impl Layer {
             suspect: loaded.suspect.into_iter().map(AtomicU64::new).collect(),
             map: Mutex::new(map),
             gate: RwLock::default(),
+            fills: RwLock::default(),
+            pins: Pins::default(),
             epoch: AtomicU64::new(0),
+            touched: Touched::open(&dir.join(USED), spans),
+            origin_gone: AtomicBool::new(dir.join(GONE).exists()),
+            room,
         })
     }
 
@@ -182,12 +203,11 @@ impl Layer {
         if let Some(lie) = self.lie() {
             return Err(io::Error::other(lie));
         }
-        if !self.is_whole() {
-            for span in self.index.spans_covering(offset, len as u64) {
-                if !self.check_span(span)? {
-                    return Ok(None);
-                }
+        for span in self.index.spans_covering(offset, len as u64) {
+            if !self.check_span(span)? {
+                return Ok(None);
             }
+            self.touched.touch(span);
         }
         self.data.read_exact_at(&mut buf[..len], offset)?;
         Ok(Some(len))
@@ -214,50 +234,12 @@ impl Layer {
             .sum()
     }
 
-    /// Drops all local bytes; the index stays. The map forgets first, so that a crash in between cannot make
-    /// holes count as data.
-    ///
-    /// Must not be called for a layer whose file is read directly, without [`Layer::read_local`].
-    ///
-    /// # Errors
-    /// When the map cannot be written (then nothing is dropped) or the bytes cannot be freed.
-    pub fn forget(&self) -> io::Result<()> {
-        let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        {
-            let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
-            map.write_durable(&vec![0; self.trusted.len()])?;
-            self.epoch.fetch_add(1, Ordering::AcqRel);
-        }
-        for word in self.trusted.iter().chain(&self.suspect) {
-            word.store(0, Ordering::Release);
-        }
-        self.trusted_count.store(0, Ordering::Release);
-        self.punch()
-    }
-
-    fn punch(&self) -> io::Result<()> {
-        let size = self.index.layer_size();
-        if size == 0 {
-            return Ok(());
-        }
-        // To the end of the last page: part of a page would be zeroed but kept.
-        let pages = size.checked_next_multiple_of(4096).and_then(|len| i64::try_from(len).ok());
-        let Some(len) = pages else { return Err(io::ErrorKind::FileTooLarge.into()) };
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(&self.data, flags, 0, len) {
-            Err(nix::errno::Errno::EOPNOTSUPP) => {
-                self.data.set_len(0)?;
-                self.data.set_len(size)
-            }
-            result => Ok(result?),
-        }
-    }
-
     /// Makes what is local survive a power cut: writes the data out, then the durable map. Blocks on the disk.
     ///
     /// # Errors
     /// When the file system fails.
     pub fn sync(&self) -> io::Result<()> {
+        self.save_touched();
         let epoch = self.epoch();
         let bits = load(&self.trusted);
         self.data.sync_data()?;
@@ -265,6 +247,7 @@ impl Layer {
             learnt.sync()?;
         }
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
+        // What was evicted meanwhile must not become durable.
         if self.epoch() != epoch {
             return Ok(());
         }
@@ -272,21 +255,6 @@ impl Layer {
         // Spans that came meanwhile, or still wait for their check, are in no durable slot.
         let now = self.local_bits();
         if now == bits { Ok(()) } else { map.write_volatile(&now) }
-    }
-
-    /// Verifies what was written before a reboot; afterwards it either counts or is gone. Reads and hashes all
-    /// of it: not for an async task.
-    ///
-    /// # Errors
-    /// When the file system fails.
-    pub fn verify_suspects(&self) -> io::Result<()> {
-        for span in 0..self.index.span_count() {
-            if has(&self.suspect, span) {
-                let _gate = self.enter();
-                self.check_span(span)?;
-            }
-        }
-        Ok(())
     }
 
     /// Whether anything waits to be verified again.
@@ -304,7 +272,7 @@ impl Layer {
         !has(&self.trusted, span) && !has(&self.suspect, span)
     }
 
-    /// The number of `forget`s so far.
+    /// The number of evictions and `forget`s so far.
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
@@ -332,14 +300,35 @@ impl Layer {
             }
     }
 
-    /// Stores a span that was verified as far as the index goes. `false`: nothing was stored, because the span is
-    /// known to have other bytes.
+    /// Stores a span that was verified as far as the index goes and that nobody waits for; see
+    /// [`Layer::write_span_for`].
     pub(crate) fn write_span(&self, span: &SpanInfo, bytes: &[u8]) -> io::Result<bool> {
-        let _gate = self.enter();
+        self.write_span_for(Need::Ahead, span, bytes)
+    }
+
+    /// Stores a span that was verified as far as the index goes. `false`: nothing was stored, because the span is
+    /// known to have other bytes. Evicts other spans where there is no room; blocks on the disk.
+    pub(crate) fn write_span_for(&self, need: Need, span: &SpanInfo, bytes: &[u8]) -> io::Result<bool> {
+        let number = span.index as usize;
+        let stored = self.room.with_room(span.offset, bytes.len(), need, || {
+            let _fills = self.fill();
+            self.put_span(span, bytes)
+        });
+        match &stored {
+            Ok(true) if need == Need::Reader => self.touched.touch(number),
+            Ok(_) => {}
+            Err(_) => self.discard_leftover(number),
+        }
+        stored
+    }
+
+    fn put_span(&self, span: &SpanInfo, bytes: &[u8]) -> io::Result<bool> {
         let number = span.index as usize;
         let Some(learnt) = self.learnt.as_ref().filter(|_| span.digest_of != DigestOf::Decoded) else {
-            self.data.write_all_at(bytes, span.offset)?;
-            self.mark(number);
+            if !has(&self.trusted, number) {
+                self.data.write_all_at(bytes, span.offset)?;
+                self.mark(number);
+            }
             return Ok(true);
         };
         let digest = Digest::of(bytes);
@@ -377,13 +366,15 @@ impl Layer {
     /// Writes bytes of a span that does not count as local before [`Layer::admit_span`]. Nobody else may be able to
     /// write it.
     pub(crate) fn write_ahead(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let _gate = self.enter();
-        self.data.write_all_at(bytes, offset)
+        self.room.with_room(offset, bytes.len(), Need::Ahead, || {
+            let _fills = self.fill();
+            self.data.write_all_at(bytes, offset)
+        })
     }
 
     /// Counts a span as local that was written ahead since `epoch` and has this digest.
     pub(crate) fn admit_span(&self, span: &SpanInfo, digest: Digest, epoch: u64) -> io::Result<()> {
-        let _gate = self.enter();
+        let _fills = self.fill();
         if let Some(learnt) = &self.learnt {
             learnt.set(span.index as usize, digest)?;
         }
@@ -407,7 +398,7 @@ impl Layer {
         self.standing.condemn(reason)
     }
 
-    fn learnt_digest(&self, span: usize) -> Option<Digest> {
+    pub(super) fn learnt_digest(&self, span: usize) -> Option<Digest> {
         self.learnt.as_ref()?.get(span)
     }
 
@@ -418,11 +409,49 @@ impl Layer {
         map.write_volatile(&bits)
     }
 
-    fn enter(&self) -> RwLockReadGuard<'_, ()> {
+    /// When the layer was last of use is now. For whoever starts something from an image that has it.
+    pub fn touch(&self) {
+        self.touched.touch_layer();
+    }
+
+    /// These spans are about to be of use.
+    pub(crate) fn touch_spans(&self, spans: Range<usize>) {
+        spans.for_each(|span| self.touched.touch(span));
+    }
+
+    /// Writes down when spans were last of use, if that has changed. Losing it only costs the order of eviction.
+    pub(super) fn save_touched(&self) {
+        if let Err(error) = self.touched.save(&self.dir.join(USED)) {
+            tracing::debug!(layer = %self.id, %error, "when spans were last of use can't be written down");
+        }
+    }
+
+    /// Whether no source has the layer's blob any more, as far as is known: then what is here can't be fetched again.
+    pub fn is_origin_gone(&self) -> bool {
+        self.origin_gone.load(Ordering::Relaxed)
+    }
+
+    /// Remembers whether the blob can still be had, over restarts too.
+    pub(crate) fn set_origin_gone(&self, gone: bool) {
+        if self.origin_gone.swap(gone, Ordering::Relaxed) == gone {
+            return;
+        }
+        let path = self.dir.join(GONE);
+        let done = if gone { File::create(&path).map(drop) } else { std::fs::remove_file(&path) };
+        if let Err(error) = done {
+            tracing::warn!(layer = %self.id, %error, "that a layer's origin is gone, or is back, can't be written down");
+        }
+    }
+
+    fn fill(&self) -> RwLockReadGuard<'_, ()> {
+        self.fills.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn enter(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn mark(&self, span: usize) {
+    pub(super) fn mark(&self, span: usize) {
         let bit = 1 << (span % 64);
         if self.trusted[span / 64].fetch_or(bit, Ordering::AcqRel) & bit == 0 {
             self.trusted_count.fetch_add(1, Ordering::AcqRel);
@@ -430,52 +459,14 @@ impl Layer {
         self.suspect[span / 64].fetch_and(!bit, Ordering::AcqRel);
     }
 
-    /// Whether a span can be used, after a look at it if it is suspect. The gate is held.
-    fn check_span(&self, span: usize) -> io::Result<bool> {
-        if has(&self.trusted, span) {
-            return Ok(true);
-        }
-        if !has(&self.suspect, span) {
-            return Ok(false);
-        }
-        let info = self.index.span(span);
-        if self.is_intact(&info)? {
-            self.mark(span);
-            return Ok(true);
-        }
-        tracing::warn!(layer = %self.id, span, "a span did not survive the reboot and will be fetched again");
-        self.suspect[span / 64].fetch_and(!(1 << (span % 64)), Ordering::AcqRel);
-        Ok(false)
-    }
-
-    /// Whether a span's bytes are what the index says, or what was once learnt of them.
-    fn is_intact(&self, span: &SpanInfo) -> io::Result<bool> {
-        if span.digest_of != DigestOf::Decoded {
-            let Some(known) = self.learnt_digest(span.index as usize) else { return Ok(false) };
-            return Ok(self.hash(span.offset, span.len)? == known);
-        }
-        let pad = u64::from(span.pad).min(span.len);
-        let mut padding = vec![0; pad as usize];
-        self.data.read_exact_at(&mut padding, span.offset + span.len - pad)?;
-        let clean = padding.iter().all(|b| *b == 0);
-        Ok(clean && self.hash(span.offset, span.len - pad)? == span.digest)
-    }
-
-    fn hash(&self, mut at: u64, mut left: u64) -> io::Result<Digest> {
-        let mut hasher = Hasher::new();
-        let mut buffer = vec![0u8; 256 << 10];
-        while left > 0 {
-            let take = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-            self.data.read_exact_at(&mut buffer[..take], at)?;
-            hasher.update(&buffer[..take]);
-            at += take as u64;
-            left -= take as u64;
-        }
-        Ok(hasher.finish())
-    }
-
-    fn local_bits(&self) -> Bits {
+    pub(super) fn local_bits(&self) -> Bits {
         load(&self.trusted).iter().zip(load(&self.suspect)).map(|(t, s)| t | s).collect()
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        self.save_touched();
     }
 }
 
@@ -485,10 +476,10 @@ impl std::fmt::Debug for Layer {
     }
 }
 
-fn has(bits: &[AtomicU64], i: usize) -> bool {
+pub(super) fn has(bits: &[AtomicU64], i: usize) -> bool {
     bits.get(i / 64).is_some_and(|w| w.load(Ordering::Acquire) & (1 << (i % 64)) != 0)
 }
 
-fn load(bits: &[AtomicU64]) -> Bits {
+pub(super) fn load(bits: &[AtomicU64]) -> Bits {
     bits.iter().map(|w| w.load(Ordering::Acquire)).collect()
 }

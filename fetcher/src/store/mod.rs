@@ -1,23 +1,37 @@
 //! The store of layer files on disk.
 
 mod distrusted;
+mod evict;
+mod intact;
 mod layer;
 mod learnt;
+mod lease;
+mod limits;
 mod order;
+mod pins;
+mod room;
 mod span_map;
 mod staging;
 mod standing;
+mod touched;
+mod victims;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use lazyrun_index::{Digest, LayerId, LayerIndex, Layout};
 
+pub use intact::Checked;
 pub use layer::Layer;
+pub use limits::{CacheLimit, CacheLimits, ParseLimitError, parse_bytes};
+pub use pins::LayerPin;
+pub use room::EvictionStats;
+pub(crate) use room::{Need, NoRoom, Room, is_full};
 pub(crate) use staging::Staging;
+pub use victims::{InUse, LayerUsers};
 
 use crate::bounds::check_expansion;
 use crate::error::FetchError;
@@ -30,6 +44,10 @@ pub(crate) const DATA: &str = "data";
 pub(crate) const SPANS: &str = "spans";
 pub(crate) const INDEX: &str = "index";
 pub(crate) const DIGESTS: &str = "digests";
+/// When spans were last of use.
+pub(crate) const USED: &str = "used";
+/// There while no source has the layer's blob any more.
+pub(crate) const GONE: &str = "gone";
 /// The list of claims that are never adopted again, in the root directory.
 const DISTRUSTED: &str = "distrusted.json";
 
@@ -48,6 +66,67 @@ struct Inner {
     boot_id: [u8; 16],
     open: Mutex<HashMap<LayerId, Weak<Layer>>>,
     distrusted: Distrusted,
+    room: Arc<Room>,
+}
+
+impl Inner {
+    fn path_of(&self, id: LayerId) -> PathBuf {
+        self.layers.join(id.to_string())
+    }
+
+    fn open_layers(&self) -> MutexGuard<'_, HashMap<LayerId, Weak<Layer>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A layer, if it is open already.
+    fn opened(&self, id: LayerId) -> Option<Arc<Layer>> {
+        self.open_layers().get(&id).and_then(Weak::upgrade)
+    }
+
+    fn by_id(&self, id: LayerId) -> Result<Option<Arc<Layer>>, FetchError> {
+        self.open_in(&mut self.open_layers(), id)
+    }
+
+    fn open_in(
+        &self,
+        open: &mut HashMap<LayerId, Weak<Layer>>,
+        id: LayerId,
+    ) -> Result<Option<Arc<Layer>>, FetchError> {
+        if let Some(layer) = open.get(&id).and_then(Weak::upgrade) {
+            return Ok(Some(layer));
+        }
+        let dir = self.path_of(id);
+        if !dir.exists() {
+            return Ok(None);
+        }
+        match Layer::open(&dir, id, self.boot_id, Arc::clone(&self.room)) {
+            Ok(layer) => {
+                let layer = Arc::new(layer);
+                open.retain(|_, weak| weak.strong_count() > 0);
+                open.insert(id, Arc::downgrade(&layer));
+                Ok(Some(layer))
+            }
+            Err(layer::OpenError::Damaged(reason)) => {
+                tracing::warn!(layer = %id, reason, "damaged layer is dropped from the store");
+                staging::discard(&self.layers, &dir)?;
+                Ok(None)
+            }
+            Err(layer::OpenError::Io(error)) => Err(error),
+        }
+    }
+
+    fn list(&self) -> Result<Vec<LayerId>, FetchError> {
+        let path = &self.layers;
+        let failed = |e| FetchError::store("listing", path, e);
+        let mut found = Vec::new();
+        for entry in fs::read_dir(path).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            if let Some(id) = name.to_str().and_then(|n| n.parse().ok()) {
+                found.push(id);
+            }
+        }
+        Ok(found)
+    }
 }
 
 impl LayerStore {
@@ -66,7 +145,14 @@ impl LayerStore {
         let list = root.join(DISTRUSTED);
         let distrusted =
             Distrusted::open(list.clone()).map_err(|e| FetchError::store("reading", &list, e))?;
-        Ok(LayerStore { inner: Arc::new(Inner { layers, boot_id, open: Mutex::default(), distrusted }) })
+        let inner = Arc::new_cyclic(|inner| Inner {
+            room: Arc::new(Room::new(layers.clone(), Weak::clone(inner))),
+            layers,
+            boot_id,
+            open: Mutex::default(),
+            distrusted,
+        });
+        Ok(LayerStore { inner })
     }
 
     /// The layer with this diffID to start something new from, when an index of it is here; its bytes may be missing
@@ -92,35 +178,7 @@ impl LayerStore {
     /// # Errors
     /// When the files cannot be opened for reasons other than damage.
     pub fn by_id(&self, id: LayerId) -> Result<Option<Arc<Layer>>, FetchError> {
-        self.open_in(&mut self.open_layers(), id)
-    }
-
-    fn open_in(
-        &self,
-        open: &mut HashMap<LayerId, Weak<Layer>>,
-        id: LayerId,
-    ) -> Result<Option<Arc<Layer>>, FetchError> {
-        if let Some(layer) = open.get(&id).and_then(Weak::upgrade) {
-            return Ok(Some(layer));
-        }
-        let dir = self.path_of(id);
-        if !dir.exists() {
-            return Ok(None);
-        }
-        match Layer::open(&dir, id, self.inner.boot_id) {
-            Ok(layer) => {
-                let layer = Arc::new(layer);
-                open.retain(|_, weak| weak.strong_count() > 0);
-                open.insert(id, Arc::downgrade(&layer));
-                Ok(Some(layer))
-            }
-            Err(layer::OpenError::Damaged(reason)) => {
-                tracing::warn!(layer = %id, reason, "damaged layer is dropped from the store");
-                staging::discard(&self.inner.layers, &dir)?;
-                Ok(None)
-            }
-            Err(layer::OpenError::Io(error)) => Err(error),
-        }
+        self.inner.by_id(id)
     }
 
     /// Takes over an index that somebody else made, for a layer that has none here: an empty layer file with that
@@ -149,7 +207,8 @@ impl LayerStore {
         let data_path = staging.data_path();
         staging.create(&data_path)?.set_len(parsed.layer_size()).map_err(|e| failed(&data_path, e))?;
         Standing::claim(staging.dir(), Digest::of(index), origin).map_err(|e| failed(staging.dir(), e))?;
-        self.publish_as(staging, parsed.span_count(), false, false)
+        let spans = parsed.span_count();
+        self.publish_with(staging, spans, &vec![0; span_map::words(spans)], false)
     }
 
     /// Why a claim from this origin about this blob is not to be believed: one turned out to be a lie before.
@@ -185,16 +244,7 @@ impl LayerStore {
     /// # Errors
     /// When the directory cannot be read.
     pub fn list(&self) -> Result<Vec<LayerId>, FetchError> {
-        let path = &self.inner.layers;
-        let failed = |e| FetchError::store("listing", path, e);
-        let mut found = Vec::new();
-        for entry in fs::read_dir(path).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            if let Some(id) = name.to_str().and_then(|n| n.parse().ok()) {
-                found.push(id);
-            }
-        }
-        Ok(found)
+        self.inner.list()
     }
 
     /// [`Layer::file_name`] of a layer, without opening it; `None` when it is not here.
@@ -251,6 +301,72 @@ impl LayerStore {
         layers.iter().map(|layer| layer.sync()).fold(Ok(()), io::Result::and)
     }
 
+    /// Writes down when spans were last of use, so that a restart keeps the order of eviction.
+    pub fn save_uses(&self) {
+        let layers: Vec<Arc<Layer>> = self.open_layers().values().filter_map(Weak::upgrade).collect();
+        layers.iter().for_each(|layer| layer.save_touched());
+    }
+
+    /// How much the store may take.
+    pub fn limits(&self) -> CacheLimits {
+        self.inner.room.limits()
+    }
+
+    /// Sets how much the store may take and evicts at once what is beyond that and may go. Blocks on the disk.
+    ///
+    /// # Errors
+    /// When the disk can't be looked at.
+    pub fn set_limits(&self, limits: CacheLimits) -> io::Result<()> {
+        self.inner.room.set_limits(limits)
+    }
+
+    /// Bytes of disk that the store takes, what is being streamed included.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn disk_bytes(&self) -> io::Result<u64> {
+        room::used_below(&self.inner.layers)
+    }
+
+    /// What has been evicted so far.
+    pub fn evictions(&self) -> EvictionStats {
+        self.inner.room.stats()
+    }
+
+    /// Says who knows which layers are in use.
+    pub fn set_users(&self, users: Arc<dyn LayerUsers>) {
+        self.inner.room.hooks.set_users(users);
+    }
+
+    /// Says who knows whether a layer's blob can be had. Without anybody who does nothing is ever evicted.
+    pub(crate) fn set_refetch(&self, refetch: impl Fn(&Layer) -> bool + Send + Sync + 'static) {
+        self.inner.room.hooks.set_refetch(Arc::new(refetch));
+    }
+
+    /// Whether what is evicted of a layer can be fetched again, as far as is known.
+    pub fn can_refetch(&self, layer: &Layer) -> bool {
+        self.inner.room.hooks.can_refetch(layer)
+    }
+
+    /// Evicts everything that may go of layers that are not in use, and returns the bytes of disk freed. Blocks on the
+    /// disk.
+    pub fn evict_idle(&self) -> u64 {
+        victims::evict_idle(&self.inner, &self.inner.room.hooks)
+    }
+
+    /// Directories of interrupted streams that no living process holds.
+    ///
+    /// # Errors
+    /// When the store can't be read.
+    pub fn leftovers(&self) -> Result<Vec<PathBuf>, FetchError> {
+        staging::leftovers(&self.inner.layers)
+    }
+
+    /// Asked before anything of a layer is written.
+    pub(crate) fn room(&self) -> &Room {
+        &self.inner.room
+    }
+
     /// A place to build a layer in; it disappears unless published.
     pub(crate) fn stage(&self, id: LayerId) -> Result<Staging, FetchError> {
         Staging::new(&self.inner.layers, id)
@@ -264,32 +380,52 @@ impl LayerStore {
         span_count: usize,
         replace: bool,
     ) -> Result<Arc<Layer>, FetchError> {
-        self.publish_as(staging, span_count, true, replace)
+        self.publish_with(staging, span_count, &span_map::full(span_count), replace)
     }
 
-    fn publish_as(
+    /// As [`LayerStore::publish`], for a layer of which only the spans that end within the first `stored` bytes are
+    /// present.
+    pub(crate) fn publish_start(
+        &self,
+        staging: Staging,
+        stored: u64,
+        replace: bool,
+    ) -> Result<Arc<Layer>, FetchError> {
+        let path = staging.index_path();
+        let index = LayerIndex::open(&path)
+            .map_err(|e| FetchError::store("reading", &path, io::Error::other(e.to_string())))?;
+        let mut present = vec![0; span_map::words(index.span_count())];
+        for (i, _) in index.spans().enumerate().filter(|(_, s)| s.offset.saturating_add(s.len) <= stored) {
+            present[i / 64] |= 1 << (i % 64);
+        }
+        let spans = index.span_count();
+        drop(index);
+        self.publish_with(staging, spans, &present, replace)
+    }
+
+    fn publish_with(
         &self,
         staging: Staging,
         spans: usize,
-        whole: bool,
+        present: &[u64],
         replace: bool,
     ) -> Result<Arc<Layer>, FetchError> {
         let id = staging.id();
         let mut open = self.open_layers();
-        if self.open_in(&mut open, id)?.is_some_and(|old| replace || old.lie().is_some()) {
+        if self.inner.open_in(&mut open, id)?.is_some_and(|old| replace || old.lie().is_some()) {
             open.remove(&id);
             staging::discard(&self.inner.layers, &self.path_of(id))?;
         }
-        staging.publish(&self.path_of(id), spans, whole, self.inner.boot_id)?;
-        self.open_in(&mut open, id)?.ok_or(FetchError::Interrupted { what: "publishing a layer" })
+        staging.publish(&self.path_of(id), spans, present, self.inner.boot_id)?;
+        self.inner.open_in(&mut open, id)?.ok_or(FetchError::Interrupted { what: "publishing a layer" })
     }
 
     fn path_of(&self, id: LayerId) -> PathBuf {
-        self.inner.layers.join(id.to_string())
+        self.inner.path_of(id)
     }
 
-    fn open_layers(&self) -> std::sync::MutexGuard<'_, HashMap<LayerId, Weak<Layer>>> {
-        self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn open_layers(&self) -> MutexGuard<'_, HashMap<LayerId, Weak<Layer>>> {
+        self.inner.open_layers()
     }
 }
 
@@ -298,5 +434,7 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+#[cfg(test)]
+mod evict_tests;
 #[cfg(test)]
 mod tests;

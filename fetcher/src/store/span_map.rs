@@ -7,7 +7,10 @@
 //! reboot volatile bits are only a hint: such a span is verified by its digest before its first use.
 //!
 //! The newest durable slot counts, and of the volatile ones the newest that is newer than it. So clearing is one
-//! durable write, and a torn write of one slot leaves its twin.
+//! durable write, and a torn write of one slot leaves its twin: the slot before it of its kind.
+//!
+//! Evicting writes both kinds, durably, before a hole is punched: the durable slot without the spans that go, so that
+//! no slot that is left over from before can bring them back, and a volatile one behind it with what is still there.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -41,6 +44,10 @@ pub(super) struct SpanMap {
     spans: usize,
     boot_id: [u8; 16],
     sequence: u64,
+    /// Spans of the newest durable slot.
+    durable: Bits,
+    /// Where the next slot of each kind goes: over the older one.
+    next: [usize; 2],
 }
 
 impl SpanMap {
@@ -49,7 +56,11 @@ impl SpanMap {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
         // Written rather than left sparse: on a full disk the map must still be able to forget.
         file.write_all_at(&vec![0; slot_size(spans) * 4], 0)?;
-        Ok(SpanMap { file, spans, boot_id, sequence: 0 })
+        Ok(SpanMap::of(file, spans, boot_id))
+    }
+
+    fn of(file: File, spans: usize, boot_id: [u8; 16]) -> SpanMap {
+        SpanMap { file, spans, boot_id, sequence: 0, durable: vec![0; words(spans)], next: [0, 0] }
     }
 
     /// Opens a map; one that is missing or unreadable is made anew and empty.
@@ -65,13 +76,17 @@ impl SpanMap {
             }
             Err(e) => return Err(e),
         };
-        let mut map = SpanMap { file, spans, boot_id, sequence: 0 };
+        let mut map = SpanMap::of(file, spans, boot_id);
         let slots: Vec<Slot> = (0..4).filter_map(|i| map.read_slot(i)).collect();
         map.sequence = slots.iter().map(|s| s.sequence).max().unwrap_or(0);
         let newest = |kind| slots.iter().filter(move |s| s.kind == kind).max_by_key(|s| s.sequence);
         let durable = newest(DURABLE);
         let volatile = newest(VOLATILE).filter(|v| durable.is_none_or(|d| v.sequence > d.sequence));
-        let mut trusted = durable.map_or_else(empty, |s| s.bits.clone());
+        for (kind, next) in [DURABLE, VOLATILE].into_iter().zip(&mut map.next) {
+            *next = newest(kind).map_or(0, |s| 1 - s.place % 2);
+        }
+        map.durable = durable.map_or_else(empty, |s| s.bits.clone());
+        let mut trusted = map.durable.clone();
         let mut suspect = empty();
         if let Some(volatile) = volatile {
             let same_boot = volatile.boot_id == boot_id && boot_id != [0; 16];
@@ -90,21 +105,35 @@ impl SpanMap {
 
     /// Records present spans without waiting for the disk.
     pub(super) fn write_volatile(&mut self, bits: &[u64]) -> io::Result<()> {
-        self.write_slot(VOLATILE, bits)
+        self.write_slot(VOLATILE, bits, self.sequence + 1)
     }
 
     /// Records spans whose data is on disk, and waits until the record is.
     pub(super) fn write_durable(&mut self, bits: &[u64]) -> io::Result<()> {
-        self.write_slot(DURABLE, bits)?;
-        self.sync()
+        self.write_slot(DURABLE, bits, self.sequence + 1)?;
+        self.sync()?;
+        self.durable = bits.to_vec();
+        Ok(())
+    }
+
+    /// Records, durably, that the spans `gone` are not present and that of the others those in `left` are. Once it
+    /// returns their bytes may be thrown away: no crash makes a later life believe in them.
+    pub(super) fn write_evicted(&mut self, gone: &[u64], left: &[u64]) -> io::Result<()> {
+        let durable: Bits = self.durable.iter().zip(gone).map(|(d, g)| d & !g).collect();
+        // The one that counts beside the other first: a process that is killed in between forgets nothing else.
+        let sequence = self.sequence;
+        self.write_slot(VOLATILE, left, sequence + 2)?;
+        self.write_slot(DURABLE, &durable, sequence + 1)?;
+        self.sync()?;
+        self.durable = durable;
+        Ok(())
     }
 
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
     }
 
-    fn write_slot(&mut self, kind: u32, bits: &[u64]) -> io::Result<()> {
-        let sequence = self.sequence + 1;
+    fn write_slot(&mut self, kind: u32, bits: &[u64], sequence: u64) -> io::Result<()> {
         let mut slot = vec![0u8; HEADER + words(self.spans) * 8];
         slot[..8].copy_from_slice(&MAGIC);
         slot[8..12].copy_from_slice(&VERSION.to_le_bytes());
@@ -117,9 +146,11 @@ impl SpanMap {
         }
         let crc = crc32c::crc32c(&slot);
         slot[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
-        let place = u64::from(kind) * 2 + sequence % 2;
-        self.file.write_all_at(&slot, place * slot_size(self.spans) as u64)?;
-        self.sequence = sequence;
+        let next = self.next[kind as usize];
+        let place = kind as usize * 2 + next;
+        self.file.write_all_at(&slot, (place * slot_size(self.spans)) as u64)?;
+        self.next[kind as usize] = 1 - next;
+        self.sequence = self.sequence.max(sequence);
         Ok(())
     }
 
@@ -144,6 +175,7 @@ impl SpanMap {
             *word &= mask;
         }
         Some(Slot {
+            place,
             kind: u32::from_le_bytes(slot[12..16].try_into().ok()?),
             sequence: number(24)?,
             boot_id: slot[32..48].try_into().ok()?,
@@ -153,6 +185,7 @@ impl SpanMap {
 }
 
 struct Slot {
+    place: usize,
     kind: u32,
     sequence: u64,
     boot_id: [u8; 16],
@@ -232,10 +265,58 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("spans");
         let mut map = SpanMap::create(&path, 70, BOOT).unwrap();
-        map.write_volatile(&[0b1, 0]).unwrap(); // sequence 1, place 3
-        map.write_volatile(&[0b11, 0]).unwrap(); // sequence 2, place 2
-        map.file.write_all_at(&[0xff], (2 * slot_size(70) + HEADER) as u64).unwrap();
+        map.write_volatile(&[0b1, 0]).unwrap(); // place 2
+        map.write_volatile(&[0b11, 0]).unwrap(); // place 3
+        map.file.write_all_at(&[0xff], (3 * slot_size(70) + HEADER) as u64).unwrap();
         assert_eq!(load(&path, BOOT), loaded([0b1, 0], [0, 0]));
+    }
+
+    /// Whatever slots were written between two of a kind, the second one never takes the place of the first.
+    #[test]
+    fn a_torn_durable_slot_leaves_the_one_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("spans");
+        let mut map = SpanMap::create(&path, 70, BOOT).unwrap();
+        map.write_durable(&[0b111, 0]).unwrap(); // place 0
+        map.write_evicted(&[0b100, 0], &[0b11, 0]).unwrap(); // place 1
+        for _ in 0..3 {
+            map.write_volatile(&[0b11, 0]).unwrap();
+        }
+        map.write_durable(&[0b1011, 0]).unwrap(); // place 0
+        map.file.write_all_at(&[0xff], HEADER as u64).unwrap();
+        drop(map);
+        assert_eq!(load(&path, LATER), loaded([0b11, 0], [0, 0]));
+        // Also not after the file was opened anew.
+        let (mut map, _) = SpanMap::open(&path, 70, LATER).unwrap();
+        map.write_durable(&[0b1, 0]).unwrap();
+        map.file.write_all_at(&[0xff], HEADER as u64).unwrap();
+        assert_eq!(load(&path, LATER), loaded([0b11, 0], [0, 0]));
+    }
+
+    #[test]
+    fn evicted_spans_stay_away_and_the_others_stay_what_they_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("spans");
+        let mut map = SpanMap::create(&path, 70, BOOT).unwrap();
+        map.write_durable(&[0b1111, 0]).unwrap();
+        map.write_volatile(&[0b111_1111, 0]).unwrap();
+        // One that was durable goes, and one that was not.
+        map.write_evicted(&[0b10_0001, 0], &[0b101_1110, 0]).unwrap();
+        assert_eq!(load(&path, BOOT), loaded([0b101_1110, 0], [0, 0]));
+        assert_eq!(load(&path, LATER), loaded([0b1110, 0], [0b101_0000, 0]));
+        // Every slot that may be torn when the power goes later (the one just waited for may not): none of those left
+        // over from before brings an evicted one back.
+        for place in [0, 2, 3] {
+            let whole = std::fs::read(&path).unwrap();
+            map.file.write_all_at(&[0xff], (place * slot_size(70) + HEADER) as u64).unwrap();
+            let Loaded { trusted, .. } = load(&path, LATER);
+            assert_eq!(trusted[0] & 0b10_0001, 0, "slot {place}");
+            std::fs::write(&path, whole).unwrap();
+            map = SpanMap::open(&path, 70, BOOT).unwrap().0;
+        }
+        // Fetched again it counts, but has to be verified after a reboot.
+        map.write_volatile(&[0b101_1111, 0]).unwrap();
+        assert_eq!(load(&path, LATER), loaded([0b1110, 0], [0b101_0001, 0]));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use lazyrun_index::LayerId;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::span_map::{SpanMap, full, words};
+use super::span_map::SpanMap;
 use super::{DATA, INDEX, SPANS, sync_dir};
 use crate::error::FetchError;
 
@@ -65,7 +65,7 @@ impl Staging {
             .map_err(|e| FetchError::store("creating", path, e))
     }
 
-    /// Gives the directory its final name; `whole`: with all spans present, otherwise with none.
+    /// Gives the directory its final name, with these spans present.
     ///
     /// The index and the map are made durable first, the data is not: hundreds of megabytes would stand between
     /// the last byte and the container's start. The map carries this boot's id, so data that a power cut takes
@@ -74,15 +74,14 @@ impl Staging {
         self,
         final_dir: &Path,
         span_count: usize,
-        whole: bool,
+        present: &[u64],
         boot_id: [u8; 16],
     ) -> Result<(), FetchError> {
         let map_path = self.dir.join(SPANS);
         let index_path = self.index_path();
         let mut map = SpanMap::create(&map_path, span_count, boot_id)
             .map_err(|e| FetchError::store("writing", &map_path, e))?;
-        let present = if whole { full(span_count) } else { vec![0; words(span_count)] };
-        map.write_volatile(&present)
+        map.write_volatile(present)
             .and_then(|()| map.sync())
             .map_err(|e| FetchError::store("writing", &map_path, e))?;
         File::open(&index_path)
@@ -119,16 +118,25 @@ fn lock(dir: &Path) -> io::Result<Flock<File>> {
 
 /// Removes temporary directories that no living process holds.
 pub(super) fn sweep(layers: &Path) -> Result<(), FetchError> {
+    for path in leftovers(layers)? {
+        fs::remove_dir_all(&path).map_err(|e| FetchError::store("removing", &path, e))?;
+    }
+    Ok(())
+}
+
+/// Temporary directories that no living process holds.
+pub(super) fn leftovers(layers: &Path) -> Result<Vec<PathBuf>, FetchError> {
     let failed = |e| FetchError::store("listing", layers, e);
+    let mut found = Vec::new();
     for entry in fs::read_dir(layers).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let ours = entry.file_name().to_str().is_some_and(|n| n.starts_with(PREFIX));
         let path = entry.path();
         if ours && lock(&path).is_ok() {
-            fs::remove_dir_all(&path).map_err(|e| FetchError::store("removing", &path, e))?;
+            found.push(path);
         }
     }
-    Ok(())
+    Ok(found)
 }
 
 /// Takes a directory out of the store: renamed first, so that no half of it is ever found under its name.

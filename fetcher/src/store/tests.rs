@@ -9,8 +9,8 @@ use lazyrun_index::{
 use super::*;
 use crate::trust::{OriginKind, Trust};
 
-const BOOT: [u8; 16] = [1; 16];
-const LATER: [u8; 16] = [2; 16];
+pub(super) const BOOT: [u8; 16] = [1; 16];
+pub(super) const LATER: [u8; 16] = [2; 16];
 
 /// Hands the decoded bytes on to a file.
 struct Copy<'a>(&'a File);
@@ -25,7 +25,7 @@ impl LayerSink for Copy<'_> {
 }
 
 /// A plain tar of one file, about 3 MB.
-fn tar() -> Vec<u8> {
+pub(super) fn tar() -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     let content: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let mut header = tar::Header::new_gnu();
@@ -36,7 +36,7 @@ fn tar() -> Vec<u8> {
 }
 
 /// Builds and publishes the layer as a stream would.
-fn publish(store: &LayerStore, tar: &[u8]) -> Arc<Layer> {
+pub(super) fn publish(store: &LayerStore, tar: &[u8]) -> Arc<Layer> {
     let staging = store.stage(LayerId::tar(Digest::of(tar))).unwrap();
     let data = staging.create(&staging.data_path()).unwrap();
     let out = staging.create(&staging.index_path()).unwrap();
@@ -46,7 +46,7 @@ fn publish(store: &LayerStore, tar: &[u8]) -> Arc<Layer> {
     store.publish(staging, summary.spans as usize, false).unwrap()
 }
 
-fn read(layer: &Layer, offset: u64, len: usize) -> Option<Vec<u8>> {
+pub(super) fn read(layer: &Layer, offset: u64, len: usize) -> Option<Vec<u8>> {
     let mut buffer = vec![0; len];
     let n = layer.read_local(offset, &mut buffer).unwrap()?;
     buffer.truncate(n);
