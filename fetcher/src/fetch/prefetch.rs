@@ -21,7 +21,7 @@ pub(super) async fn run(
         let slot = inner.scheduler.prefetch_request().await?;
         let Some(run) = state.plan_prefetch(layer, &ranks) else { break };
         ranks.retain(|&rank| rank >= run.ranks.end);
-        match spans::fetch(inner, layer, Arc::new(run), slot).await {
+        match spans::fetch(inner, layer, Arc::new(run), Some(slot)).await {
             // Ranges turned out not to work here: what is left only comes by a stream.
             Err(_) if state.no_ranges() => break,
             result => result?,

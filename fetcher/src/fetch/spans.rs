@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use lazyrun_index::SpanInfo;
@@ -19,13 +19,23 @@ use crate::store::Layer;
 /// Tries per source when what comes is corrupt.
 const TRIES: usize = 2;
 
-/// Starts fetching a run for faults, on its own: what has begun is finished even if the reader has gone.
+/// A fault waits so long for one of the places for its like. They may all be taken by a registry that does not answer,
+/// and this one may be for another; how many wait for one host is bounded anyhow.
+const PLACE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Starts fetching a run for faults, on its own: what has begun is finished even if the reader has gone, as long as
+/// something comes.
 pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
-    let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
+    let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::new(run));
     tokio::spawn(async move {
-        let result = match inner.scheduler.fault_request().await {
-            Ok(slot) => fetch(&inner, &layer, Arc::new(run), slot).await,
-            Err(error) => Err(error),
+        let slot = match tokio::time::timeout(PLACE_PATIENCE, inner.scheduler.fault_request()).await {
+            Ok(Ok(slot)) => Some(slot),
+            Ok(Err(_)) => return,
+            Err(_) => None,
+        };
+        let result = tokio::select! {
+            result = fetch(&inner, &layer, Arc::clone(&run), slot) => result,
+            () = nothing_comes(&run, inner.options.fault_timeout) => Ok(()),
         };
         if let Err(error) = result {
             tracing::warn!(layer = %layer.id(), %error, "fault could not be served");
@@ -33,12 +43,26 @@ pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
     });
 }
 
+/// Waits until a run has brought nothing for `limit`. Nobody waits for it any more then, and whoever comes next shall
+/// get a request of their own.
+async fn nothing_comes(run: &Run, limit: Duration) {
+    let mut before = run.position.load(Relaxed);
+    loop {
+        tokio::time::sleep(limit).await;
+        let now = run.position.load(Relaxed);
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
 /// Fetches a run from the first source that can deliver it.
 pub(super) async fn fetch(
     inner: &Arc<Inner>,
     layer: &Arc<Layer>,
     run: Arc<Run>,
-    slot: OwnedSemaphorePermit,
+    slot: Option<OwnedSemaphorePermit>,
 ) -> Result<(), FetchError> {
     let result = from_any_source(inner, layer, &run).await;
     drop(slot);
@@ -196,6 +220,8 @@ fn store(
         )));
     }
     run.done(rank);
+    // After each span: a daemon that is killed fetches nothing twice but what was on the way. Losing it costs no more.
+    let _ = layer.save_map();
     Ok(())
 }
 
