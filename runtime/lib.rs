@@ -13,3 +13,5 @@ pub mod names;
 pub mod network;
 pub mod paths;
 pub mod proc;
+pub mod settings;
+pub mod units;

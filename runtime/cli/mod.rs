@@ -2,6 +2,7 @@
 
 pub mod args;
 mod containers;
+mod hydrate;
 mod images;
 pub mod index_args;
 mod index_lists;
@@ -24,6 +25,7 @@ use crate::ipc::client::Connection;
 use crate::ipc::protocol::IndexOptions;
 use crate::keeper;
 use crate::paths::{DEFAULT_ROOT, Paths};
+use crate::settings::Settings;
 use args::{Cli, Command, SystemCommand};
 
 /// What the commands need to know of the global flags.
@@ -33,12 +35,13 @@ pub struct Context {
     progress: progress::Style,
     insecure: Vec<String>,
     index: IndexOptions,
+    settings: Settings,
 }
 
 impl Context {
     /// A connection to the instance's daemon, which is started when none answers.
     fn daemon(&self) -> Result<Connection, Failure> {
-        keeper::start::connect_or_start(&self.paths)
+        keeper::start::connect_or_start(&self.paths, &self.settings)
     }
 
     /// A connection to the instance's daemon if one runs.
@@ -70,7 +73,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let paths = Paths::new(&root)
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
-    let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry, index };
+    let (progress, insecure, settings) = (cli.progress, cli.insecure_registry, cli.settings);
+    let context = Context { paths, progress, insecure, index, settings };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -78,13 +82,16 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,
-        Command::Ps { all, quiet, format } => containers::list(context, all, quiet, format.as_deref())?,
+        Command::Ps { all, quiet, lazy, format } => {
+            containers::list(context, all, quiet, lazy, format.as_deref())?;
+        }
         Command::Stop { time, containers } => return containers::stop(context, time, &containers),
         Command::Kill { signal, containers } => return containers::kill(context, &signal, &containers),
         Command::Rm { force, containers } => return containers::remove(context, force, &containers),
         Command::Inspect { format, names } => return containers::inspect(context, format.as_deref(), &names),
-        Command::Images { quiet, format } => images::list(context, quiet, format.as_deref())?,
-        Command::Pull { quiet, image } => images::pull(context, quiet, &image)?,
+        Command::Images { quiet, lazy, format } => images::list(context, quiet, lazy, format.as_deref())?,
+        Command::Pull { quiet, hydrate, image } => images::pull(context, quiet, hydrate, &image)?,
+        Command::Hydrate(args) => hydrate::hydrate(context, args)?,
         Command::Rmi { force, images } => return images::remove(context, force, &images),
         Command::Index { command } => indexes::index(context, command)?,
         Command::Profile { command } => return profiles::profile(context, command),

@@ -38,12 +38,16 @@ pub(super) fn keeper(context: &Context) -> ExitCode {
     // SAFETY: the command line that started this process placed the pipe there and nothing has used it since.
     let ready = unsafe { OwnedFd::from_raw_fd(keeper::start::KEEPER_READY_FD) };
     let _ = nix::fcntl::fcntl(&ready, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    keeper::main(&context.paths, Some(ready))
+    keeper::main(&context.paths, &context.settings, Some(ready))
 }
 
 pub(super) fn daemon(context: &Context, kept: bool) -> ExitCode {
     log_to_stderr();
-    if kept { crate::daemon::main(&context.paths) } else { keeper::main(&context.paths, None) }
+    if kept {
+        crate::daemon::main(&context.paths, &context.settings)
+    } else {
+        keeper::main(&context.paths, &context.settings, None)
+    }
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

@@ -14,6 +14,7 @@ use super::layer_service::inode_of;
 use super::profile::{PathTouches, Profile, Watched, paths_of, prefetch, translate};
 use super::views::{Purpose, chain_id};
 use crate::failure::Failure;
+use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
@@ -21,11 +22,16 @@ use crate::ipc::protocol::ImageRequest;
 const START: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    /// Has what earlier starts touched fetched first and the rest after it, and records what this one touches.
+    /// Has what earlier starts touched fetched first, and the rest after it unless the image is to stay lazy, and records what this one touches.
     /// It is recorded even if all contents are local as long as there is no profile of this image.
-    pub(super) fn foresee(self: &Arc<Self>, ready: &Ready) -> Purpose {
+    pub(super) fn foresee(
+        self: &Arc<Self>,
+        ready: &Ready,
+        request: &ImageRequest,
+        hydrate: HydrateMode,
+    ) -> Result<Purpose> {
         let layers = ready.layers.clone();
-        let Some(chain) = chain_of(&layers) else { return Purpose::Start };
+        let Some(chain) = chain_of(&layers) else { return Ok(Purpose::Start) };
         let own = self.own_profile(chain, ready);
         let missing = layers.iter().any(|l| !l.is_hydrated());
         let unknown = own.is_none();
@@ -34,7 +40,12 @@ impl Daemon {
         }
         if missing {
             let (this, image) = (Arc::clone(self), ready.image.reference.clone());
-            tokio::spawn(async move {
+            // Wanted from now on, so that a daemon that is killed during the start goes on with it.
+            let key = match hydrate {
+                HydrateMode::Auto => self.hydration.want(request, false)?,
+                HydrateMode::Never => image.to_string(),
+            };
+            self.hydration.begin_after(key, async move {
                 let profile = match own {
                     Some(profile) => Some(profile),
                     None => this.profile_of_other_tag(image, chain, layers.clone()).await,
@@ -42,10 +53,9 @@ impl Daemon {
                 if let Some(profile) = profile {
                     prefetch(this.images.fetcher(), &layers, &profile).await;
                 }
-                this.images.hydrate_later(&layers);
             });
         }
-        if unknown { Purpose::Recorded } else { Purpose::Start }
+        Ok(if unknown { Purpose::Recorded } else { Purpose::Start })
     }
 
     fn record_start(self: &Arc<Self>, chain: Digest, layers: &[Arc<Layer>]) {

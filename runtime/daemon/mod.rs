@@ -2,6 +2,7 @@
 
 pub mod containers;
 mod foresee;
+pub mod hydration;
 pub mod images;
 mod indexes;
 pub mod layer_service;
@@ -29,11 +30,14 @@ use lazyrun_fs::plan::{self, Plan, Probes};
 use lazyrun_index::{Digest, LayerId};
 
 use crate::failure::Failure;
+use crate::ipc::hydration::HydrateMode;
 use crate::keeper::store::Kept;
 use crate::keeper::{self, start};
 use crate::network::Instance;
 use crate::paths::Paths;
+use crate::settings::Settings;
 use containers::Containers;
+use hydration::{Hydration, KeptLazy};
 use images::Images;
 use layer_service::LayerService;
 use meta::Meta;
@@ -53,6 +57,7 @@ pub struct Daemon {
     probes: Probes,
     plan: Plan,
     images: Arc<Images>,
+    hydration: Arc<Hydration>,
     views: Arc<Views>,
     service: Arc<LayerService>,
     profiles: Profiles,
@@ -65,7 +70,7 @@ pub struct Daemon {
 }
 
 /// Runs the daemon that a keeper started, until it is told to end.
-pub fn main(paths: &Paths) -> ExitCode {
+pub fn main(paths: &Paths, settings: &Settings) -> ExitCode {
     // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
     // or closed them since.
     let (listener, store, ready) = unsafe {
@@ -87,7 +92,7 @@ pub fn main(paths: &Paths) -> ExitCode {
         .build();
     let served = runtime.context("starting the runtime").and_then(|runtime| {
         runtime.block_on(async {
-            let daemon = Daemon::start(paths.clone(), store).await?;
+            let daemon = Daemon::start(paths.clone(), settings, store).await?;
             let listener = std::os::unix::net::UnixListener::from(listener);
             let _ = write!(ready, "{}", start::READY);
             drop(ready.flush());
@@ -108,7 +113,7 @@ pub fn main(paths: &Paths) -> ExitCode {
 }
 
 impl Daemon {
-    async fn start(paths: Paths, store: OwnedFd) -> Result<Arc<Self>> {
+    async fn start(paths: Paths, settings: &Settings, store: OwnedFd) -> Result<Arc<Self>> {
         let (kept, mut before) = Kept::connect(store.into()).context("taking over from the keeper")?;
         let kept = Arc::new(kept);
         let mounter = Mounter::new("/proc/self/exe".into());
@@ -118,10 +123,12 @@ impl Daemon {
         });
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
-        let fetcher = Fetcher::new(layers, FetchOptions::default());
+        let fetcher = Fetcher::new(layers, fetch_options(settings));
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
         let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
         images.add_recorded_sources()?;
+        let limit = settings.hydrate_limit.and_then(|rate| rate.0);
+        let hydration = Hydration::open(Arc::clone(&images), paths.hydration(), limit)?;
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
         let probes = probing.await.context("probing mount plans")??;
@@ -135,6 +142,7 @@ impl Daemon {
             probes,
             plan,
             images,
+            hydration,
             views: Arc::new(views),
             service,
             containers: Containers::default(),
@@ -144,6 +152,7 @@ impl Daemon {
         });
         lies::watch(&daemon, lies);
         daemon.recover(before).await?;
+        daemon.hydration.begin_all().await;
         let this = Arc::clone(&daemon);
         tokio::task::spawn_blocking(move || this.remove_superseded());
         Ok(daemon)
@@ -176,6 +185,12 @@ impl Daemon {
             }
         }
         Ok(None)
+    }
+
+    /// Keeps the image of these layers lazy for a container or mount that asks for it.
+    fn keep_lazy(&self, mode: HydrateMode, user: &str, layers: &[Arc<Layer>]) -> Option<KeptLazy> {
+        let chain = views::chain_id(&layers.iter().map(|l| l.diff_id()).collect::<Vec<_>>())?;
+        (mode == HydrateMode::Never).then(|| self.hydration.keep_lazy(user, chain))
     }
 
     /// These layer files, if all are here.
@@ -216,6 +231,11 @@ impl Daemon {
         }
         self.unmount_all();
     }
+}
+
+fn fetch_options(settings: &Settings) -> FetchOptions {
+    let options = FetchOptions::default();
+    FetchOptions { fault_timeout: settings.fault_timeout().unwrap_or(options.fault_timeout), ..options }
 }
 
 /// The layer files of a record; early records have no names of files, only diffIDs.

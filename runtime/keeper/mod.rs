@@ -23,6 +23,7 @@ use nix::unistd::Pid;
 
 use crate::ipc::fds;
 use crate::paths::Paths;
+use crate::settings::Settings;
 use store::FdStore;
 
 /// Where a daemon started by the keeper finds its listening control socket.
@@ -39,8 +40,8 @@ const MAX_SHORT_LIVES: u32 = 5;
 /// Runs the keeper until the daemon ends in peace; returns the process's exit code.
 ///
 /// `ready` is told `ok` once the daemon serves, or the reason why it doesn't.
-pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
-    match Keeper::new(paths).and_then(|mut k| k.run(ready)) {
+pub fn main(paths: &Paths, settings: &Settings, ready: Option<OwnedFd>) -> ExitCode {
+    match Keeper::new(paths, settings).and_then(|mut k| k.run(ready)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("lazyrun keeper: {e}");
@@ -51,6 +52,7 @@ pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
 
 struct Keeper<'a> {
     paths: &'a Paths,
+    settings: &'a Settings,
     listener: UnixListener,
     signals: SignalFd,
     store: FdStore,
@@ -63,7 +65,7 @@ enum Ended {
 }
 
 impl<'a> Keeper<'a> {
-    fn new(paths: &'a Paths) -> io::Result<Self> {
+    fn new(paths: &'a Paths, settings: &'a Settings) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         paths.create()?;
@@ -83,7 +85,7 @@ impl<'a> Keeper<'a> {
         }
         set.thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { paths, listener, signals, store: FdStore::default(), _lock: lock })
+        Ok(Self { paths, settings, listener, signals, store: FdStore::default(), _lock: lock })
     }
 
     fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
@@ -120,6 +122,7 @@ impl<'a> Keeper<'a> {
     fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
+        command.envs(self.settings.environment());
         command.stdin(Stdio::null());
         let placed = [(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
         fds::place(&mut command, &placed)?;
