@@ -4,11 +4,13 @@ mod support;
 
 mod root_demo;
 mod root_faults;
+mod root_hydrate;
 mod root_index;
 mod root_input;
 mod root_machine;
 mod root_manage;
 mod root_network;
+mod root_offline;
 mod root_profile;
 mod root_run;
 mod root_start;
