@@ -190,10 +190,14 @@ fn all_fail_in_time(half: &HalfLocal) {
     thread::scope(|scope| {
         let early = scope.spawn(|| fails(&big_file, mib(20)));
         let mapped = scope.spawn(|| dies_of_mapping(&big_file, mib(14)));
-        let scattered: Vec<_> = (0..12).map(|i| scope.spawn({
-            let file = &big_file;
-            move || fails(file, mib(3) + i * 70_000)
-        })).collect();
+        let scattered: Vec<_> = (0..12)
+            .map(|i| {
+                scope.spawn({
+                    let file = &big_file;
+                    move || fails(file, mib(3) + i * 70_000)
+                })
+            })
+            .collect();
         // What is local comes at once meanwhile, past everybody who waits; dropped from the page cache, so that the
         // daemon is asked.
         thread::sleep(BOUND / 3);
@@ -278,7 +282,9 @@ fn hydration_waits_for_the_registry() {
     builder.ok(&["hydrate", "--limit", "3MiB/s"]);
     for lazyrun in [&builder, &proving] {
         lazyrun.ok(&["hydrate", &image]);
-        wait_for("some bytes", MINUTE, || (lazyrun.lazy_image()["Local"].as_u64() > Some(4 << 20)).then_some(()));
+        wait_for("some bytes", MINUTE, || {
+            (lazyrun.lazy_image()["Local"].as_u64() > Some(4 << 20)).then_some(())
+        });
     }
     registry.stop();
     for lazyrun in [&builder, &proving] {

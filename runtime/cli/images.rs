@@ -8,12 +8,7 @@ use crate::ipc::client::Quiet;
 use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::{ImageSummary, PullPolicy, Request};
 
-pub(super) fn list(
-    context: &Context,
-    quiet: bool,
-    lazy: bool,
-    format: Option<&str>,
-) -> Result<(), Failure> {
+pub(super) fn list(context: &Context, quiet: bool, lazy: bool, format: Option<&str>) -> Result<(), Failure> {
     if lazy {
         return hydrate::images(context, format);
     }
@@ -37,12 +32,7 @@ pub(super) fn list(
     )
 }
 
-pub(super) fn pull(
-    context: &Context,
-    quiet: bool,
-    hydrate: HydrateMode,
-    image: &str,
-) -> Result<(), Failure> {
+pub(super) fn pull(context: &Context, quiet: bool, hydrate: HydrateMode, image: &str) -> Result<(), Failure> {
     let request = Request::Pull { image: context.image(image, PullPolicy::Always), hydrate };
     let style = if quiet { progress::Style::None } else { context.progress };
     let summary: ImageSummary = context.daemon()?.call(&request, &mut progress::Shown::new(style))?;

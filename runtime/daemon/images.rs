@@ -180,7 +180,8 @@ impl Images {
         let same = |record: &ImageRecord| {
             let other = record.reference.parse::<Reference>();
             (record.manifest == digest || record.list == Some(digest))
-                && other.is_ok_and(|o| o.registry == reference.registry && o.repository == reference.repository)
+                && other
+                    .is_ok_and(|o| o.registry == reference.registry && o.repository == reference.repository)
         };
         let Some(record) = self.records()?.into_iter().find(same) else { return Ok(None) };
         Ok(Some(ResolvedImage { reference: reference.clone(), ..self.load(&record)? }))

@@ -8,6 +8,7 @@ mod indexes;
 pub mod layer_service;
 pub mod lies;
 mod lifecycle;
+mod memory;
 pub mod meta;
 pub mod mounts;
 pub mod profile;
@@ -71,6 +72,7 @@ pub struct Daemon {
 
 /// Runs the daemon that a keeper started, until it is told to end.
 pub fn main(paths: &Paths, settings: &Settings) -> ExitCode {
+    memory::stay_small();
     // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
     // or closed them since.
     let (listener, store, ready) = unsafe {

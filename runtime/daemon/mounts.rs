@@ -93,8 +93,7 @@ impl Daemon {
             Ok(())
         };
         make().with_context(|| format!("writing {}", dir.display()))?;
-        let entry =
-            Entry { record, attached: false, _view: Some(Arc::clone(&view)), _kept_lazy: kept_lazy };
+        let entry = Entry { record, attached: false, _view: Some(Arc::clone(&view)), _kept_lazy: kept_lazy };
         self.mounts.lock().insert(id.clone(), entry);
         let upper_and_work = writable.then(|| (dir.join("upper"), dir.join("work")));
         let views = Arc::clone(&self.views);
@@ -183,10 +182,9 @@ impl Daemon {
                 }
                 _ => (None, None),
             };
-            self.mounts.lock().insert(
-                id,
-                Entry { record, attached: true, _view: view, _kept_lazy: kept_lazy },
-            );
+            self.mounts
+                .lock()
+                .insert(id, Entry { record, attached: true, _view: view, _kept_lazy: kept_lazy });
         }
         Ok(())
     }

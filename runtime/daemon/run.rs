@@ -72,7 +72,8 @@ impl Daemon {
             let view = self.views.get(ready.layers, plan, purpose).await?;
             anyhow::Ok((ready.image, view, kept_lazy))
         };
-        let ((image, view, kept_lazy), mut network) = tokio::try_join!(image, self.prepare_network(&id, &request))?;
+        let ((image, view, kept_lazy), mut network) =
+            tokio::try_join!(image, self.prepare_network(&id, &request))?;
         let dir = self.paths.containers().join(&id);
         let mut half_made = HalfMade(Some(&dir));
         let record = self.write_bundle(&dir, &id, name.as_str(), &request, &image, &view, &network)?;

@@ -112,8 +112,7 @@ impl Daemon {
                         self.keep_profile(&ready);
                         let missing = ready.layers.iter().any(|l| !l.is_hydrated());
                         let view = self.views.get(ready.layers, plan, Purpose::Use).await?;
-                        let (id, fd) =
-                            self.mount(&image.reference, view, target, writable, hydrate).await?;
+                        let (id, fd) = self.mount(&image.reference, view, target, writable, hydrate).await?;
                         if missing && hydrate == HydrateMode::Auto {
                             let key = self.hydration.want(&image, false)?;
                             self.hydration.begin(&key).await;

@@ -1,6 +1,5 @@
 //! An image of any size, for what depends on size.
 
-
 use lazyrun::demo::layout::{Encoding, ImageSettings, LayerBlob, LayerWriter, Layout};
 use tempfile::TempDir;
 
@@ -12,13 +11,18 @@ pub const TAG: &str = "bulk";
 const FILE: usize = 4 << 20;
 
 /// Makes an image of four layers with `mib` MiB of files: three quarters do not compress, the rest does well. The layers
-/// are as different as they come from builders: two gzip ones, one plain, one gzip of what compresses.
+/// are as different as they come from builders: an ordinary gzip one, one that unpacks very well, a plain one, and one
+/// that is a single deflate block, which can hardly be entered.
 pub fn image(mib: usize) -> TempDir {
     let dir = tempfile::tempdir().expect("a directory for the image");
     let mut layout = Layout::create(dir.path()).expect("create a layout");
     let files = (mib << 20) / FILE / 4;
-    let kinds =
-        [(Encoding::Gzip(1), false), (Encoding::Gzip(1), true), (Encoding::Plain, false), (Encoding::Gzip(1), false)];
+    let kinds = [
+        (Encoding::Gzip(4), false),
+        (Encoding::Gzip(4), true),
+        (Encoding::Plain, false),
+        (Encoding::Gzip(1), false),
+    ];
     let write = |(number, (encoding, dense))| layer(&layout, number, encoding, dense, files);
     let layers: Vec<LayerBlob> = kinds.into_iter().enumerate().map(write).collect();
     layout.add_image(TAG, &layers, &ImageSettings::default()).expect("write the manifest");

@@ -146,7 +146,9 @@ impl Lazyrun {
     /// Kills the daemon; returns once the keeper has started another.
     pub fn replace_daemon(&self) {
         let old = self.signal_daemon(nix::sys::signal::Signal::SIGKILL);
-        super::wait_for("a new daemon", Duration::from_secs(30), || self.daemon_pid().filter(|pid| *pid != old));
+        super::wait_for("a new daemon", Duration::from_secs(30), || {
+            self.daemon_pid().filter(|pid| *pid != old)
+        });
     }
 
     /// The row of `images --lazy` for the only image.

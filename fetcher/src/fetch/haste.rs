@@ -67,7 +67,9 @@ impl Hastes {
 
     /// Whether only background work wants a layer, which has all the time in the world.
     pub(super) fn is_patient(&self, layer: LayerId) -> bool {
-        self.lock().get(&layer).is_some_and(|counts| counts.unlimited == 0 && counts.background + counts.first > 0)
+        self.lock()
+            .get(&layer)
+            .is_some_and(|counts| counts.unlimited == 0 && counts.background + counts.first > 0)
     }
 
     /// Waits until no layer is in haste, unless this one is.

@@ -223,6 +223,7 @@ async fn stream_from_any(
     progress: &Arc<dyn Progress>,
 ) -> Result<(), FetchError> {
     let _slot = inner.scheduler.stream().await?;
+    let _memory = inner.memory.stream(layer).await?;
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
     let sources = inner.sources(layer)?;
     for (number, source) in sources.iter().enumerate() {
@@ -234,6 +235,7 @@ async fn stream_from_any(
             layer: Arc::clone(layer),
             state: inner.state(layer.id()),
             span: Vec::new(),
+            next: 0,
             offset: 0,
             unsaved: 0,
             progress: Arc::clone(progress),
@@ -268,6 +270,8 @@ struct StreamSink {
     layer: Arc<Layer>,
     state: Arc<LayerState>,
     span: Vec<u8>,
+    /// Its number.
+    next: usize,
     /// Byte of the layer file at which `span` starts.
     offset: u64,
     unsaved: u32,
@@ -278,6 +282,10 @@ impl LayerSink for StreamSink {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if offset != self.offset + self.span.len() as u64 {
             return Err(io::Error::other("streamed bytes are not in order"));
+        }
+        if self.span.is_empty() && self.next < self.layer.index().span_count() {
+            // Its length was bounded when the index was checked; growing by doubling would take twice as much.
+            self.span.reserve_exact(self.layer.index().span(self.next).len as usize);
         }
         self.span.extend_from_slice(bytes);
         Ok(())
@@ -294,7 +302,12 @@ impl LayerSink for StreamSink {
             self.state.changed.notify_waiters();
             self.unsaved += 1;
         }
+        self.next = span.index as usize + 1;
         self.span.drain(..len);
+        if self.span.is_empty() {
+            // The next one may be a thousand times smaller, and there may be many streams.
+            self.span = Vec::new();
+        }
         self.offset += span.len;
         if self.unsaved >= SAVE_EVERY {
             self.layer.save_map()?;

@@ -8,6 +8,7 @@ mod hydrate;
 mod ingest;
 mod interest;
 mod link;
+mod memory;
 mod overdue;
 mod prefetch;
 mod prove;
@@ -39,6 +40,7 @@ use flight::Flights;
 pub use haste::Haste;
 use haste::Hastes;
 use interest::Interest;
+use memory::Memory;
 use overdue::Overdue;
 use scheduler::Scheduler;
 use throttle::Throttle;
@@ -126,6 +128,7 @@ struct Inner {
     throttle: Throttle,
     hastes: Hastes,
     overdue: Overdue,
+    memory: Memory,
     sources: Mutex<HashMap<Digest, Vec<Source>>>,
     states: Mutex<HashMap<LayerId, Arc<LayerState>>>,
     ingests: Flights<Arc<Layer>>,
@@ -150,6 +153,7 @@ impl Fetcher {
                 throttle: Throttle::new(options.background_limit),
                 hastes: Hastes::default(),
                 overdue: Overdue::default(),
+                memory: Memory::default(),
                 store,
                 options,
                 counters: FetchCounters::default(),

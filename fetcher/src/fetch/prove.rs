@@ -42,7 +42,8 @@ pub(super) async fn run(
 }
 
 async fn tar(inner: &Arc<Inner>, layer: &Arc<Layer>, progress: &Arc<dyn Progress>) -> Result<(), FetchError> {
-    let (owned_inner, owned_layer, owned_progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
+    let (owned_inner, owned_layer, owned_progress) =
+        (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
     pass(inner, layer, progress, move |reader, problem| {
         let (inner, layer) = (&owned_inner, &owned_layer);
         let mut sink = Sink::new(layer, inner.state(layer.id()), &owned_progress);
@@ -79,6 +80,7 @@ pub(super) async fn pass<T: Send + 'static>(
     work: impl Fn(PumpReader, &Failure) -> Result<T, FetchError> + Send + Sync + 'static,
 ) -> Result<T, FetchError> {
     let _slot = inner.scheduler.stream().await?;
+    let _memory = inner.memory.stream(layer).await?;
     let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
     let work = Arc::new(work);
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
@@ -163,7 +165,9 @@ impl Sink {
     fn begin(&self, number: usize) -> Passing {
         let span = self.layer.index().span(number);
         let ahead = span.digest_of == DigestOf::Nothing && !self.layer.can_fault(&span);
-        Passing { span, ahead, bytes: Vec::new(), done: 0, hasher: Hasher::new() }
+        // Its length was bounded when the index was checked; growing by doubling would take twice as much.
+        let bytes = if ahead { Vec::new() } else { Vec::with_capacity(span.len as usize) };
+        Passing { span, ahead, bytes, done: 0, hasher: Hasher::new() }
     }
 
     fn pass(&mut self, passing: &mut Passing, bytes: &[u8]) -> io::Result<()> {

@@ -115,7 +115,9 @@ impl Pace {
 
     /// Waits `wait` and says so, if the error is one that may pass and nobody minds the wait.
     async fn outlast(&self, error: &FetchError, wait: Duration) -> bool {
-        let Some(this) = self.0.as_ref().filter(|this| this.last && error.is_transient()) else { return false };
+        let Some(this) = self.0.as_ref().filter(|this| this.last && error.is_transient()) else {
+            return false;
+        };
         if !this.inner.hastes.is_patient(this.layer) || this.state.stream_wanted() {
             return false;
         }

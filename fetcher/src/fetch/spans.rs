@@ -1,10 +1,12 @@
 //! One request for a run of spans: fetched, decoded, verified and stored span by span as the bytes arrive.
 
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::Bytes;
 use lazyrun_index::SpanInfo;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
@@ -139,8 +141,8 @@ async fn from_source(
             Class::Fault => reader.hedged(other),
             Class::Background => reader.patient(),
         },
-        buffer: BytesMut::new(),
-        base: begin,
+        pieces: VecDeque::new(),
+        range: begin..begin,
     };
     let requests = match run.class {
         Class::Fault => &inner.counters.fault_requests,
@@ -155,7 +157,13 @@ async fn from_source(
     let mut decoding: Option<Decoding> = None;
     for rank in *next..run.ranks.end {
         let span = layer.span_at(rank);
-        let arrived = arriving.span(&span).await;
+        let next_begin =
+            if rank + 1 < run.ranks.end { layer.span_at(rank + 1).blob_offset } else { u64::MAX };
+        let room = match run.class {
+            Class::Fault => None,
+            Class::Background => Some(inner.memory.span(&span).await?),
+        };
+        let arrived = arriving.span(&span, next_begin).await;
         if let Some((done, task)) = decoding.take() {
             join(task).await?;
             *next = done + 1;
@@ -170,7 +178,7 @@ async fn from_source(
         let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(run));
         let task = tokio::task::spawn_blocking(move || {
             let result = store(&inner, &layer, &run, rank, &span, &compressed);
-            drop(permit);
+            drop((permit, compressed, room));
             result
         });
         decoding = Some((rank, task));
@@ -230,40 +238,69 @@ struct Arriving<'a> {
     inner: &'a Inner,
     run: &'a Run,
     reader: BlobReader,
-    buffer: BytesMut,
-    /// Byte of the blob at which `buffer` starts.
-    base: u64,
+    /// Pieces that follow each other, as the network gave them: a span may be large, and is copied once.
+    pieces: VecDeque<Bytes>,
+    /// Byte of the blob at which the first piece starts, and byte behind the last.
+    range: Range<u64>,
 }
 
 impl Arriving<'_> {
-    /// The compressed bytes of a span. Spans are asked for in the order of their first bytes; they may overlap.
-    async fn span(&mut self, span: &SpanInfo) -> Result<Bytes, FetchError> {
+    /// The compressed bytes of a span. Spans are asked for in the order of their first bytes; they may overlap. Nothing
+    /// in front of `next` is asked for after this.
+    async fn span(&mut self, span: &SpanInfo, next: u64) -> Result<Vec<u8>, FetchError> {
         let end = span.blob_offset.saturating_add(span.blob_len);
-        while self.base + (self.buffer.len() as u64) < end {
+        while self.range.end < end {
             let Some(chunk) = self.reader.next().await? else {
                 return Err(FetchError::Corrupt {
-                    digest: self.digest(),
+                    digest: self.reader.digest(),
                     start: span.blob_offset,
                     end,
                     reason: "the index points beyond the end of the blob".to_owned(),
                 });
             };
-            self.buffer.extend_from_slice(&chunk);
             let counter = match self.run.class {
                 Class::Fault => &self.inner.counters.fault_bytes,
                 Class::Background => &self.inner.counters.background_bytes,
             };
             counter.fetch_add(chunk.len() as u64, Relaxed);
             self.inner.scheduler.link.arrived(chunk.len() as u64, Instant::now());
-            self.run.position.store(self.base + self.buffer.len() as u64, Relaxed);
+            self.range.end += chunk.len() as u64;
+            self.pieces.push_back(chunk);
+            self.run.position.store(self.range.end, Relaxed);
+            self.drop_until(span.blob_offset);
         }
-        // Both differences are lengths inside the buffer, so they fit.
-        self.buffer.advance((span.blob_offset - self.base) as usize);
-        self.base = span.blob_offset;
-        Ok(Bytes::copy_from_slice(&self.buffer[..span.blob_len as usize]))
+        Ok(self.take(span.blob_offset..end, next))
     }
 
-    fn digest(&self) -> lazyrun_index::Digest {
-        self.reader.digest()
+    /// Copies a range that has come, dropping pieces on the way as far as nothing needs them any more.
+    fn take(&mut self, range: Range<u64>, next: u64) -> Vec<u8> {
+        // A span's length was bounded when its index was checked.
+        let len = (range.end - range.start) as usize;
+        let mut bytes = Vec::with_capacity(len);
+        let mut at = self.range.start;
+        let mut needed = VecDeque::new();
+        while bytes.len() < len
+            && let Some(piece) = self.pieces.pop_front()
+        {
+            let skip = range.start.saturating_sub(at).min(piece.len() as u64) as usize;
+            let rest = &piece[skip..];
+            bytes.extend_from_slice(&rest[..rest.len().min(len - bytes.len())]);
+            at += piece.len() as u64;
+            if at > next {
+                needed.push_back(piece);
+            } else {
+                self.range.start = at;
+            }
+        }
+        while let Some(piece) = needed.pop_back() {
+            self.pieces.push_front(piece);
+        }
+        bytes
+    }
+
+    fn drop_until(&mut self, offset: u64) {
+        while self.pieces.front().is_some_and(|piece| self.range.start + piece.len() as u64 <= offset) {
+            self.range.start += self.pieces.pop_front().map_or(0, |piece| piece.len() as u64);
+        }
     }
 }

@@ -70,7 +70,8 @@ async fn stream(
     layer: &Arc<Layer>,
     progress: &Arc<dyn Progress>,
 ) -> Result<Arc<Layer>, FetchError> {
-    let (owned_inner, owned_layer, owned_progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
+    let (owned_inner, owned_layer, owned_progress) =
+        (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
     let tar = prove::pass(inner, layer, progress, move |reader, problem| {
         let (inner, layer) = (&owned_inner, &owned_layer);
         let staging = inner.store.stage(LayerId::tar(layer.diff_id()))?;

@@ -224,7 +224,12 @@ impl Hydration {
     }
 
     /// What happens with an image, and why it waits or has ended. `references` are its names.
-    pub fn state_of(&self, chain: Option<Digest>, references: &[String], hydrated: bool) -> (LazyState, String) {
+    pub fn state_of(
+        &self,
+        chain: Option<Digest>,
+        references: &[String],
+        hydrated: bool,
+    ) -> (LazyState, String) {
         if hydrated {
             return (LazyState::Hydrated, String::new());
         }

@@ -51,7 +51,9 @@ impl Daemon {
                 hydration.save_now().await?;
                 Value::Null
             }
-            HydrationAction::Images => self.blocking(|this| Ok(serde_json::to_value(this.lazy_images()?)?)).await?,
+            HydrationAction::Images => {
+                self.blocking(|this| Ok(serde_json::to_value(this.lazy_images()?)?)).await?
+            }
             HydrationAction::Containers { all } => {
                 self.blocking(move |this| Ok(serde_json::to_value(this.lazy_containers(all)?)?)).await?
             }
@@ -129,7 +131,9 @@ impl Daemon {
         if paused && state.saved.images.contains_key(key) {
             return Ok(Some(Left::Paused));
         }
-        Ok(Some(Left::For(format!("hydration of {key} was stopped, because it or its local bytes were removed"))))
+        Ok(Some(Left::For(format!(
+            "hydration of {key} was stopped, because it or its local bytes were removed"
+        ))))
     }
 
     fn layers_here(&self, diff_ids: &[Digest]) -> Result<Vec<Arc<Layer>>> {
@@ -178,7 +182,8 @@ impl Daemon {
             let record = container.record();
             let ids = super::super::layer_ids(&record.layers, &record.diff_ids);
             let store = self.images.fetcher().store();
-            let layers: Vec<Arc<Layer>> = ids.iter().filter_map(|id| store.by_id(*id).ok().flatten()).collect();
+            let layers: Vec<Arc<Layer>> =
+                ids.iter().filter_map(|id| store.by_id(*id).ok().flatten()).collect();
             let references = chain_id(&record.diff_ids).and_then(|chain| names.get(&chain));
             let references = references.map_or(&[][..], Vec::as_slice);
             rows.push(LazyContainer {
@@ -243,7 +248,8 @@ impl Hydration {
             return Ok(());
         };
         if state.saved.paused {
-            let why = "hydration of all images is paused; `lazyrun hydrate --resume` without an image resumes it";
+            let why =
+                "hydration of all images is paused; `lazyrun hydrate --resume` without an image resumes it";
             return Err(Failure::new(1, why).into());
         }
         for (key, _) in images {
@@ -266,4 +272,3 @@ impl super::super::meta::ImageRecord {
         }
     }
 }
-
