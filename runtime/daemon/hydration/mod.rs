@@ -160,7 +160,7 @@ impl Hydration {
         let (this, name, seen) = (Arc::clone(self), key.to_owned(), Arc::clone(&watch));
         let task = tokio::spawn(async move {
             let result = job::run(&this.images, &request, &seen).await;
-            this.ended(&name, &seen, result);
+            this.ended(&name, &seen, &result);
         });
         state.jobs.insert(key.to_owned(), Job { task: task.abort_handle(), watch });
     }
@@ -254,8 +254,11 @@ impl Hydration {
         (LazyState::Lazy, why.cloned().unwrap_or_default())
     }
 
-    fn ended(self: &Arc<Self>, key: &str, watch: &Arc<Watch>, result: Result<()>) {
-        let outcome = result.as_ref().map(|()| ()).map_err(|error| format!("{error:#}"));
+    fn ended(self: &Arc<Self>, key: &str, watch: &Arc<Watch>, result: &Result<()>) {
+        let outcome = match result {
+            Ok(()) => Ok(()),
+            Err(error) => Err(format!("{error:#}")),
+        };
         {
             let mut state = self.state();
             // A job that was replaced has nothing to say any more.
@@ -263,7 +266,7 @@ impl Hydration {
                 return;
             }
             state.jobs.remove(key);
-            match &result {
+            match result {
                 Ok(()) => tracing::info!(image = key, "image hydrated"),
                 Err(error) => {
                     tracing::warn!(image = key, error = format!("{error:#}"), "hydration ended early");
