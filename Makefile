@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak soak-fills evil proto
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak soak-fills evil proto memory
 
 build:
 	$(CARGO) build --workspace
@@ -88,6 +88,11 @@ soak-fills:
 # Mixes of misbehaviours of a registry, SEEDS of them.
 evil:
 	EVIL_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fetcher --test evil -- --ignored
+
+# Peak memory of the daemon while it hydrates an image of 1 GiB; 64 MiB is the bound.
+memory:
+	@tests/tools/deps.sh test
+	$(CARGO) test --test integration gigabyte -- --ignored --nocapture
 
 # Every fuzz target for T seconds each, with bounded memory and time for each input. Needs cargo-fuzz; what fuzzing asks
 # of a nightly compiler works on the stable one with RUSTC_BOOTSTRAP. See fuzz/README.md.

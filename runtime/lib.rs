@@ -14,4 +14,6 @@ pub mod network;
 pub mod paths;
 pub mod proc;
 pub mod registries;
+pub mod settings;
 pub mod snapshotter;
+pub mod units;

@@ -101,6 +101,11 @@ impl Paths {
         self.root.join("cache.json")
     }
 
+    /// What is kept of hydration.
+    pub fn hydration(&self) -> PathBuf {
+        self.root.join("hydration.json")
+    }
+
     /// The metadata database.
     pub fn meta(&self) -> PathBuf {
         self.root.join("meta.db")

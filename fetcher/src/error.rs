@@ -404,7 +404,7 @@ pub enum FetchError {
         diff_id: Digest,
     },
     /// The fault bound has passed.
-    #[error("bytes {offset}..{end} of layer {diff_id} did not come within {} s", .after.as_secs_f32())]
+    #[error("bytes {offset}..{end} of layer {diff_id} did not come within {} s{cause}", .after.as_secs_f32())]
     FaultTimeout {
         /// diffID of the layer.
         diff_id: Digest,
@@ -414,6 +414,8 @@ pub enum FetchError {
         end: u64,
         /// The bound.
         after: Duration,
+        /// What was in the way last, with a colon in front; empty when nothing answered at all.
+        cause: String,
     },
     /// The local bytes were dropped while they were being fetched.
     #[error("layer {diff_id} was dropped from the cache while it was being fetched")]
@@ -475,8 +477,8 @@ impl FetchError {
         )
     }
 
-    /// Whether the same request may succeed a moment later.
-    pub(crate) fn is_transient(&self) -> bool {
+    /// Whether the same request may succeed a moment later, because a registry does not answer or is overloaded.
+    pub fn is_transient(&self) -> bool {
         match self {
             FetchError::Unreachable { .. }
             | FetchError::Stalled { .. }
@@ -487,6 +489,11 @@ impl FetchError {
             }
             _ => false,
         }
+    }
+
+    /// Whether the store has no room for more.
+    pub fn is_full(&self) -> bool {
+        matches!(self, FetchError::DiskFull { .. } | FetchError::NoRoom { .. })
     }
 
     /// How long the server asked to be left alone.

@@ -38,7 +38,7 @@ pub use discover::{
     find_profile, pull_index, resolve_and_look,
 };
 pub use error::FetchError;
-pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
+pub use fetch::{FetchOptions, Fetcher, Haste, NoProgress, Progress};
 pub use hosts::HostFiles;
 pub use manifest::{LayerDescriptor, ResolvedImage};
 pub use platform::Platform;

@@ -157,7 +157,7 @@ impl Scene {
         let credential_files = vec![self.config.path().join("config.json")];
         let client =
             ClientOptions { credential_files, stall_timeout: Duration::from_millis(600), ..quick_client() };
-        Bench::with(client, FetchOptions { fault_timeout: Duration::from_secs(15), ..quick_fetch() })
+        Bench::with(client, FetchOptions { fault_timeout: Duration::from_secs(10), ..quick_fetch() })
     }
 
     async fn resolve(&self, bench: &Bench) -> Result<ResolvedImage, FetchError> {

@@ -152,7 +152,7 @@ pub struct StreamOptions {
 
 impl Default for StreamOptions {
     fn default() -> Self {
-        Self { span_size: 512 << 10, span_len: 16 << 20, max_span_len: 32 << 20, max_layer_len: 1 << 40 }
+        Self { span_size: 512 << 10, span_len: 16 << 20, max_span_len: 16 << 20, max_layer_len: 1 << 40 }
     }
 }
 

@@ -10,8 +10,11 @@ use lazyrun_index::Digest;
 pub use super::index_args::{IndexCommand, ProfileCommand};
 use super::progress::Style;
 pub use super::registry_args::{LoginArgs, RegistryCommand};
+use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::PullPolicy;
 use crate::ipc::system::LimitValue;
+use crate::settings::Settings;
+use crate::units::Rate;
 
 /// Starts containers before their image is local.
 #[derive(Debug, Parser)]
@@ -45,6 +48,9 @@ pub struct Cli {
     /// small disk]. Kept for this root until another is given
     #[arg(long, global = true, env = "LAZYRUN_DISK_RESERVE", value_name = "BYTES", value_parser = disk_bytes)]
     pub disk_reserve: Option<u64>,
+    /// Settings of the daemon.
+    #[command(flatten)]
+    pub settings: Settings,
     #[command(subcommand)]
     /// The command.
     pub command: Command,
@@ -69,6 +75,9 @@ pub enum Command {
         /// Only ids
         #[arg(short, long)]
         quiet: bool,
+        /// How far their images are local, and what hydration does
+        #[arg(long, conflicts_with = "quiet")]
+        lazy: bool,
         /// `json`, or a template such as '{{.ID}} {{.Names}}'
         #[arg(long)]
         format: Option<String>,
@@ -116,6 +125,9 @@ pub enum Command {
         /// Only ids
         #[arg(short, long)]
         quiet: bool,
+        /// How far they are local, and what hydration does
+        #[arg(long, conflicts_with = "quiet")]
+        lazy: bool,
         /// `json`, or a template such as '{{.Repository}}:{{.Tag}}'
         #[arg(long)]
         format: Option<String>,
@@ -125,9 +137,14 @@ pub enum Command {
         /// No progress
         #[arg(short, long)]
         quiet: bool,
+        /// Whether to fetch all of it, or only what it takes to start from it
+        #[arg(long, value_enum, default_value_t)]
+        hydrate: HydrateMode,
         /// Reference of the image
         image: String,
     },
+    /// Make an image wholly local in the background, or control how that is done
+    Hydrate(HydrateArgs),
     /// Remove images
     Rmi {
         /// Also when containers use them
@@ -334,6 +351,9 @@ pub struct RunArgs {
     /// When to ask the registry for the image
     #[arg(long, value_enum, default_value_t)]
     pub pull: PullPolicy,
+    /// Whether to fetch the rest of the image in the background
+    #[arg(long, value_enum, default_value_t)]
+    pub hydrate: HydrateMode,
     /// Force a mount plan
     #[arg(long, value_name = "PLAN")]
     pub union: Option<Plan>,
@@ -366,6 +386,26 @@ pub struct RunArgs {
     /// Command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<String>,
+}
+
+/// `lazyrun hydrate`
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").args(["pause", "resume", "limit", "image"]).required(true).multiple(true)))]
+pub struct HydrateArgs {
+    /// Wait until every layer is local and proven; interrupting this leaves hydration going
+    #[arg(long, requires = "image", conflicts_with_all = ["pause", "resume", "limit"])]
+    pub wait: bool,
+    /// Pause hydration of the image, or of all
+    #[arg(long, conflicts_with_all = ["resume", "limit"])]
+    pub pause: bool,
+    /// Resume hydration of the image, or of all
+    #[arg(long, conflicts_with = "limit")]
+    pub resume: bool,
+    /// Limit all hydration from now on, such as 50MiB/s; none to lift the limit
+    #[arg(long, value_name = "RATE", conflicts_with = "image")]
+    pub limit: Option<Rate>,
+    /// Reference of the image; to pause and resume, also its id
+    pub image: Option<String>,
 }
 
 /// `lazyrun exec`
@@ -427,6 +467,9 @@ pub struct MountArgs {
     /// When to ask the registry for the image
     #[arg(long, value_enum, default_value_t)]
     pub pull: PullPolicy,
+    /// Whether to fetch the rest of the image in the background
+    #[arg(long, value_enum, default_value_t)]
+    pub hydrate: HydrateMode,
     /// Reference of the image
     pub image: String,
     /// Where to mount it

@@ -4,14 +4,23 @@ use std::io;
 use std::process::ExitCode;
 
 use super::args::{ExecArgs, LogsArgs};
-use super::{Context, output, run};
+use super::{Context, hydrate, output, run};
 use crate::container::client::{self, LogOptions};
 use crate::container::proto::ExecProcess;
 use crate::failure::Failure;
 use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{ContainerPaths, ContainerSummary, Request};
 
-pub(super) fn list(context: &Context, all: bool, quiet: bool, format: Option<&str>) -> Result<(), Failure> {
+pub(super) fn list(
+    context: &Context,
+    all: bool,
+    quiet: bool,
+    lazy: bool,
+    format: Option<&str>,
+) -> Result<(), Failure> {
+    if lazy {
+        return hydrate::containers(context, all, format);
+    }
     let containers: Vec<ContainerSummary> = match context.running_daemon() {
         Some(mut daemon) => daemon.call(&Request::List { all }, &mut Quiet)?,
         // Without a daemon nothing runs; only `-a` may have something to tell.

@@ -2,12 +2,16 @@
 
 use std::process::ExitCode;
 
-use super::{Context, output, progress};
+use super::{Context, hydrate, output, progress};
 use crate::failure::Failure;
 use crate::ipc::client::Quiet;
+use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::{ImageSummary, PullPolicy, Request};
 
-pub(super) fn list(context: &Context, quiet: bool, format: Option<&str>) -> Result<(), Failure> {
+pub(super) fn list(context: &Context, quiet: bool, lazy: bool, format: Option<&str>) -> Result<(), Failure> {
+    if lazy {
+        return hydrate::images(context, format);
+    }
     let images: Vec<ImageSummary> = match context.running_daemon() {
         Some(mut daemon) => daemon.call(&Request::Images, &mut Quiet)?,
         None if context.paths.meta().exists() => context.daemon()?.call(&Request::Images, &mut Quiet)?,
@@ -28,8 +32,8 @@ pub(super) fn list(context: &Context, quiet: bool, format: Option<&str>) -> Resu
     )
 }
 
-pub(super) fn pull(context: &Context, quiet: bool, image: &str) -> Result<(), Failure> {
-    let request = Request::Pull(context.image(image, PullPolicy::Always));
+pub(super) fn pull(context: &Context, quiet: bool, hydrate: HydrateMode, image: &str) -> Result<(), Failure> {
+    let request = Request::Pull { image: context.image(image, PullPolicy::Always), hydrate };
     let style = if quiet { progress::Style::None } else { context.progress };
     let summary: ImageSummary = context.daemon()?.call(&request, &mut progress::Shown::new(style))?;
     output::print(&format!("{}\n", summary.digest))

@@ -2,6 +2,7 @@
 
 pub mod args;
 mod containers;
+mod hydrate;
 mod images;
 pub mod index_args;
 mod index_lists;
@@ -30,6 +31,7 @@ use crate::ipc::protocol::IndexOptions;
 use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
 use crate::paths::{DEFAULT_ROOT, Paths};
+use crate::settings::Settings;
 use args::{Cli, Command, SystemCommand};
 
 /// What the commands need to know of the global flags.
@@ -41,6 +43,7 @@ pub struct Context {
     hosts_dirs: Vec<PathBuf>,
     index: IndexOptions,
     limits: LimitChange,
+    settings: Settings,
 }
 
 impl Context {
@@ -49,7 +52,7 @@ impl Context {
         if self.limits != LimitChange::default() {
             system_disk::limit(self, self.limits)?;
         }
-        keeper::start::connect_or_start(&self.paths)
+        keeper::start::connect_or_start(&self.paths, &self.settings)
     }
 
     /// A connection to the instance's daemon if one runs.
@@ -89,7 +92,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
     let (insecure, hosts_dirs) = (cli.insecure_registry, cli.hosts_dir);
     let limits = LimitChange { limit: cli.cache_limit, reserve: cli.disk_reserve };
-    let context = Context { paths, progress: cli.progress, insecure, hosts_dirs, index, limits };
+    let (progress, settings) = (cli.progress, cli.settings);
+    let context = Context { paths, progress, insecure, hosts_dirs, index, limits, settings };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -100,13 +104,16 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,
-        Command::Ps { all, quiet, format } => containers::list(context, all, quiet, format.as_deref())?,
+        Command::Ps { all, quiet, lazy, format } => {
+            containers::list(context, all, quiet, lazy, format.as_deref())?;
+        }
         Command::Stop { time, containers } => return containers::stop(context, time, &containers),
         Command::Kill { signal, containers } => return containers::kill(context, &signal, &containers),
         Command::Rm { force, containers } => return containers::remove(context, force, &containers),
         Command::Inspect { format, names } => return containers::inspect(context, format.as_deref(), &names),
-        Command::Images { quiet, format } => images::list(context, quiet, format.as_deref())?,
-        Command::Pull { quiet, image } => images::pull(context, quiet, &image)?,
+        Command::Images { quiet, lazy, format } => images::list(context, quiet, lazy, format.as_deref())?,
+        Command::Pull { quiet, hydrate, image } => images::pull(context, quiet, hydrate, &image)?,
+        Command::Hydrate(args) => hydrate::hydrate(context, args)?,
         Command::Rmi { force, images } => return images::remove(context, force, &images),
         Command::Index { command } => indexes::index(context, command)?,
         Command::Profile { command } => return profiles::profile(context, command),

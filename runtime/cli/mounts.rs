@@ -25,6 +25,7 @@ pub(super) fn mount(context: &Context, args: &MountArgs) -> Result<(), Failure> 
         target: target.clone(),
         plan: args.union,
         writable: args.rw,
+        hydrate: args.hydrate,
     };
     let mut daemon = context.daemon()?;
     let (mounted, fd): (Mounted, _) =

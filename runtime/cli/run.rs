@@ -147,6 +147,7 @@ fn request(context: &Context, args: RunArgs) -> Result<RunRequest, Failure> {
         open_stdin: args.interactive,
         plan: args.union,
         runtime: args.runtime,
+        hydrate: args.hydrate,
     })
 }
 

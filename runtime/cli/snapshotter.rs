@@ -37,7 +37,12 @@ pub(super) fn serve(context: &Context, address: Option<PathBuf>) -> Result<ExitC
         }
     };
     let told = tell_when_ready()?;
-    let code = keeper::main(&context.paths, Some(told.0), Some(keeper::Snapshotter { listener, options }));
+    let code = keeper::main(
+        &context.paths,
+        &context.settings,
+        Some(told.0),
+        Some(keeper::Snapshotter { listener, options }),
+    );
     if let Some(address) = bound {
         let _ = std::fs::remove_file(address);
     }

@@ -40,7 +40,7 @@ pub(super) fn keeper(context: &Context) -> ExitCode {
     // SAFETY: the command line that started this process placed the pipe there and nothing has used it since.
     let ready = unsafe { OwnedFd::from_raw_fd(keeper::start::KEEPER_READY_FD) };
     let _ = nix::fcntl::fcntl(&ready, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    keeper::main(&context.paths, Some(ready), None)
+    keeper::main(&context.paths, &context.settings, Some(ready), None)
 }
 
 pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -> Result<ExitCode, Failure> {
@@ -48,13 +48,13 @@ pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -
     let snapshotter = snapshotter.map(serde_json::from_str).transpose();
     let snapshotter = snapshotter.map_err(|e| Failure::daemon(format!("odd --snapshotter: {e}")))?;
     if kept {
-        return Ok(crate::daemon::main(&context.paths, snapshotter.as_ref()));
+        return Ok(crate::daemon::main(&context.paths, &context.settings, snapshotter.as_ref()));
     }
     if context.limits != LimitChange::default() {
         context.paths.create().map_err(anyhow::Error::from)?;
         change_limits(&context.paths, context.limits)?;
     }
-    Ok(keeper::main(&context.paths, None, None))
+    Ok(keeper::main(&context.paths, &context.settings, None, None))
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

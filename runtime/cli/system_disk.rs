@@ -34,7 +34,8 @@ struct Row {
 /// Has the daemon keep to limits that were given with the command, now and later.
 pub(super) fn limit(context: &Context, change: LimitChange) -> Result<(), Failure> {
     let action = SystemAction::Limit(change);
-    crate::keeper::start::connect_or_start(&context.paths)?.call(&Request::System(action), &mut Quiet)
+    crate::keeper::start::connect_or_start(&context.paths, &context.settings)?
+        .call(&Request::System(action), &mut Quiet)
 }
 
 pub(super) fn usage(context: &Context, verbose: bool, format: Option<&str>) -> Result<(), Failure> {

@@ -9,9 +9,11 @@ use anyhow::{Context, Result};
 use lazyrun_index::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
+use super::hydration::KeptLazy;
 use super::views::MountedView;
 use crate::container::config::ExitRecord;
 use crate::failure::Failure;
+use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::{ContainerSummary, NetworkMode};
 use crate::network::{Attachment, PortMapping};
 use crate::{clock, proc};
@@ -56,6 +58,18 @@ pub struct Record {
     pub pid: Option<u32>,
     /// The socket of the shim.
     pub socket: PathBuf,
+    /// Whether its image is hydrated while it runs.
+    #[serde(default)]
+    pub hydrate: HydrateMode,
+}
+
+/// What a container keeps as it is while it runs.
+#[derive(Debug, Default)]
+pub struct Holds {
+    /// Its view is mounted.
+    pub view: Option<Arc<MountedView>>,
+    /// Its image stays lazy.
+    pub kept_lazy: Option<KeptLazy>,
 }
 
 /// A container of this instance.
@@ -63,19 +77,18 @@ pub struct Record {
 pub struct Container {
     dir: PathBuf,
     record: Mutex<Record>,
-    // Holds the view mounted while the container runs.
-    view: Mutex<Option<Arc<MountedView>>>,
+    holds: Mutex<Holds>,
     /// Done once, by whoever comes first: the watcher or `rm`.
     pub(super) ended: tokio::sync::Mutex<bool>,
 }
 
 impl Container {
     /// A container that is being made.
-    pub fn new(dir: PathBuf, record: Record, view: Option<Arc<MountedView>>, ended: bool) -> Self {
+    pub fn new(dir: PathBuf, record: Record, holds: Holds, ended: bool) -> Self {
         Self {
             dir,
             record: Mutex::new(record),
-            view: Mutex::new(view),
+            holds: Mutex::new(holds),
             ended: tokio::sync::Mutex::new(ended),
         }
     }
@@ -100,9 +113,10 @@ impl Container {
         write_record(&self.dir, &record)
     }
 
-    /// Lets go of the view.
-    pub fn release_view(&self) {
-        self.view.lock().unwrap_or_else(PoisonError::into_inner).take();
+    /// Lets go of what it holds.
+    pub fn release(&self) {
+        let held = std::mem::take(&mut *self.holds.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(held);
     }
 
     /// How it ended; `None` while it runs.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use futures_util::future::BoxFuture;
 use lazyrun_fetcher::{Layer, Progress, Reference, ResolvedImage};
 use lazyrun_index::Digest;
 use serde_json::Value;
@@ -14,6 +15,7 @@ use super::layer_service::inode_of;
 use super::profile::{PathTouches, Profile, Watched, paths_of, prefetch, translate};
 use super::views::{Purpose, chain_id};
 use crate::failure::Failure;
+use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
@@ -21,31 +23,67 @@ use crate::ipc::protocol::ImageRequest;
 const START: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    /// Has what earlier starts touched fetched first and the rest after it, and records what this one touches.
-    /// It is recorded even if all contents are local as long as there is no profile of this image.
-    pub(super) fn foresee(self: &Arc<Self>, ready: &Ready) -> Purpose {
-        let layers = ready.layers.clone();
-        let Some(chain) = chain_of(&layers) else { return Purpose::Start };
-        let own = self.own_profile(chain, ready);
-        let missing = layers.iter().any(|l| !l.is_hydrated());
-        let unknown = own.is_none();
-        if unknown || missing {
-            self.record_start(chain, &layers);
+    /// Has what earlier starts touched fetched first, and the rest after it unless the image is to stay lazy, and records
+    /// what this one touches. It is recorded even if all contents are local as long as there is no profile of this
+    /// image.
+    ///
+    /// # Errors
+    /// A bad reference.
+    pub(super) fn foresee(
+        self: &Arc<Self>,
+        ready: &Ready,
+        request: &ImageRequest,
+        hydrate: HydrateMode,
+    ) -> Result<Purpose> {
+        let (purpose, first) = self.first_needs(ready);
+        if let Some(first) = first {
+            // Wanted from now on, so that a daemon that is killed during the start goes on with it.
+            let key = match hydrate {
+                HydrateMode::Auto => self.hydration.want(request, false)?,
+                HydrateMode::Never => ready.image.reference.to_string(),
+            };
+            self.hydration.begin_after(key, first);
         }
-        if missing {
-            let (this, image) = (Arc::clone(self), ready.image.reference.clone());
+        Ok(purpose)
+    }
+
+    /// As [`Daemon::foresee`], for layers that are containerd's and no recorded image's.
+    pub(super) fn foresee_layers(self: &Arc<Self>, ready: &Ready) -> Purpose {
+        let (purpose, first) = self.first_needs(ready);
+        if let Some(first) = first {
+            let (hydration, layers) = (Arc::clone(&self.hydration), ready.layers.clone());
             tokio::spawn(async move {
-                let profile = match own {
-                    Some(profile) => Some(profile),
-                    None => this.profile_of_other_tag(image, chain, layers.clone()).await,
-                };
-                if let Some(profile) = profile {
-                    prefetch(this.images.fetcher(), &layers, &profile).await;
-                }
-                this.images.hydrate_later(&layers);
+                first.await;
+                hydration.begin_layers(&layers);
             });
         }
-        if unknown { Purpose::Recorded } else { Purpose::Start }
+        purpose
+    }
+
+    /// Records a start; gives the work that precedes hydration where something is missing.
+    fn first_needs(self: &Arc<Self>, ready: &Ready) -> (Purpose, Option<BoxFuture<'static, ()>>) {
+        let layers = ready.layers.clone();
+        let Some(chain) = chain_of(&layers) else { return (Purpose::Start, None) };
+        let own = self.own_profile(chain, ready);
+        let missing = layers.iter().any(|l| !l.is_hydrated());
+        let purpose = if own.is_none() { Purpose::Recorded } else { Purpose::Start };
+        if purpose == Purpose::Recorded || missing {
+            self.record_start(chain, &layers);
+        }
+        if !missing {
+            return (purpose, None);
+        }
+        let (this, image) = (Arc::clone(self), ready.image.reference.clone());
+        let first = async move {
+            let profile = match own {
+                Some(profile) => Some(profile),
+                None => this.profile_of_other_tag(image, chain, layers.clone()).await,
+            };
+            if let Some(profile) = profile {
+                prefetch(this.images.fetcher(), &layers, &profile).await;
+            }
+        };
+        (purpose, Some(Box::pin(first)))
     }
 
     fn record_start(self: &Arc<Self>, chain: Digest, layers: &[Arc<Layer>]) {

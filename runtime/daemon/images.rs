@@ -8,13 +8,12 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use lazyrun_fetcher::{
-    Beside, BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, IndexPolicy, Layer,
+    Beside, BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, Haste, IndexPolicy, Layer,
     LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust, TrustMode,
     discover_beside, resolve_and_look,
 };
 use lazyrun_index::{Digest, LayerId};
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
 
 use super::lies::Lie;
 use super::meta::{ImageRecord, Meta};
@@ -29,7 +28,6 @@ pub struct Images {
     blobs: PathBuf,
     fetcher: Fetcher,
     clients: Mutex<HashMap<RegistryOptions, RegistryClient>>,
-    hydrating: Mutex<HashMap<LayerId, AbortHandle>>,
     lies: mpsc::Sender<Lie>,
 }
 
@@ -37,7 +35,7 @@ impl Images {
     /// Images recorded in `meta`, their manifests and configs in `blobs`. `lies` hears of indexes that are found
     /// not to tell the truth.
     pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>) -> Self {
-        Self { meta, blobs, fetcher, clients: Mutex::default(), hydrating: Mutex::default(), lies }
+        Self { meta, blobs, fetcher, clients: Mutex::default(), lies }
     }
 
     /// What moves the bytes.
@@ -195,10 +193,24 @@ impl Images {
     }
 
     fn recorded(&self, reference: &Reference) -> Result<Option<ResolvedImage>> {
-        match self.meta.image(&reference.to_string())? {
-            Some(record) => self.load(&record).map(Some),
-            None => Ok(None),
+        if let Some(record) = self.meta.image(&reference.to_string())? {
+            return self.load(&record).map(Some);
         }
+        // A digest means the same image under whatever tag of the repository it came.
+        let Some(digest) = reference.digest else { return Ok(None) };
+        let same = |record: &ImageRecord| {
+            let other = record.reference.parse::<Reference>();
+            (record.manifest == digest || record.list == Some(digest))
+                && other
+                    .is_ok_and(|o| o.registry == reference.registry && o.repository == reference.repository)
+        };
+        let Some(record) = self.records()?.into_iter().find(same) else { return Ok(None) };
+        Ok(Some(ResolvedImage { reference: reference.clone(), ..self.load(&record)? }))
+    }
+
+    /// The record of a full reference.
+    pub fn record_of(&self, reference: &str) -> Option<ImageRecord> {
+        self.meta.image(reference).ok().flatten()
     }
 
     /// The image of a record, read from the blobs kept here.
@@ -319,7 +331,7 @@ impl Images {
             if admitted {
                 return Ok(layer);
             }
-            match self.prove(&layer, progress).await {
+            match self.prove(&layer, Haste::Unlimited, progress).await {
                 // The proof of a table leaves the tar itself, which is then the better one.
                 Ok(()) => return Ok(self.fetcher.store().get(descriptor.diff_id)?.unwrap_or(layer)),
                 Err(error @ FetchError::Lie { .. }) => {
@@ -385,9 +397,17 @@ impl Images {
         DiscoverOptions { refused, ..DiscoverOptions::default() }
     }
 
-    // Hydrates a layer, which proves its index; tells of a lie.
-    async fn prove(&self, layer: &Arc<Layer>, progress: &Arc<dyn Progress>) -> Result<(), FetchError> {
-        let result = self.fetcher.hydrate(layer, Arc::clone(progress)).await;
+    /// Hydrates a layer, which proves its index; tells of a lie.
+    ///
+    /// # Errors
+    /// As [`Fetcher::hydrate`].
+    pub(super) async fn prove(
+        &self,
+        layer: &Arc<Layer>,
+        haste: Haste,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<(), FetchError> {
+        let result = self.fetcher.hydrate_as(layer, haste, Arc::clone(progress)).await;
         if let Err(error @ FetchError::Lie { .. }) = &result {
             let _ = self.lies.try_send((Arc::clone(layer), error.clone()));
         }
@@ -408,41 +428,9 @@ impl Images {
     /// # Errors
     /// As [`Images::layers`].
     pub async fn hydrate(&self, layers: &[Arc<Layer>], progress: &Arc<dyn Progress>) -> Result<()> {
-        let jobs = layers.iter().map(|layer| self.prove(layer, progress));
+        let jobs = layers.iter().map(|layer| self.prove(layer, Haste::Unlimited, progress));
         try_join_all(jobs).await?;
         Ok(())
-    }
-
-    /// Hydrates layers in the background, until done or [`Images::stop_hydrating`].
-    pub fn hydrate_later(self: &Arc<Self>, layers: &[Arc<Layer>]) {
-        let mut hydrating = self.hydrating.lock().unwrap_or_else(PoisonError::into_inner);
-        for layer in layers.iter().filter(|l| !l.is_hydrated()) {
-            let id = layer.id();
-            if hydrating.get(&id).is_some_and(|job| !job.is_finished()) {
-                continue;
-            }
-            let (this, layer) = (Arc::clone(self), Arc::clone(layer));
-            let job = tokio::spawn(async move {
-                let progress: Arc<dyn Progress> = Arc::new(Unwatched);
-                match this.prove(&layer, &progress).await {
-                    Ok(()) => tracing::info!(layer = %id, "layer hydrated"),
-                    Err(error) => {
-                        tracing::warn!(layer = %id, %error, "background hydration ended early");
-                    }
-                }
-            });
-            hydrating.insert(id, job.abort_handle());
-        }
-    }
-
-    /// Stops background hydration of these layers.
-    pub fn stop_hydrating(&self, ids: &[LayerId]) {
-        let mut hydrating = self.hydrating.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in ids {
-            if let Some(job) = hydrating.remove(id) {
-                job.abort();
-            }
-        }
     }
 
     /// Every recorded image.
@@ -538,12 +526,4 @@ pub struct Ready {
     pub layers: Vec<Arc<Layer>>,
     /// A profile that was found with the indexes: bytes that nobody has looked at.
     pub profile: Option<Vec<u8>>,
-}
-
-/// Progress that nobody watches.
-#[derive(Debug)]
-pub struct Unwatched;
-
-impl Progress for Unwatched {
-    fn advance(&self, _layer: Digest, _done: u64, _total: u64) {}
 }

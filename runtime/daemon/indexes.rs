@@ -109,7 +109,7 @@ impl Daemon {
                     return anyhow::Ok(());
                 }
                 let id = LayerId::tar(descriptor.diff_id);
-                self.images.stop_hydrating(&[id]);
+                self.images.fetcher().cancel(id);
                 let fetcher = self.images.fetcher();
                 let layer = fetcher.ingest_along(descriptor, source, runs, Arc::clone(progress)).await?;
                 // The same bytes in another file: whoever comes next takes that, and the old one can go.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::containers::{Container, Record};
+use super::containers::{Container, Holds, Record};
 use super::views::{Purpose, chain_id};
 use super::{Daemon, layer_ids};
 use crate::container::config::ShimConfig;
@@ -58,7 +58,7 @@ impl Daemon {
             let (this, id) = (Arc::clone(self), record.id.clone());
             tokio::task::spawn_blocking(move || this.detach_network(&id, &attachment));
         }
-        container.release_view();
+        container.release();
         if let Some(chain) = chain_id(&record.diff_ids) {
             self.save_profile(chain);
         }
@@ -160,8 +160,8 @@ impl Daemon {
                 }
             };
             let alive = record.shim.is_some_and(crate::proc::Identity::is_alive);
-            let view = if alive { self.recover_view(&record).await } else { None };
-            let container = Arc::new(Container::new(dir, record, view, false));
+            let holds = if alive { self.recover_holds(&record).await } else { Holds::default() };
+            let container = Arc::new(Container::new(dir, record, holds, false));
             self.containers.insert(Arc::clone(&container));
             self.watch(container);
         }
@@ -175,14 +175,15 @@ impl Daemon {
         Ok(())
     }
 
-    async fn recover_view(self: &Arc<Self>, record: &Record) -> Option<Arc<super::views::MountedView>> {
-        let layers = self.known_layers(&layer_ids(&record.layers, &record.diff_ids))?;
-        self.images.hydrate_later(&layers);
-        match self.views.get(layers, record.plan.parse().ok()?, Purpose::Use).await {
-            Ok(view) => Some(view),
+    async fn recover_holds(self: &Arc<Self>, record: &Record) -> Holds {
+        let layers = self.known_layers(&layer_ids(&record.layers, &record.diff_ids));
+        let (Some(layers), Ok(plan)) = (layers, record.plan.parse()) else { return Holds::default() };
+        let kept_lazy = self.keep_lazy(record.hydrate, &record.id, &layers);
+        match self.views.get(layers, plan, Purpose::Use).await {
+            Ok(view) => Holds { view: Some(view), kept_lazy },
             Err(error) => {
                 tracing::warn!(container = record.id, %error, "the view of a running container can't be taken over");
-                None
+                Holds { view: None, kept_lazy }
             }
         }
     }

@@ -3,11 +3,13 @@
 pub mod cache;
 pub mod containers;
 mod foresee;
+pub mod hydration;
 pub mod images;
 mod indexes;
 pub mod layer_service;
 pub mod lies;
 mod lifecycle;
+mod memory;
 pub mod meta;
 pub mod mounts;
 pub mod profile;
@@ -32,12 +34,15 @@ use lazyrun_fs::plan::{self, Plan, Probes};
 use lazyrun_index::{Digest, LayerId};
 
 use crate::failure::Failure;
+use crate::ipc::hydration::HydrateMode;
 use crate::keeper::store::Kept;
 use crate::keeper::{self, start};
 use crate::network::Instance;
 use crate::paths::Paths;
+use crate::settings::Settings;
 use crate::snapshotter::{self, Snapshots, SnapshotterOptions};
 use containers::Containers;
+use hydration::{Hydration, KeptLazy};
 use images::Images;
 use layer_service::LayerService;
 use meta::Meta;
@@ -57,6 +62,7 @@ pub struct Daemon {
     probes: Probes,
     plan: Plan,
     images: Arc<Images>,
+    hydration: Arc<Hydration>,
     views: Arc<Views>,
     service: Arc<LayerService>,
     profiles: Profiles,
@@ -72,7 +78,8 @@ pub struct Daemon {
 
 /// Runs the daemon that a keeper started, until it is told to end. With options for it, it serves snapshots to
 /// containerd as well.
-pub fn main(paths: &Paths, snapshotter: Option<&SnapshotterOptions>) -> ExitCode {
+pub fn main(paths: &Paths, settings: &Settings, snapshotter: Option<&SnapshotterOptions>) -> ExitCode {
+    memory::stay_small();
     // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
     // or closed them since.
     let (listener, store, ready) = unsafe {
@@ -96,7 +103,7 @@ pub fn main(paths: &Paths, snapshotter: Option<&SnapshotterOptions>) -> ExitCode
         .build();
     let served = runtime.context("starting the runtime").and_then(|runtime| {
         runtime.block_on(async {
-            let daemon = Daemon::start(paths.clone(), store, snapshotter).await?;
+            let daemon = Daemon::start(paths.clone(), settings, store, snapshotter).await?;
             let containerd = containerd.map(|listener| snapshotter::serve(&daemon, listener)).transpose()?;
             let listener = std::os::unix::net::UnixListener::from(listener);
             let _ = write!(ready, "{}", start::READY);
@@ -124,6 +131,7 @@ pub fn main(paths: &Paths, snapshotter: Option<&SnapshotterOptions>) -> ExitCode
 impl Daemon {
     async fn start(
         paths: Paths,
+        settings: &Settings,
         store: OwnedFd,
         snapshotter: Option<&SnapshotterOptions>,
     ) -> Result<Arc<Self>> {
@@ -138,10 +146,12 @@ impl Daemon {
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
         let limits = cache::load_limits(&paths)?;
         layers.set_users(Arc::new(cache::NotYet));
-        let fetcher = Fetcher::new(layers, FetchOptions::default());
+        let fetcher = Fetcher::new(layers, fetch_options(settings));
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
         let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
         images.add_recorded_sources()?;
+        let limit = settings.hydrate_limit.and_then(|rate| rate.0);
+        let hydration = Hydration::open(Arc::clone(&images), paths.hydration(), limit)?;
         let snapshots = Snapshots::open(&paths, &images, snapshotter)?.map(Arc::new);
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
@@ -156,6 +166,7 @@ impl Daemon {
             probes,
             plan,
             images,
+            hydration,
             views: Arc::new(views),
             service,
             containers: Containers::default(),
@@ -167,6 +178,7 @@ impl Daemon {
         lies::watch(&daemon, lies);
         daemon.recover(before).await?;
         daemon.guard_cache(limits);
+        daemon.hydration.begin_all().await;
         let this = Arc::clone(&daemon);
         tokio::task::spawn_blocking(move || this.remove_superseded());
         Ok(daemon)
@@ -226,6 +238,12 @@ impl Daemon {
         files.filter_map(read).map(|uses| uses.diff_ids).collect()
     }
 
+    /// Keeps the image of these layers lazy for a container or mount that asks for it.
+    fn keep_lazy(&self, mode: HydrateMode, user: &str, layers: &[Arc<Layer>]) -> Option<KeptLazy> {
+        let chain = views::chain_id(&layers.iter().map(|l| l.diff_id()).collect::<Vec<_>>())?;
+        (mode == HydrateMode::Never).then(|| self.hydration.keep_lazy(user, chain))
+    }
+
     /// These layer files, if all are here.
     fn known_layers(&self, ids: &[LayerId]) -> Option<Vec<Arc<Layer>>> {
         ids.iter().map(|id| self.images.fetcher().store().by_id(*id).ok().flatten()).collect()
@@ -264,6 +282,11 @@ impl Daemon {
         }
         self.unmount_all();
     }
+}
+
+fn fetch_options(settings: &Settings) -> FetchOptions {
+    let options = FetchOptions::default();
+    FetchOptions { fault_timeout: settings.fault_timeout().unwrap_or(options.fault_timeout), ..options }
 }
 
 /// The layer files of a record; early records have no names of files, only diffIDs.

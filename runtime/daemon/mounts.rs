@@ -9,8 +9,10 @@ use anyhow::{Context, Result};
 use lazyrun_index::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
+use super::hydration::KeptLazy;
 use super::views::{MountedView, Purpose};
 use super::{Daemon, layer_ids};
+use crate::ipc::hydration::HydrateMode;
 use crate::names;
 
 /// What is kept of a mount (`mounts/<id>/mount.json`).
@@ -27,6 +29,9 @@ pub struct MountRecord {
     pub layers: Vec<LayerId>,
     /// The mount plan.
     pub plan: String,
+    /// Whether the image is hydrated meanwhile.
+    #[serde(default)]
+    pub hydrate: HydrateMode,
 }
 
 #[derive(Debug)]
@@ -36,6 +41,7 @@ struct Entry {
     attached: bool,
     // Keeps the view mounted and its layers local.
     _view: Option<Arc<MountedView>>,
+    _kept_lazy: Option<KeptLazy>,
 }
 
 /// All mounts, by id of their directory.
@@ -67,8 +73,10 @@ impl Daemon {
         view: Arc<MountedView>,
         target: PathBuf,
         writable: bool,
+        hydrate: HydrateMode,
     ) -> Result<(String, OwnedFd)> {
         let id = names::id();
+        let kept_lazy = self.keep_lazy(hydrate, &id, &view.layers);
         let dir = self.paths.mounts().join(&id);
         let record = MountRecord {
             target,
@@ -76,6 +84,7 @@ impl Daemon {
             diff_ids: view.layers.iter().map(|l| l.diff_id()).collect(),
             layers: view.layers.iter().map(|l| l.id()).collect(),
             plan: view.plan.to_string(),
+            hydrate,
         };
         let make = || -> Result<()> {
             std::fs::create_dir_all(dir.join("upper"))?;
@@ -84,9 +93,8 @@ impl Daemon {
             Ok(())
         };
         make().with_context(|| format!("writing {}", dir.display()))?;
-        self.mounts
-            .lock()
-            .insert(id.clone(), Entry { record, attached: false, _view: Some(Arc::clone(&view)) });
+        let entry = Entry { record, attached: false, _view: Some(Arc::clone(&view)), _kept_lazy: kept_lazy };
+        self.mounts.lock().insert(id.clone(), entry);
         let upper_and_work = writable.then(|| (dir.join("upper"), dir.join("work")));
         let views = Arc::clone(&self.views);
         let mounted = tokio::task::spawn_blocking(move || views.stack(&view, upper_and_work));
@@ -144,7 +152,8 @@ impl Daemon {
 
     /// Forgets one mount and deletes what was written to it.
     pub fn forget_mount(&self, id: &str) {
-        self.mounts.lock().remove(id);
+        let entry = self.mounts.lock().remove(id);
+        drop(entry);
         let _ = std::fs::remove_dir_all(self.paths.mounts().join(id));
     }
 
@@ -163,20 +172,20 @@ impl Daemon {
                 let _ = std::fs::remove_dir_all(entry.path());
                 continue;
             };
-            let view = match (
+            let id = entry.file_name().to_string_lossy().into_owned();
+            let (view, kept_lazy) = match (
                 self.known_layers(&layer_ids(&record.layers, &record.diff_ids)),
                 record.plan.parse(),
             ) {
                 (Some(layers), Ok(plan)) => {
-                    self.images.hydrate_later(&layers);
-                    self.views.get(layers, plan, Purpose::Use).await.ok()
+                    let kept_lazy = self.keep_lazy(record.hydrate, &id, &layers);
+                    (self.views.get(layers, plan, Purpose::Use).await.ok(), kept_lazy)
                 }
-                _ => None,
+                _ => (None, None),
             };
-            self.mounts.lock().insert(
-                entry.file_name().to_string_lossy().into_owned(),
-                Entry { record, attached: true, _view: view },
-            );
+            self.mounts
+                .lock()
+                .insert(id, Entry { record, attached: true, _view: view, _kept_lazy: kept_lazy });
         }
         Ok(())
     }

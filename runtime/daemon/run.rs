@@ -12,7 +12,7 @@ use lazyrun_fetcher::{Progress, ResolvedImage};
 use oci_spec::image::ImageConfiguration;
 
 use super::Daemon;
-use super::containers::{Container, Record, write_record};
+use super::containers::{Container, Holds, Record, write_record};
 use super::views::MountedView;
 use crate::container::config::{ShimConfig, StatusLine};
 use crate::container::spec;
@@ -67,20 +67,23 @@ impl Daemon {
         // The network is made while the image comes.
         let image = async {
             let ready = self.images.found(&request.image, progress).await?;
-            let purpose = self.foresee(&ready);
+            let kept_lazy = self.keep_lazy(request.hydrate, &id, &ready.layers);
+            let purpose = self.foresee(&ready, &request.image, request.hydrate)?;
             let (view, ()) = tokio::try_join!(
                 self.views.get(ready.layers.clone(), plan, purpose),
                 self.images.record_found(&ready, &request.image.registry)
             )?;
-            anyhow::Ok((ready.image, view))
+            anyhow::Ok((ready.image, view, kept_lazy))
         };
-        let ((image, view), mut network) = tokio::try_join!(image, self.prepare_network(&id, &request))?;
+        let ((image, view, kept_lazy), mut network) =
+            tokio::try_join!(image, self.prepare_network(&id, &request))?;
         let dir = self.paths.containers().join(&id);
         let mut half_made = HalfMade(Some(&dir));
         let record = self.write_bundle(&dir, &id, name.as_str(), &request, &image, &view, &network)?;
         let rootfs = self.mount_rootfs(&dir, &view, request.options.read_only).await?;
         let shim = self.spawn_shim(&dir, &request, &record, rootfs.as_fd(), network.netns.as_ref())?;
-        let started = self.adopt_shim(&dir, record, shim, &mut network, Arc::clone(&view)).await?;
+        let holds = Holds { view: Some(Arc::clone(&view)), kept_lazy };
+        let started = self.adopt_shim(&dir, record, shim, &mut network, holds).await?;
         half_made.0 = None;
         Ok(started)
     }
@@ -176,6 +179,7 @@ impl Daemon {
             shim: None,
             pid: None,
             socket: self.paths.shim_socket(id),
+            hydrate: request.hydrate,
         })
     }
 
@@ -237,7 +241,7 @@ impl Daemon {
         mut record: Record,
         (shim, status): (proc::Identity, std::fs::File),
         network: &mut Network<'_>,
-        view: Arc<MountedView>,
+        holds: Holds,
     ) -> Result<Started> {
         let mut unwanted = KillOnDrop(Some(shim));
         record.shim = Some(shim);
@@ -259,7 +263,7 @@ impl Daemon {
         write_record(dir, &record)?;
         let started =
             Started { id: record.id.clone(), name: record.name.clone(), socket: record.socket.clone() };
-        let container = Arc::new(Container::new(dir.to_owned(), record, Some(view), false));
+        let container = Arc::new(Container::new(dir.to_owned(), record, holds, false));
         unwanted.0 = None;
         network.attachment = None;
         self.containers.insert(Arc::clone(&container));

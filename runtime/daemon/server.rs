@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::Daemon;
 use super::views::Purpose;
 use crate::failure::Failure;
+use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, Request};
 use crate::ipc::{fds, frame};
 use crate::proc;
@@ -93,22 +94,29 @@ impl Daemon {
                     self.with_progress(stream, |p| async move { self.run(*request, &p).await }).await?;
                 serde_json::to_value(started)?
             }
-            Request::Pull(image) => self.with_progress(stream, |p| self.pull(image, p)).await?,
+            Request::Pull { image, hydrate } => {
+                self.with_progress(stream, |p| self.pull(image, hydrate, p)).await?
+            }
+            Request::Hydrate(action) => self.with_progress(stream, |p| self.hydrate(action, p)).await?,
             Request::Index { image, action } => {
                 self.with_progress(stream, |p| self.index(image, action, p)).await?
             }
             Request::Profile { image, action } => {
                 self.with_progress(stream, |p| self.profile(image, action, p)).await?
             }
-            Request::Mount { image, target, plan, writable } => {
+            Request::Mount { image, target, plan, writable, hydrate } => {
                 let (id, fd, plan) = self
                     .with_progress(stream, |p| async move {
                         let plan = self.plan_for(plan)?;
                         let ready = self.images.ready(&image, &p).await?;
                         self.keep_profile(&ready);
-                        self.images.hydrate_later(&ready.layers);
+                        let missing = ready.layers.iter().any(|l| !l.is_hydrated());
                         let view = self.views.get(ready.layers, plan, Purpose::Use).await?;
-                        let (id, fd) = self.mount(&image.reference, view, target, writable).await?;
+                        let (id, fd) = self.mount(&image.reference, view, target, writable, hydrate).await?;
+                        if missing && hydrate == HydrateMode::Auto {
+                            let key = self.hydration.want(&image, false)?;
+                            self.hydration.begin(&key).await;
+                        }
                         Ok((id, fd, plan))
                     })
                     .await?;
@@ -190,7 +198,7 @@ impl Daemon {
     }
 
     // Runs what reads or writes files away from the threads that answer requests.
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
         job: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -233,13 +241,20 @@ impl Daemon {
         }
     }
 
-    async fn pull(self: &Arc<Self>, request: ImageRequest, progress: Arc<dyn Progress>) -> Result<Value> {
+    async fn pull(
+        self: &Arc<Self>,
+        request: ImageRequest,
+        hydrate: HydrateMode,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Value> {
         let ready = self.images.ready(&request, &progress).await?;
         self.keep_profile(&ready);
-        // One layer of the image must not take the place of another, or none would ever be whole.
-        ready.layers.iter().for_each(|layer| layer.touch());
-        let _pins: Vec<_> = ready.layers.iter().map(|layer| layer.pin_filling()).collect();
-        self.images.hydrate(&ready.layers, &progress).await?;
+        if hydrate == HydrateMode::Auto {
+            // One layer of the image must not take the place of another, or none would ever be whole.
+            ready.layers.iter().for_each(|layer| layer.touch());
+            let _pins: Vec<_> = ready.layers.iter().map(|layer| layer.pin_filling()).collect();
+            self.images.hydrate(&ready.layers, &progress).await?;
+        }
         let records = self.images.find(&ready.image.reference.to_string())?;
         let record = records.first().context("the image was removed meanwhile")?;
         Ok(serde_json::to_value(self.images.summary(record)?)?)
@@ -344,6 +359,7 @@ impl Daemon {
             self.images.remove(record)?;
             removed.push(record.reference.clone());
         }
+        self.hydration.forget(&removed)?;
         self.collect_layers()?;
         Ok(removed)
     }
@@ -370,8 +386,8 @@ impl Daemon {
                 dropped.push(id);
             }
         }
-        self.images.stop_hydrating(&dropped);
         for id in dropped {
+            self.images.fetcher().cancel(id);
             if let Some(name) = store.file_name(id) {
                 self.service.forget(&name);
             }
@@ -398,10 +414,11 @@ impl Daemon {
         let store = self.images.fetcher().store();
         let mut ids = store.list()?;
         ids.retain(|id| diff_ids.contains(&id.diff_id));
-        self.images.stop_hydrating(&ids);
+        self.hydration.give_up(&diff_ids)?;
         let busy = self.views.release(|view| view.layers.iter().any(|l| diff_ids.contains(&l.diff_id())));
         let mut freed = 0;
         for id in ids.into_iter().filter(|id| !busy.contains(id)) {
+            self.images.fetcher().cancel(id);
             if let Some(layer) = store.by_id(id)? {
                 let local = layer.local_bytes();
                 match layer.forget() {

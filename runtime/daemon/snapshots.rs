@@ -41,10 +41,10 @@ impl Daemon {
     /// The view that snapshots on these layers need. When a container is to start from it, what its start will touch
     /// is fetched first; the rest follows in the background.
     pub(crate) async fn view_of(self: &Arc<Self>, ready: Ready, starts: bool) -> Result<Arc<MountedView>> {
-        let purpose = if starts { self.foresee(&ready) } else { Purpose::Use };
+        let purpose = if starts { self.foresee_layers(&ready) } else { Purpose::Use };
         if !starts {
             self.keep_profile(&ready);
-            self.images.hydrate_later(&ready.layers);
+            self.hydration.begin_layers(&ready.layers);
         }
         self.views.get(ready.layers, self.plan, purpose).await
     }
@@ -61,7 +61,7 @@ impl Daemon {
         for (id, layers) in snapshots.store.views(false)? {
             let Some(chain) = chain_id(&diff_ids(&layers)) else { continue };
             if let Some(view) = snapshots.attached.adopt(id, &table, || self.views.of_chain(chain)) {
-                self.images.hydrate_later(&view.layers);
+                self.hydration.begin_layers(&view.layers);
             }
         }
         snapshots.sweep();
@@ -95,7 +95,7 @@ impl Daemon {
             let has = |diff_ids: &Vec<Digest>| diff_ids.contains(&id.diff_id);
             removed.iter().any(has) && !wanted.iter().any(has) && !busy.contains(id)
         });
-        self.images.stop_hydrating(&dropped);
+        self.hydration.stop_layers(&dropped);
         for id in dropped {
             if let Some(name) = store.file_name(id) {
                 self.service.forget(&name);

@@ -4,6 +4,7 @@
 pub mod client;
 pub mod fds;
 pub mod frame;
+pub mod hydration;
 pub mod index_lists;
 pub mod indexes;
 pub mod profiles;

@@ -7,6 +7,7 @@ use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::hydration::{HydrateMode, HydrationAction};
 use super::indexes::IndexAction;
 use super::profiles::ProfileAction;
 use super::system::SystemAction;
@@ -97,6 +98,8 @@ pub struct RunRequest {
     pub plan: Option<Plan>,
     /// An OCI runtime to use in place of the built-in runner.
     pub runtime: Option<PathBuf>,
+    /// Whether the rest of the image is fetched in the background.
+    pub hydrate: HydrateMode,
 }
 
 /// A request; each connection carries one.
@@ -106,8 +109,15 @@ pub enum Request {
     Info,
     /// Makes and starts a container; answers [`Started`].
     Run(Box<RunRequest>),
-    /// Makes the image wholly local; answers [`ImageSummary`].
-    Pull(ImageRequest),
+    /// Makes the image wholly local, or just ready to be started from; answers [`ImageSummary`].
+    Pull {
+        /// The image.
+        image: ImageRequest,
+        /// Whether all of it.
+        hydrate: HydrateMode,
+    },
+    /// Does something about hydration; [`HydrationAction`] says what it answers.
+    Hydrate(HydrationAction),
     /// Does something with the indexes of an image's layers; [`IndexAction`] says what it answers.
     Index {
         /// The image.
@@ -149,6 +159,8 @@ pub enum Request {
         plan: Option<Plan>,
         /// With a writable layer on top.
         writable: bool,
+        /// Whether the rest of the image is fetched in the background.
+        hydrate: HydrateMode,
     },
     /// Forgets a mount that the caller has unmounted.
     Unmounted {

@@ -23,6 +23,7 @@ use nix::unistd::Pid;
 
 use crate::ipc::fds;
 use crate::paths::Paths;
+use crate::settings::Settings;
 use store::FdStore;
 
 /// Where a daemon started by the keeper finds its listening control socket.
@@ -41,8 +42,13 @@ const MAX_SHORT_LIVES: u32 = 5;
 /// Runs the keeper until the daemon ends in peace; returns the process's exit code.
 ///
 /// `ready` is told `ok` once the daemon serves, or the reason why it doesn't.
-pub fn main(paths: &Paths, ready: Option<OwnedFd>, snapshotter: Option<Snapshotter>) -> ExitCode {
-    match Keeper::new(paths, snapshotter).and_then(|mut k| k.run(ready)) {
+pub fn main(
+    paths: &Paths,
+    settings: &Settings,
+    ready: Option<OwnedFd>,
+    snapshotter: Option<Snapshotter>,
+) -> ExitCode {
+    match Keeper::new(paths, settings, snapshotter).and_then(|mut k| k.run(ready)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("lazyrun keeper: {e}");
@@ -64,6 +70,7 @@ pub struct Snapshotter {
 struct Keeper<'a> {
     snapshotter: Option<Snapshotter>,
     paths: &'a Paths,
+    settings: &'a Settings,
     listener: UnixListener,
     signals: SignalFd,
     store: FdStore,
@@ -76,7 +83,7 @@ enum Ended {
 }
 
 impl<'a> Keeper<'a> {
-    fn new(paths: &'a Paths, snapshotter: Option<Snapshotter>) -> io::Result<Self> {
+    fn new(paths: &'a Paths, settings: &'a Settings, snapshotter: Option<Snapshotter>) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         paths.create()?;
@@ -96,7 +103,7 @@ impl<'a> Keeper<'a> {
         }
         set.thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { snapshotter, paths, listener, signals, store: FdStore::default(), _lock: lock })
+        Ok(Self { snapshotter, paths, settings, listener, signals, store: FdStore::default(), _lock: lock })
     }
 
     fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
@@ -133,6 +140,7 @@ impl<'a> Keeper<'a> {
     fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
+        command.envs(self.settings.environment());
         command.stdin(Stdio::null());
         let mut placed = vec![(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
         if let Some(snapshotter) = &self.snapshotter {

@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::ipc::client::Connection;
 use crate::ipc::fds;
 use crate::paths::Paths;
+use crate::settings::Settings;
 
 /// What a daemon writes to its ready descriptor once it serves.
 pub const READY: &str = "ok";
@@ -22,7 +23,7 @@ pub const KEEPER_READY_FD: i32 = 3;
 ///
 /// # Errors
 /// Why the daemon can't be started, in one sentence.
-pub fn connect_or_start(paths: &Paths) -> Result<Connection, Failure> {
+pub fn connect_or_start(paths: &Paths, settings: &Settings) -> Result<Connection, Failure> {
     if let Ok(connection) = Connection::open(&paths.control()) {
         return Ok(connection);
     }
@@ -40,7 +41,7 @@ pub fn connect_or_start(paths: &Paths) -> Result<Connection, Failure> {
     if let Ok(connection) = Connection::open(&paths.control()) {
         return Ok(connection);
     }
-    let said = spawn_keeper(paths).map_err(io_failure)?;
+    let said = spawn_keeper(paths, settings).map_err(io_failure)?;
     if said != READY {
         let reason =
             if said.is_empty() { "it ended without a word; see daemon.log in its root" } else { &said };
@@ -49,11 +50,11 @@ pub fn connect_or_start(paths: &Paths) -> Result<Connection, Failure> {
     Connection::open(&paths.control()).map_err(io_failure)
 }
 
-fn spawn_keeper(paths: &Paths) -> io::Result<String> {
+fn spawn_keeper(paths: &Paths, settings: &Settings) -> io::Result<String> {
     let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     let log = std::fs::OpenOptions::new().create(true).append(true).open(paths.log())?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("lazyrun").arg("--root").arg(paths.root()).arg("keeper");
+    command.arg0("lazyrun").arg("--root").arg(paths.root()).arg("keeper").envs(settings.environment());
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).current_dir("/");
     fds::place(&mut command, &[(write.as_fd(), KEEPER_READY_FD)])?;
     fds::own_session(&mut command);

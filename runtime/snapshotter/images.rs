@@ -15,7 +15,7 @@ use tokio::task::AbortHandle;
 use super::labels::Wanted;
 use super::record::{ImageRow, Remote};
 use super::store::Store;
-use crate::daemon::images::{Images, Ready, Unwatched};
+use crate::daemon::images::{Images, Ready};
 use crate::ipc::protocol::{ImageRequest, IndexOptions, PullPolicy, RegistryOptions};
 
 /// How long a registry may take to say what an image is. containerd waits meanwhile, and holds a lock.
@@ -217,7 +217,7 @@ impl SnapshotImages {
     }
 
     async fn layers_of(&self, known: &Known, places: &[usize]) -> Result<Vec<Arc<Layer>>> {
-        let progress: Arc<dyn Progress> = Arc::new(Unwatched);
+        let progress: Arc<dyn Progress> = Arc::new(lazyrun_fetcher::NoProgress);
         let images = &self.images;
         known
             .found

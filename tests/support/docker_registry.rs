@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use super::server::{Server, free_port};
@@ -15,8 +17,8 @@ use super::wait_for;
 pub struct DockerRegistry {
     addr: SocketAddr,
     // Killed before its storage is removed: fields drop in this order.
-    _server: Server,
-    _dir: TempDir,
+    server: Option<Server>,
+    dir: TempDir,
 }
 
 impl DockerRegistry {
@@ -43,14 +45,32 @@ impl DockerRegistry {
             dir.path().join("storage").display()
         );
         fs::write(&config, text).expect("write the registry's configuration");
+        let mut registry = DockerRegistry { addr, server: None, dir };
+        registry.start_again();
+        registry
+    }
+
+    /// Stops it; connections are refused from now on.
+    pub fn stop(&mut self) {
+        self.server = None;
+    }
+
+    /// Starts it again where it was.
+    pub fn start_again(&mut self) {
         let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
-        let mut server = Server::start(&mut command, &dir.path().join("log"));
+        command.arg("serve").arg(self.dir.path().join("config.yml")).env("OTEL_TRACES_EXPORTER", "none");
+        let mut server = Server::start(&mut command, &self.dir.path().join("log"));
         wait_for("docker-registry to listen", Duration::from_secs(30), || {
             server.assert_alive();
-            TcpStream::connect(addr).ok()
+            TcpStream::connect(self.addr).ok()
         });
-        DockerRegistry { addr, _server: server, _dir: dir }
+        self.server = Some(server);
+    }
+
+    /// Sends it a signal: one that is stopped by SIGSTOP takes connections and says nothing.
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.server.as_ref().expect("a running registry").pid();
+        kill(Pid::from_raw(pid as i32), signal).expect("signal the registry");
     }
 
     /// Where it listens.

@@ -34,6 +34,8 @@ pub struct Lazyrun {
     dir: TempDir,
     /// Global options, after `--root`.
     options: Vec<String>,
+    /// What every command finds in its environment.
+    environment: Vec<(String, String)>,
 }
 
 impl Lazyrun {
@@ -53,12 +55,18 @@ impl Lazyrun {
         let dir = tempfile::Builder::new().prefix("lazyrun-test-").tempdir().expect("a temporary directory");
         let root = dir.path().join(path);
         fs::create_dir_all(root.parent().expect("a parent")).expect("create the root's parents");
-        Lazyrun { root, dir, options: Vec::new() }
+        Lazyrun { root, dir, options: Vec::new(), environment: Vec::new() }
     }
 
     /// Adds global options, such as `--insecure-registry HOST`.
     pub fn with_options(mut self, options: &[&str]) -> Lazyrun {
         self.options.extend(options.iter().map(|option| (*option).to_owned()));
+        self
+    }
+
+    /// Sets an environment variable for all commands.
+    pub fn with_env(mut self, name: &str, value: &str) -> Lazyrun {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -78,6 +86,7 @@ impl Lazyrun {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(EXE);
         command.arg("--root").arg(&self.root).args(&self.options).args(args).stdin(Stdio::null());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -126,6 +135,37 @@ impl Lazyrun {
     pub fn info(&self) -> Value {
         let text = self.ok(&["info", "--format", "json"]);
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("info is no JSON ({error}): {text}"))
+    }
+
+    /// Sends the daemon a signal; its process id.
+    pub fn signal_daemon(&self, signal: nix::sys::signal::Signal) -> i32 {
+        let pid = self.daemon_pid().expect("a daemon runs");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("signal the daemon");
+        pid
+    }
+
+    /// Kills the daemon; returns once the keeper has started another.
+    pub fn replace_daemon(&self) {
+        let old = self.signal_daemon(nix::sys::signal::Signal::SIGKILL);
+        super::wait_for("a new daemon", Duration::from_secs(30), || {
+            self.daemon_pid().filter(|pid| *pid != old)
+        });
+    }
+
+    /// The row of `images --lazy` for the only image.
+    pub fn lazy_image(&self) -> Value {
+        let text = self.ok(&["images", "--lazy", "--format", "json"]);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("not one row of JSON ({error}): {text}"))
+    }
+
+    /// What hydration does with the only image.
+    pub fn lazy_state(&self) -> String {
+        self.lazy_image()["State"].as_str().expect("a state").to_owned()
+    }
+
+    /// Waits until the only image is in this state.
+    pub fn wait_for_state(&self, state: &str, limit: Duration) {
+        super::wait_for(&format!("state {state:?}"), limit, || (self.lazy_state() == state).then_some(()));
     }
 
     /// The daemon's process id, when one runs.

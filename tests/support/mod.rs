@@ -3,6 +3,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary and bench uses a part")]
 
+pub mod bulk;
 pub mod containerd;
 pub mod docker_registry;
 pub mod fixture;

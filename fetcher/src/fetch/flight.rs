@@ -1,6 +1,7 @@
 //! Single flight: many ask, one task works, all get its answer.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use lazyrun_index::LayerId;
@@ -26,6 +27,8 @@ impl<T> Default for Flights<T> {
 pub(super) struct Flight<T> {
     answer: watch::Receiver<Answer<T>>,
     task: AbortHandle,
+    /// Goes on when nobody waits any more.
+    detached: AtomicBool,
 }
 
 impl<T> Drop for Flight<T> {
@@ -53,7 +56,7 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
             let result = work.await;
             sender.send_replace(Some(result));
         });
-        let flight = Arc::new(Flight { answer, task: task.abort_handle() });
+        let flight = Arc::new(Flight { answer, task: task.abort_handle(), detached: AtomicBool::new(false) });
         active.retain(|_, weak| weak.strong_count() > 0);
         active.insert(key, Arc::downgrade(&flight));
         flight
@@ -77,10 +80,24 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
         F: Future<Output = Result<T, FetchError>> + Send + 'static,
     {
         let flight = self.join(key, work);
-        tokio::spawn(async move {
-            let _ = flight.wait("a stream").await;
-            then();
-        });
+        // One task keeps it alive, however many ask.
+        if !flight.detached.swap(true, Relaxed) {
+            tokio::spawn(async move {
+                let _ = flight.wait("a stream").await;
+                then();
+            });
+        }
+    }
+
+    /// Stops the work under `key`; who waits for it gets [`FetchError::Interrupted`].
+    pub(super) fn cancel(&self, key: &LayerId) {
+        let flight = {
+            let active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+            active.get(key).and_then(Weak::upgrade)
+        };
+        if let Some(flight) = flight {
+            flight.task.abort();
+        }
     }
 }
 
@@ -144,6 +161,20 @@ mod tests {
         });
         drop(flight);
         was_dropped.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn detached_work_goes_on_until_it_is_cancelled() {
+        let flights = Flights::<u32>::default();
+        for _ in 0..3 {
+            flights.join_detached(key(), std::future::pending);
+        }
+        tokio::task::yield_now().await;
+        assert!(flights.is_active(&key()));
+        let flight = flights.join(key(), || async { Ok(1) });
+        flights.cancel(&key());
+        assert!(matches!(flight.wait("x").await, Err(FetchError::Interrupted { what: "x" })));
+        assert!(!flights.is_active(&key()));
     }
 
     #[tokio::test]

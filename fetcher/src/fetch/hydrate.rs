@@ -29,6 +29,8 @@ const NEIGHBOURHOOD: usize = 16;
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Passes over one blob; more would bring nothing that these did not.
 const MAX_STREAMS: u32 = 3;
+/// Blobs' worth of bytes after which what is fetched is obviously dropped again by somebody.
+const MAX_BLOBS: u64 = 2;
 /// Streamed spans between two writes of the map.
 const SAVE_EVERY: u32 = 16;
 
@@ -58,7 +60,7 @@ pub(super) async fn run(
     if !layer.is_proven() {
         stream(inner, layer, progress).await?;
     }
-    let mut streams = 0;
+    let (mut streams, mut asked) = (0, 0);
     // Dropping the set aborts what is in it, and the runs give their claims back.
     let mut requests: JoinSet<Result<(), FetchError>> = JoinSet::new();
     while !layer.is_hydrated() {
@@ -68,12 +70,24 @@ pub(super) async fn run(
         }
         let mut exhausted = false;
         while requests.len() < PIPELINE && !exhausted {
+            inner.hastes.turn(layer.id()).await;
+            if !inner.hastes.is_unlimited(layer.id()) {
+                inner.throttle.ready().await;
+            }
             let slot = inner.scheduler.background_request().await?;
             match next_run(inner, layer, &state) {
                 Some((target, run)) => {
-                    let (inner, own) = (Arc::clone(inner), target.id() == layer.id());
+                    let own = target.id() == layer.id();
+                    let paid = Paid::for_run(inner, &target, &run);
+                    asked += if own { paid.len } else { 0 };
+                    if asked > MAX_BLOBS * layer.index().blob_size().max(1 << 20) {
+                        return Err(FetchError::Forgotten { diff_id: layer.diff_id() });
+                    }
+                    let inner = Arc::clone(inner);
                     requests.spawn(async move {
-                        let result = spans::fetch(&inner, &target, Arc::new(run), slot).await;
+                        let run = Arc::new(run);
+                        let result = spans::fetch(&inner, &target, Arc::clone(&run), Some(slot)).await;
+                        paid.settle(&inner, &run);
                         // What fails for another layer is for that layer's own hydration to tell.
                         if own { result } else { Ok(()) }
                     });
@@ -104,10 +118,33 @@ pub(super) async fn run(
     Ok(())
 }
 
+/// What a request was charged for.
+struct Paid {
+    begin: u64,
+    len: u64,
+}
+
+impl Paid {
+    fn for_run(inner: &Inner, layer: &Layer, run: &Run) -> Paid {
+        let spans = || run.ranks.clone().map(|rank| layer.span_at(rank));
+        let begin = spans().map(|span| span.blob_offset).min().unwrap_or(0);
+        let end = spans().map(|span| span.blob_offset.saturating_add(span.blob_len)).max().unwrap_or(begin);
+        let len = end.saturating_sub(begin);
+        inner.throttle.charge(len);
+        Paid { begin, len }
+    }
+
+    /// Gives back what did not come.
+    fn settle(&self, inner: &Inner, run: &Run) {
+        let came = run.position.load(Relaxed).saturating_sub(self.begin);
+        inner.throttle.give_back(self.len.saturating_sub(came));
+    }
+}
+
 /// What to fetch next: what lies behind the latest faults, in whichever layer that is hydrated now too, and else
 /// the first that is missing here.
 fn next_run(inner: &Arc<Inner>, layer: &Arc<Layer>, state: &Arc<LayerState>) -> Option<(Arc<Layer>, Run)> {
-    let bytes = inner.scheduler.background_bytes();
+    let bytes = inner.scheduler.background_bytes().min(inner.throttle.turn());
     let near = inner.interest.places().into_iter().find_map(|(near, next)| {
         // What is not proven comes by a stream anyhow.
         if !near.is_proven() || !inner.hydrations.is_active(&near.id()) {
@@ -191,16 +228,19 @@ async fn stream_from_any(
     progress: &Arc<dyn Progress>,
 ) -> Result<(), FetchError> {
     let _slot = inner.scheduler.stream().await?;
+    let _memory = inner.memory.stream(layer).await?;
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
     let mut sources = VecDeque::from(inner.sources(layer)?);
     while let Some(source) = sources.pop_front() {
         let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
+        let pace = Pace::background(inner, layer, sources.is_empty(), progress);
         let problem = Failure::default();
         let (feeder, reader) = pump(problem.clone());
         let mut sink = StreamSink {
             layer: Arc::clone(layer),
             state: inner.state(layer.id()),
             span: Vec::new(),
+            next: 0,
             offset: 0,
             unsaved: 0,
             progress: Arc::clone(progress),
@@ -218,7 +258,7 @@ async fn stream_from_any(
         inner.counters.background_requests.fetch_add(1, Relaxed);
         let blob = source.reader(digest, 0..size, Some(size));
         let witness = blob.witness();
-        let feed = feeder.run(blob, Pace::full(), |n| {
+        let feed = feeder.run(blob, pace, |n| {
             inner.counters.background_bytes.fetch_add(n, Relaxed);
             inner.scheduler.link.arrived(n, Instant::now());
         });
@@ -242,6 +282,8 @@ struct StreamSink {
     layer: Arc<Layer>,
     state: Arc<LayerState>,
     span: Vec<u8>,
+    /// Its number.
+    next: usize,
     /// Byte of the layer file at which `span` starts.
     offset: u64,
     unsaved: u32,
@@ -252,6 +294,10 @@ impl LayerSink for StreamSink {
     fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if offset != self.offset + self.span.len() as u64 {
             return Err(io::Error::other("streamed bytes are not in order"));
+        }
+        if self.span.is_empty() && self.next < self.layer.index().span_count() {
+            // Its length was bounded when the index was checked; growing by doubling would take twice as much.
+            self.span.reserve_exact(self.layer.index().span(self.next).len as usize);
         }
         self.span.extend_from_slice(bytes);
         Ok(())
@@ -268,7 +314,12 @@ impl LayerSink for StreamSink {
             self.state.changed.notify_waiters();
             self.unsaved += 1;
         }
+        self.next = span.index as usize + 1;
         self.span.drain(..len);
+        if self.span.is_empty() {
+            // The next one may be a thousand times smaller, and there may be many streams.
+            self.span = Vec::new();
+        }
         self.offset += span.len;
         if self.unsaved >= SAVE_EVERY {
             self.layer.save_map()?;

@@ -4,10 +4,13 @@ mod arriving;
 mod claims;
 mod fault;
 mod flight;
+mod haste;
 mod hydrate;
 mod ingest;
 mod interest;
 mod link;
+mod memory;
+mod overdue;
 mod parts;
 mod prefetch;
 mod prove;
@@ -16,6 +19,7 @@ mod scheduler;
 mod sink;
 mod spans;
 mod table;
+mod throttle;
 mod verify;
 mod window;
 
@@ -35,8 +39,13 @@ use crate::stats::{FetchCounters, FetchStats};
 use crate::store::{Layer, LayerStore};
 use claims::LayerState;
 use flight::Flights;
+pub use haste::Haste;
+use haste::Hastes;
 use interest::Interest;
+use memory::Memory;
+use overdue::Overdue;
 use scheduler::Scheduler;
+use throttle::Throttle;
 
 /// Hears how far a layer is. Called often and from any thread: must not block.
 pub trait Progress: Send + Sync {
@@ -45,6 +54,10 @@ pub trait Progress: Send + Sync {
     /// Something that the user should know and that stops nothing, in one sentence.
     fn note(&self, text: &str) {
         let _ = text;
+    }
+    /// A layer's source does not answer at the moment, for this reason; `None` once it does again.
+    fn waiting(&self, layer: Digest, reason: Option<&FetchError>) {
+        let _ = (layer, reason);
     }
 }
 
@@ -69,6 +82,8 @@ pub struct FetchOptions {
     pub background_requests: usize,
     /// How long ranges of a layer are not tried again after they were found not to work.
     pub ranges_again: Duration,
+    /// Most bytes per second that hydration may ask for, over all layers; `None` is no limit.
+    pub background_limit: Option<u64>,
     /// Layers streamed at a time.
     pub streams: usize,
     /// Most compressed bytes read ahead of a fault.
@@ -85,6 +100,7 @@ impl Default for FetchOptions {
             prefetch_requests: 6,
             background_requests: 2,
             ranges_again: Duration::from_secs(300),
+            background_limit: None,
             streams: 6,
             max_readahead: 8 << 20,
             stream: StreamOptions::default(),
@@ -111,6 +127,10 @@ struct Inner {
     counters: FetchCounters,
     scheduler: Scheduler,
     interest: Interest,
+    throttle: Throttle,
+    hastes: Hastes,
+    overdue: Overdue,
+    memory: Memory,
     sources: Mutex<HashMap<Digest, Vec<Source>>>,
     states: Mutex<HashMap<LayerId, Arc<LayerState>>>,
     ingests: Flights<Arc<Layer>>,
@@ -132,6 +152,10 @@ impl Fetcher {
             inner: Arc::new(Inner {
                 scheduler: Scheduler::new(&options),
                 interest: Interest::default(),
+                throttle: Throttle::new(options.background_limit),
+                hastes: Hastes::default(),
+                overdue: Overdue::default(),
+                memory: Memory::default(),
                 store,
                 options,
                 counters: FetchCounters::default(),
@@ -205,10 +229,11 @@ impl Fetcher {
     }
 
     /// Reads bytes of a layer file: what is local at once, otherwise the missing spans are fetched, verified and
-    /// stored first. Shorter than `len` only at the end of the layer file.
+    /// stored first. Shorter than `len` only at the end of the layer file. While the registry does not answer, the read
+    /// waits for it as long as the fault timeout allows.
     ///
     /// # Errors
-    /// When the bytes cannot be had within the fault timeout.
+    /// When the bytes cannot be had within the fault timeout, or never.
     pub async fn read(&self, layer: &Arc<Layer>, offset: u64, len: usize) -> Result<Bytes, FetchError> {
         let left = layer.index().layer_size().saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(len);
@@ -217,16 +242,7 @@ impl Fetcher {
         }
         let began = Instant::now();
         let _first = self.inner.scheduler.fault();
-        let limit = self.inner.options.fault_timeout;
-        let work = fault::read(&self.inner, layer, offset, len);
-        let result = tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-            Err(FetchError::FaultTimeout {
-                diff_id: layer.diff_id(),
-                offset,
-                end: offset.saturating_add(len as u64),
-                after: limit,
-            })
-        });
+        let result = fault::read(&self.inner, layer, offset, len).await;
         self.inner.counters.fault_done(began.elapsed(), result.is_ok());
         result
     }
@@ -255,11 +271,43 @@ impl Fetcher {
     /// # Errors
     /// When something cannot be had after retries; what came stays.
     pub async fn hydrate(&self, layer: &Arc<Layer>, progress: Arc<dyn Progress>) -> Result<(), FetchError> {
+        self.hydrate_as(layer, Haste::Unlimited, progress).await
+    }
+
+    /// As [`Fetcher::hydrate`], with another urgency. In the background the limit holds, and a stream waits as long as
+    /// it takes for a registry that does not answer.
+    ///
+    /// # Errors
+    /// As [`Fetcher::hydrate`].
+    pub async fn hydrate_as(
+        &self,
+        layer: &Arc<Layer>,
+        haste: Haste,
+        progress: Arc<dyn Progress>,
+    ) -> Result<(), FetchError> {
         let id = layer.id();
+        let _haste = self.inner.hastes.enter(id, haste);
         let (inner, layer) = (Arc::clone(&self.inner), Arc::clone(layer));
         let flight =
             self.inner.hydrations.join(id, || async move { hydrate::run(&inner, &layer, &progress).await });
         flight.wait("hydrating a layer").await
+    }
+
+    /// The limit of hydration in bytes per second, over all layers.
+    pub fn background_limit(&self) -> Option<u64> {
+        self.inner.throttle.rate()
+    }
+
+    /// Limits hydration from now on. Faults and prefetch are never limited.
+    pub fn limit_background(&self, bytes_per_second: Option<u64>) {
+        self.inner.throttle.set(bytes_per_second);
+    }
+
+    /// Ends what is under way for a whole layer: hydration and streams, also those that faults have started. Who waits
+    /// for one gets an error.
+    pub fn cancel(&self, id: LayerId) {
+        self.inner.hydrations.cancel(&id);
+        self.inner.streams.cancel(&id);
     }
 
     /// Compares a layer's index with the blob, entry by entry, by one stream that stores nothing.
@@ -268,6 +316,7 @@ impl Fetcher {
     /// When the blob cannot be had, or the index says something else than the blob. An adopted index that does is
     /// never used again.
     pub async fn verify(&self, layer: &Arc<Layer>, progress: Arc<dyn Progress>) -> Result<(), FetchError> {
+        let _haste = self.inner.hastes.enter(layer.id(), Haste::Unlimited);
         verify::run(&self.inner, layer, &progress).await
     }
 }

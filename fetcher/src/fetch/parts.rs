@@ -54,7 +54,9 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
     for run in runs.into_iter().map(Arc::new) {
         for rank in run.ranks.clone() {
             let span = layer.span_at(rank);
-            let compressed = arriving.span(&span).await?;
+            let next = if rank + 1 < run.ranks.end { layer.span_at(rank + 1).blob_offset } else { u64::MAX };
+            let room = inner.memory.span(&span).await?;
+            let compressed = arriving.span(&span, next).await?;
             while let Some(done) = decoding.try_join_next() {
                 spans::decoded(done).inspect_err(|_| disown(&witness))?;
             }
@@ -65,7 +67,7 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
             let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(&run));
             decoding.spawn_blocking(move || {
                 let result = spans::store(&inner, &layer, &run, rank, &span, &compressed);
-                drop(permit);
+                drop((permit, compressed, room));
                 result
             });
         }

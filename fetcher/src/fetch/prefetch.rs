@@ -39,7 +39,7 @@ pub(super) async fn run(
         let mut runs = state.plan_prefetch(layer, &wanted, MAX_PARTS, MAX_BYTES);
         let result = match runs.len() {
             0 => return Ok(()),
-            1 => spans::fetch(inner, layer, Arc::new(runs.swap_remove(0)), slot).await,
+            1 => spans::fetch(inner, layer, Arc::new(runs.swap_remove(0)), Some(slot)).await,
             _ => parts::fetch(inner, layer, runs, slot).await,
         };
         if let Err(error) = result {
@@ -65,7 +65,7 @@ async fn one_by_one(
             let claimed = state.plan_prefetch(layer, std::slice::from_ref(&range), 1, MAX_BYTES);
             let Some(run) = claimed.into_iter().next() else { break };
             let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
-            requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run), slot).await });
+            requests.spawn(async move { spans::fetch(&inner, &layer, Arc::new(run), Some(slot)).await });
             while let Some(done) = requests.try_join_next() {
                 outcome(done, state)?;
             }

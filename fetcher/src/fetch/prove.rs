@@ -20,7 +20,7 @@ use crate::store::{Layer, LayerPin, is_full};
 /// Passes per source when what comes is damaged.
 const TRIES: usize = 2;
 /// Decoded bytes held for spans whose digest is not told yet. What is beyond is fetched again later.
-const MAX_PENDING: usize = 64 << 20;
+const MAX_PENDING: usize = 16 << 20;
 /// Stored spans between two writes of the map.
 const SAVE_EVERY: u32 = 16;
 
@@ -42,10 +42,11 @@ pub(super) async fn run(
 }
 
 async fn tar(inner: &Arc<Inner>, layer: &Arc<Layer>, progress: &Arc<dyn Progress>) -> Result<(), FetchError> {
-    let (owned_inner, owned_layer, progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
-    pass(inner, layer, move |reader, problem| {
+    let (owned_inner, owned_layer, owned_progress) =
+        (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
+    pass(inner, layer, progress, move |reader, problem| {
         let (inner, layer) = (&owned_inner, &owned_layer);
-        let mut sink = Sink::new(layer, inner.state(layer.id()), &progress);
+        let mut sink = Sink::new(layer, inner.state(layer.id()), &owned_progress);
         // The index that comes out is as good as the adopted one that has been proven by it.
         let options = inner.options.stream_of(layer.index().blob_size());
         let proven = prove_layer(layer.index(), reader, &mut sink, io::empty(), &options);
@@ -75,17 +76,20 @@ async fn tar(inner: &Arc<Inner>, layer: &Arc<Layer>, progress: &Arc<dyn Progress
 pub(super) async fn pass<T: Send + 'static>(
     inner: &Arc<Inner>,
     layer: &Arc<Layer>,
+    progress: &Arc<dyn Progress>,
     work: impl Fn(PumpReader, &Failure) -> Result<T, FetchError> + Send + Sync + 'static,
 ) -> Result<T, FetchError> {
     let _slot = inner.scheduler.stream().await?;
+    let _memory = inner.memory.stream(layer).await?;
     let (digest, size) = (layer.index().blob_digest(), layer.index().blob_size());
-    let pace = Pace::yielding(inner, inner.state(layer.id()));
     let work = Arc::new(work);
     let mut failure = FetchError::NoSource { diff_id: layer.diff_id() };
-    for source in inner.sources(layer)? {
+    let sources = inner.sources(layer)?;
+    for (number, source) in sources.iter().enumerate() {
         let mut tries = 0;
         while tries < TRIES {
             tries += 1;
+            let pace = Pace::yielding(inner, layer, number + 1 == sources.len(), progress);
             let problem = Failure::default();
             let (feeder, reader) = pump(problem.clone());
             let work = Arc::clone(&work);
@@ -93,7 +97,7 @@ pub(super) async fn pass<T: Send + 'static>(
             inner.counters.background_requests.fetch_add(1, Relaxed);
             let blob = source.reader(digest, 0..size, Some(size));
             let witness = blob.witness();
-            let feed = feeder.run(blob, pace.clone(), |n| {
+            let feed = feeder.run(blob, pace, |n| {
                 inner.counters.background_bytes.fetch_add(n, Relaxed);
                 inner.scheduler.link.arrived(n, Instant::now());
             });
@@ -171,7 +175,9 @@ impl Sink {
     fn begin(&self, number: usize) -> Passing {
         let span = self.layer.index().span(number);
         let ahead = span.digest_of == DigestOf::Nothing && !self.layer.can_fault(&span);
-        Passing { span, ahead, bytes: Vec::new(), done: 0, hasher: Hasher::new() }
+        // Its length was bounded when the index was checked; growing by doubling would take twice as much.
+        let bytes = if ahead { Vec::new() } else { Vec::with_capacity(span.len as usize) };
+        Passing { span, ahead, bytes, done: 0, hasher: Hasher::new() }
     }
 
     fn pass(&mut self, passing: &mut Passing, bytes: &[u8]) -> io::Result<()> {

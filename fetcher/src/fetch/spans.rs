@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use lazyrun_index::SpanInfo;
 use tokio::sync::OwnedSemaphorePermit;
@@ -19,13 +20,23 @@ use crate::store::{Layer, Need};
 /// Tries per source when what comes is corrupt.
 const TRIES: usize = 2;
 
-/// Starts fetching a run for faults, on its own: what has begun is finished even if the reader has gone.
+/// A fault waits so long for one of the places for its like. They may all be taken by a registry that does not answer,
+/// and this one may be for another; how many wait for one host is bounded anyhow.
+const PLACE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Starts fetching a run for faults, on its own: what has begun is finished even if the reader has gone, as long as
+/// something comes.
 pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
-    let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
+    let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::new(run));
     tokio::spawn(async move {
-        let result = match inner.scheduler.fault_request().await {
-            Ok(slot) => fetch(&inner, &layer, Arc::new(run), slot).await,
-            Err(error) => Err(error),
+        let slot = match tokio::time::timeout(PLACE_PATIENCE, inner.scheduler.fault_request()).await {
+            Ok(Ok(slot)) => Some(slot),
+            Ok(Err(_)) => return,
+            Err(_) => None,
+        };
+        let result = tokio::select! {
+            result = fetch(&inner, &layer, Arc::clone(&run), slot) => result,
+            () = nothing_comes(&run, inner.options.fault_timeout) => Ok(()),
         };
         if let Err(error) = result {
             tracing::warn!(layer = %layer.id(), %error, "fault could not be served");
@@ -33,12 +44,26 @@ pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
     });
 }
 
+/// Waits until a run has brought nothing for `limit`. Nobody waits for it any more then, and whoever comes next shall
+/// get a request of their own.
+async fn nothing_comes(run: &Run, limit: Duration) {
+    let mut before = run.position.load(Relaxed);
+    loop {
+        tokio::time::sleep(limit).await;
+        let now = run.position.load(Relaxed);
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
 /// Fetches a run from the first source that can deliver it.
 pub(super) async fn fetch(
     inner: &Arc<Inner>,
     layer: &Arc<Layer>,
     run: Arc<Run>,
-    slot: OwnedSemaphorePermit,
+    slot: Option<OwnedSemaphorePermit>,
 ) -> Result<(), FetchError> {
     let result = from_any_source(inner, layer, &run).await;
     drop(slot);
@@ -156,7 +181,13 @@ async fn read_spans(
     let mut decoding: Option<Decoding> = None;
     for rank in *next..run.ranks.end {
         let span = layer.span_at(rank);
-        let arrived = arriving.span(&span).await;
+        let next_begin =
+            if rank + 1 < run.ranks.end { layer.span_at(rank + 1).blob_offset } else { u64::MAX };
+        let room = match run.class {
+            Class::Fault => None,
+            Class::Background => Some(inner.memory.span(&span).await?),
+        };
+        let arrived = arriving.span(&span, next_begin).await;
         if let Some((done, task)) = decoding.take() {
             join(task).await?;
             *next = done + 1;
@@ -171,7 +202,7 @@ async fn read_spans(
         let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(run));
         let task = tokio::task::spawn_blocking(move || {
             let result = store(&inner, &layer, &run, rank, &span, &compressed);
-            drop(permit);
+            drop((permit, compressed, room));
             result
         });
         decoding = Some((rank, task));
@@ -231,5 +262,7 @@ pub(super) fn store(
         )));
     }
     run.done(rank);
+    // After each span: a daemon that is killed fetches nothing twice but what was on the way. Losing it costs no more.
+    let _ = layer.save_map();
     Ok(())
 }

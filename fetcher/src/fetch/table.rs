@@ -71,11 +71,12 @@ async fn stream(
     layer: &Arc<Layer>,
     progress: &Arc<dyn Progress>,
 ) -> Result<Arc<Layer>, FetchError> {
-    let (owned_inner, owned_layer, progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
-    let tar = prove::pass(inner, layer, move |reader, problem| {
+    let (owned_inner, owned_layer, owned_progress) =
+        (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
+    let tar = prove::pass(inner, layer, progress, move |reader, problem| {
         let (inner, layer) = (&owned_inner, &owned_layer);
         let staging = inner.store.stage(LayerId::tar(layer.diff_id()))?;
-        match write_tar(inner, layer, &staging, reader, problem, &progress) {
+        match write_tar(inner, layer, &staging, reader, problem, &owned_progress) {
             Err(Pass::Lie(reason)) => {
                 // The blob was good, so its tar is of use to whoever starts the image next.
                 if let Ok(index) = LayerIndex::open(&staging.index_path())

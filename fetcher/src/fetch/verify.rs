@@ -15,12 +15,14 @@ pub(super) async fn run(
     layer: &Arc<Layer>,
     progress: &Arc<dyn Progress>,
 ) -> Result<(), FetchError> {
-    let (owned_inner, owned_layer, progress) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
-    prove::pass(inner, layer, move |reader, problem| {
+    let (owned_inner, owned_layer, owned_progress) =
+        (Arc::clone(inner), Arc::clone(layer), Arc::clone(progress));
+    prove::pass(inner, layer, progress, move |reader, problem| {
         let (inner, layer) = (&owned_inner, &owned_layer);
         let index = layer.index();
         let options = inner.options.stream_of(index.blob_size());
-        let mut sink = Watched { layer: layer.diff_id(), total: index.blob_size(), progress: &progress };
+        let mut sink =
+            Watched { layer: layer.diff_id(), total: index.blob_size(), progress: &owned_progress };
         match prove_layer(index, reader, &mut sink, io::empty(), &options) {
             Ok(_) => Ok(()),
             Err(IndexError::Lie(mismatch)) if layer.adopted_from().is_some() => {

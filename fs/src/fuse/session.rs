@@ -175,9 +175,10 @@ pub(super) fn configure(config: &mut KernelConfig, wanted: InitFlags) {
     if let Err(max) = config.set_max_write(MAX_READ) {
         let _ = config.set_max_write(max);
     }
-    // Readahead comes as background requests; the default of 16 makes a cold scan wait.
-    let _ = config.set_max_background(64);
-    let _ = config.set_congestion_threshold(48);
+    // Readahead comes as background requests; the default of 16 makes a cold scan wait. And while a registry is away,
+    // readahead of what is missing there must not keep out that of what is here.
+    let _ = config.set_max_background(512);
+    let _ = config.set_congestion_threshold(384);
 }
 
 impl ServerHandle {

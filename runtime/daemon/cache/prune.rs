@@ -121,7 +121,7 @@ impl Daemon {
             }
         } else {
             // Nobody is to fill again what is thrown away.
-            self.images.stop_hydrating(&idle);
+            self.hydration.stop_layers(&idle);
             pruned.evicted = store.evict_idle();
             for id in idle {
                 if let Some(name) = store.file_name(id) {

@@ -1,0 +1,41 @@
+//! Hydration of layers that belong to no image recorded here: containerd's. What is wanted of them follows from its
+//! snapshots, so nothing of it is kept on disk.
+
+use std::sync::{Arc, PoisonError};
+
+use lazyrun_fetcher::{Haste, Layer, NoProgress, Progress};
+use lazyrun_index::LayerId;
+
+use super::Hydration;
+
+impl Hydration {
+    /// Hydrates layers in the background, until done or [`Hydration::stop_layers`].
+    pub fn begin_layers(self: &Arc<Self>, layers: &[Arc<Layer>]) {
+        let mut jobs = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.retain(|_, job| !job.is_finished());
+        for layer in
+            layers.iter().filter(|l| !l.is_hydrated() && !jobs.contains_key(&l.id())).collect::<Vec<_>>()
+        {
+            let (this, layer, id) = (Arc::clone(self), Arc::clone(layer), layer.id());
+            let job = tokio::spawn(async move {
+                let progress: Arc<dyn Progress> = Arc::new(NoProgress);
+                match this.images.prove(&layer, Haste::Background, &progress).await {
+                    Ok(()) => tracing::info!(layer = %id, "layer hydrated"),
+                    Err(error) => tracing::warn!(layer = %id, %error, "background hydration ended early"),
+                }
+            });
+            jobs.insert(id, job.abort_handle());
+        }
+    }
+
+    /// Stops that for these layers.
+    pub fn stop_layers(&self, ids: &[LayerId]) {
+        let mut jobs = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in ids {
+            if let Some(job) = jobs.remove(id) {
+                job.abort();
+            }
+            self.images.fetcher().cancel(*id);
+        }
+    }
+}
