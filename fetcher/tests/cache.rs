@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::server::{Server, serve, status};
+use common::server::{Seen, Server, serve, status};
 use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use lazyrun_fetcher::{CacheLimit, CacheLimits, FetchError, FetchOptions, Layer};
 use lazyrun_index::StreamOptions;
@@ -62,9 +62,9 @@ async fn a_layer_larger_than_the_limit_is_read_and_read_again() {
     assert!(!layer.is_hydrated() && local > LIMIT / 2 && local < LIMIT, "{local}");
     assert!(bench.fetcher.store().disk_bytes().unwrap() <= LIMIT);
     for round in 0..3 {
-        let before = server.count(|s| s.is_blob());
+        let before = server.count(Seen::is_blob);
         reads_right(&bench, &layer, &made, 64 << 10).await;
-        assert!(server.count(|s| s.is_blob()) > before, "nothing was fetched again in round {round}");
+        assert!(server.count(Seen::is_blob) > before, "nothing was fetched again in round {round}");
     }
     assert!(bench.fetcher.store().evictions().bytes > LIMIT, "{:?}", bench.fetcher.store().evictions());
     // Making it whole is refused in a sentence, for it would never be.

@@ -252,7 +252,7 @@ impl Daemon {
         if hydrate == HydrateMode::Auto {
             // One layer of the image must not take the place of another, or none would ever be whole.
             ready.layers.iter().for_each(|layer| layer.touch());
-            let _pins: Vec<_> = ready.layers.iter().map(|layer| layer.pin_filling()).collect();
+            let _pins: Vec<_> = ready.layers.iter().map(lazyrun_fetcher::Layer::pin_filling).collect();
             self.images.hydrate(&ready.layers, &progress).await?;
         }
         let records = self.images.find(&ready.image.reference.to_string())?;

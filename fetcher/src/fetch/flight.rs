@@ -167,7 +167,7 @@ mod tests {
     async fn detached_work_goes_on_until_it_is_cancelled() {
         let flights = Flights::<u32>::default();
         for _ in 0..3 {
-            flights.join_detached(key(), std::future::pending);
+            flights.join_detached(key(), std::future::pending, || ());
         }
         tokio::task::yield_now().await;
         assert!(flights.is_active(&key()));

@@ -121,6 +121,8 @@ impl Daemon {
             }
         } else {
             // Nobody is to fill again what is thrown away.
+            let diff_ids: Vec<_> = idle.iter().map(|id| id.diff_id).collect();
+            self.hydration.give_up(&diff_ids)?;
             self.hydration.stop_layers(&idle);
             pruned.evicted = store.evict_idle();
             for id in idle {
