@@ -9,8 +9,8 @@ use std::process::Command;
 use crate::support::instance::EXE;
 use crate::support::need_root;
 
-/// A user that owns nothing on any machine.
-const USER: u32 = 61_234;
+/// The user `nobody`, and its group: fusermount3 wants one that has a name.
+const USER: u32 = 65_534;
 
 /// A place that belongs to the user, with the program in it.
 struct Site(tempfile::TempDir);
@@ -75,7 +75,6 @@ impl Site {
 const CHANGES: &str = "
     options=lowerdir=lower,upperdir=upper,workdir=work
     ./lazyrun union -o $options merged
-    echo >> merged/dir/one
     echo new >> merged/dir/one
     cat merged/dir/one
     rm merged/dir/two
