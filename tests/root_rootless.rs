@@ -9,8 +9,8 @@ use std::process::Command;
 use crate::support::instance::EXE;
 use crate::support::need_root;
 
-/// A user that owns nothing on any machine.
-const USER: u32 = 61_234;
+/// The user `nobody`, and its group: fusermount3 wants one that has a name.
+const USER: u32 = 65_534;
 
 /// A place that belongs to the user, with the program in it.
 struct Site(tempfile::TempDir);
@@ -63,11 +63,12 @@ impl Site {
         assert_eq!(said, "onenew\none\nmoved\n", "what the user saw");
         let upper = self.path().join("upper");
         assert_eq!(fs::read(upper.join("dir/one")).expect("copied up"), b"onenew\n");
-        let whiteout = fs::symlink_metadata(upper.join("dir/two")).expect("a whiteout");
-        assert_eq!((whiteout.mode() & libc::S_IFMT, whiteout.rdev()), (libc::S_IFCHR, 0));
+        for name in ["dir/two", "dir/three"] {
+            let whiteout = fs::symlink_metadata(upper.join(name)).expect("a whiteout");
+            assert_eq!((whiteout.mode() & libc::S_IFMT, whiteout.rdev()), (libc::S_IFCHR, 0));
+        }
         let made = fs::metadata(upper.join("made")).expect("made");
         assert_eq!((made.uid(), made.gid()), (USER, USER));
-        assert!(!upper.join("dir/three").exists());
     }
 }
 
@@ -75,7 +76,6 @@ impl Site {
 const CHANGES: &str = "
     options=lowerdir=lower,upperdir=upper,workdir=work
     ./lazyrun union -o $options merged
-    echo >> merged/dir/one
     echo new >> merged/dir/one
     cat merged/dir/one
     rm merged/dir/two

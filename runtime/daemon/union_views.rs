@@ -30,7 +30,7 @@ const DEVICE_FD: RawFd = 4;
 pub(super) fn mount(lower: BorrowedFd<'_>, upper: &Path, work: &Path) -> Result<OwnedFd> {
     let mount = fuse::mount(FuseKind::Union)?;
     let mut server =
-        spawn(lower, mount.dev, upper, work).context("starting the process that serves the union")?;
+        spawn(lower, &mount.dev, upper, work).context("starting the process that serves the union")?;
     let mut said = Vec::new();
     if let Some(mut out) = server.stdout.take() {
         out.read_to_end(&mut said).context("waiting for the process that serves the union")?;
@@ -47,7 +47,7 @@ pub(super) fn mount(lower: BorrowedFd<'_>, upper: &Path, work: &Path) -> Result<
     Ok(mount.tree)
 }
 
-fn spawn(lower: BorrowedFd<'_>, device: OwnedFd, upper: &Path, work: &Path) -> std::io::Result<Child> {
+fn spawn(lower: BorrowedFd<'_>, device: &OwnedFd, upper: &Path, work: &Path) -> std::io::Result<Child> {
     let mut options = format!("lowerdir=/proc/self/fd/{LOWER_FD},upperdir=").into_bytes();
     options.extend(escaped(upper));
     options.extend(b",workdir=");

@@ -81,7 +81,7 @@ pub fn serve(union: Union, dev: OwnedFd, threads: usize) -> io::Result<UnionMoun
 fn mount_here(config: &Config, mountpoint: &Path) -> io::Result<OwnedFd> {
     let mut flags = MsFlags::empty();
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    let dev = OwnedFd::from(super::mount::open_device().map_err(no_device)?);
+    let dev = OwnedFd::from(super::mount::open_device().map_err(|e| no_device(&e))?);
     let mut data = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", dev.as_raw_fd());
     let (mut source, mut kind) = ("lazyrun", "fuse".to_owned());
     for option in &config.mount_options {
@@ -109,7 +109,7 @@ fn mount_here(config: &Config, mountpoint: &Path) -> io::Result<OwnedFd> {
 }
 
 /// fusermount3 could not open it either: it does so with the user's rights.
-fn no_device(e: io::Error) -> io::Error {
+fn no_device(e: &io::Error) -> io::Error {
     io::Error::other(format!("/dev/fuse can't be opened: {e}"))
 }
 
