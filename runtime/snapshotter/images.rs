@@ -1,6 +1,7 @@
 //! Images that containerd pulls: found by the labels of a request, kept with the snapshots, made ready when needed.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use super::labels::Wanted;
 use super::record::{ImageRow, Remote};
 use super::store::Store;
 use crate::daemon::images::{Images, Ready};
+use crate::daemon::views::chain_id;
 use crate::ipc::protocol::{ImageRequest, IndexOptions, PullPolicy, RegistryOptions};
 
 /// How long a registry may take to say what an image is. containerd waits meanwhile, and holds a lock.
@@ -34,10 +36,26 @@ pub struct Known {
     pub row: ImageRow,
     /// The image.
     pub image: ResolvedImage,
+    /// The chainID of each layer with those below it.
+    pub chains: Vec<Digest>,
     policy: IndexPolicy,
+    // Whether it was or is being made ready.
+    begun: AtomicBool,
     // What the registry said lies beside it, until that has been looked at; then the profile that was found.
     found: tokio::sync::OnceCell<Option<Vec<u8>>>,
     beside: Mutex<Option<Beside>>,
+}
+
+impl Known {
+    fn new(key: String, row: ImageRow, image: ResolvedImage, policy: IndexPolicy, beside: Beside) -> Self {
+        let mut chains: Vec<Digest> = Vec::with_capacity(image.layers.len());
+        for layer in &image.layers {
+            let chain = chains.last().map(|below| chain_id(&[*below, layer.diff_id]));
+            chains.push(chain.flatten().unwrap_or(layer.diff_id));
+        }
+        let (found, beside) = (tokio::sync::OnceCell::new(), Mutex::new(Some(beside)));
+        Self { key, row, image, chains, policy, begun: AtomicBool::new(false), found, beside }
+    }
 }
 
 /// All images of snapshots.
@@ -151,8 +169,7 @@ impl SnapshotImages {
         let key = ImageRow::key(&row.reference, manifest);
         let policy = self.policy(&row, &image)?;
         self.images.add_sources(&self.images.client(&row.registry)?, &image);
-        let beside = Mutex::new(Some(beside));
-        Ok(Arc::new(Known { key, row, image, policy, found: tokio::sync::OnceCell::new(), beside }))
+        Ok(Arc::new(Known::new(key, row, image, policy, beside)))
     }
 
     fn load(&self, key: String, row: ImageRow) -> Result<Known> {
@@ -166,8 +183,7 @@ impl SnapshotImages {
         }
         let policy = self.policy(&row, &image)?;
         self.images.add_sources(&self.images.client(&row.registry)?, &image);
-        let beside = Mutex::new(Some(Beside::default()));
-        Ok(Known { key, row, image, policy, found: tokio::sync::OnceCell::new(), beside })
+        Ok(Known::new(key, row, image, policy, Beside::default()))
     }
 
     // By the reference that was pulled: the digest is containerd's addition.
@@ -185,17 +201,18 @@ impl SnapshotImages {
 
     /// Begins to make an image ready in the background: indexes are looked for, layers without one are streamed.
     pub fn begin(self: &Arc<Self>, known: &Arc<Known>) {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.retain(|_, job| !job.is_finished());
-        if jobs.contains_key(&known.key) {
+        if known.begun.swap(true, Relaxed) {
             return;
         }
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.retain(|_, job| !job.is_finished());
         let (this, image) = (Arc::clone(self), Arc::clone(known));
         let job = tokio::spawn(async move {
             let places: Vec<usize> = (0..image.image.layers.len()).collect();
             match this.layers_of(&image, &places).await {
                 Ok(_) => tracing::info!(image = image.row.reference, "image is ready"),
                 Err(error) => {
+                    image.begun.store(false, Relaxed);
                     let error = format!("{error:#}");
                     tracing::warn!(image = image.row.reference, error, "image is not ready yet");
                 }

@@ -16,7 +16,6 @@ use super::record::{Below, Chain, Kind, Labels, Moment, Named, Remote, Usage};
 use super::store::{Commit, New, TakenLayer};
 use super::{Snapshots, mounts};
 use crate::daemon::Daemon;
-use crate::daemon::views::chain_id;
 
 /// The header that says containerd's namespace.
 const NAMESPACE: &str = "containerd-namespace";
@@ -148,7 +147,7 @@ impl Service {
             }
         };
         let diff_ids: Vec<_> = known.image.layers.iter().map(|layer| layer.diff_id).collect();
-        let position = (0..diff_ids.len()).find(|i| chain_id(&diff_ids[..=*i]) == Some(wanted.target));
+        let position = known.chains.iter().position(|chain| *chain == wanted.target);
         let Some(position) =
             position.filter(|i| wanted.layer.is_none_or(|layer| known.image.layers[*i].digest == layer))
         else {
