@@ -16,6 +16,7 @@ mod fetch;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod manifest;
+pub mod observe;
 mod platform;
 mod reference;
 mod stats;
@@ -35,8 +36,9 @@ pub use discover::{
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, NoProgress, Progress};
 pub use manifest::{LayerDescriptor, ResolvedImage};
+pub use observe::Class;
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
-pub use stats::{ClientStats, FetchStats};
+pub use stats::{ClientStats, FetchStats, Histogram, HistogramSnapshot, HostStats};
 pub use store::{Layer, LayerStore};
 pub use trust::{IndexPolicy, Origin, OriginKind, ParseTrustError, Trust, TrustMode};

@@ -15,6 +15,7 @@ use reqwest::Response;
 use super::range::{BodyStart, judge};
 use super::transport::{Call, Repository, Transport, host_of};
 use crate::error::FetchError;
+use crate::observe::Class;
 
 /// Bytes that are read and thrown away for a range from a server that ignores ranges.
 const MAX_SKIP: u64 = 8 << 20;
@@ -87,6 +88,7 @@ impl BlobSource {
             body: None,
             ready: None,
             patient: false,
+            class: Class::default(),
             hedge: None,
             failures: 0,
             protocol_failures: 0,
@@ -108,6 +110,7 @@ pub struct BlobReader {
     /// A piece that came while connecting.
     ready: Option<Bytes>,
     patient: bool,
+    class: Class,
     /// Where a second request goes when the first is slow, until there was one.
     hedge: Option<BlobSource>,
     failures: usize,
@@ -130,6 +133,7 @@ struct Wish {
     end: u64,
     whole: bool,
     patient: bool,
+    class: Class,
     /// A second request beside a slow one.
     second: bool,
 }
@@ -156,6 +160,12 @@ impl BlobReader {
     /// Time from sending the last request to its response's header, once there was one.
     pub fn first_byte(&self) -> Option<Duration> {
         self.first_byte
+    }
+
+    /// Says what the bytes are for.
+    pub(crate) fn for_class(mut self, class: Class) -> Self {
+        self.class = class;
+        self
     }
 
     /// Lets other requests to the same host go first: nobody waits for these bytes.
@@ -206,6 +216,7 @@ impl BlobReader {
             end: self.end,
             whole: self.whole,
             patient: self.patient,
+            class: self.class,
             second: false,
         };
         let first = wish.piece(self.source.clone(), self.body.take());
@@ -276,6 +287,7 @@ impl BlobReader {
             return Err(error);
         };
         self.failures += 1;
+        self.source.transport.counters.retries.fetch_add(1, Relaxed);
         let wait = wait.max(asked);
         tracing::debug!(%error, ?wait, blob = %self.digest, position = self.position, "blob read is resumed");
         tokio::time::sleep(wait).await;
@@ -312,7 +324,7 @@ impl Wish {
         let from_start = self.whole && self.position == 0;
         let mut call = Call::blob(&source.repository, self.digest);
         call.range = (!from_start).then_some((self.position, self.end));
-        (call.patient, call.apart) = (self.patient, self.second);
+        (call.patient, call.apart, call.class) = (self.patient, self.second, self.class);
         let began = Instant::now();
         let response = source.transport.send(&call).await?;
         let first_byte = began.elapsed();

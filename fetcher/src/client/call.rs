@@ -10,6 +10,7 @@ use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use reqwest::{Client, Method, RequestBuilder, Url};
 
 use crate::auth::{Access, TokenKey};
+use crate::observe::Class;
 use crate::reference::Reference;
 
 /// Pieces in which a body leaves, in bytes. Each one counts as progress of the upload.
@@ -75,6 +76,8 @@ pub(crate) struct Call<'a> {
     pub(crate) patient: bool,
     /// Not over the connection that other requests share.
     pub(crate) apart: bool,
+    /// What for.
+    pub(crate) class: Class,
 }
 
 impl<'a> Call<'a> {
@@ -90,6 +93,7 @@ impl<'a> Call<'a> {
             blob: None,
             patient: false,
             apart: false,
+            class: Class::default(),
         }
     }
 

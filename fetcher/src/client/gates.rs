@@ -94,6 +94,12 @@ impl Gates {
         Pass { gate, began: Instant::now(), base: self.base, max_wait: self.max_wait }
     }
 
+    /// The window of each host.
+    pub(crate) fn windows(&self) -> Vec<(String, f64)> {
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        hosts.iter().map(|(host, gate)| (host.clone(), gate.lock().window)).collect()
+    }
+
     fn gate(&self, host: &str) -> Arc<Gate> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         if hosts.len() >= MAX_HOSTS && !hosts.contains_key(host) {

@@ -7,6 +7,7 @@ use super::retry::retry_after;
 use super::transport::{Call, MAX_SMALL_BODY, Transport, denied, host_of, sensitive};
 use crate::auth::{self, Authorization, Challenge};
 use crate::error::FetchError;
+use crate::observe::Exchange;
 
 impl Transport {
     /// Finds what satisfies a 401's challenge.
@@ -60,7 +61,9 @@ impl Transport {
         wanted: &auth::TokenRequest,
     ) -> Result<Authorization, FetchError> {
         let host = host_of(&wanted.url);
+        let seen = Exchange::begin_token(self, &host, call);
         let pass = self.gates.enter(&host, false).await;
+        seen.sent();
         let client = self.client_for(&wanted.url)?;
         let mut request = match &wanted.form {
             Some(form) => client
@@ -72,7 +75,9 @@ impl Transport {
         if let Some((user, password)) = &wanted.basic {
             request = request.header(AUTHORIZATION, sensitive(&auth::basic(user, password))?);
         }
-        let response = self.timed(&host, "a token", request.send()).await?;
+        let mut answer = self.timed(&host, "a token", request.send()).await;
+        seen.answered(&mut answer);
+        let response = answer?;
         self.answered(&pass, &response);
         match response.status() {
             StatusCode::OK => {

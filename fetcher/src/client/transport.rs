@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -17,10 +17,11 @@ pub(crate) use super::call::{Call, Repository};
 use super::gates::{Gates, Pass};
 use super::hedge::Hedges;
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
-use super::retry::{RetryPolicy, retry_after};
+use super::retry::{Retrier, RetryPolicy, retry_after};
 use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
 use crate::manifest::printable;
+use crate::observe::Exchange;
 use crate::stats::ClientCounters;
 
 /// Largest token answer or error body that is read, in bytes.
@@ -32,7 +33,7 @@ const MAX_ANSWERS: usize = 3;
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
     pub(crate) options: ClientOptions,
-    pub(crate) counters: ClientCounters,
+    pub(crate) counters: Arc<ClientCounters>,
     trusted: OnceLock<Result<Client, String>>,
     insecure: OnceLock<Result<Client, String>>,
     local: OnceLock<Result<Client, String>>,
@@ -61,7 +62,7 @@ impl Transport {
         Transport {
             credentials: CredentialStore::new(options.docker_config.clone()),
             options,
-            counters: ClientCounters::default(),
+            counters: Arc::default(),
             trusted: OnceLock::new(),
             insecure: OnceLock::new(),
             local: OnceLock::new(),
@@ -77,8 +78,8 @@ impl Transport {
         }
     }
 
-    pub(crate) fn policy(&self) -> RetryPolicy {
-        policy_of(&self.options)
+    pub(crate) fn policy(&self) -> Retrier<'_> {
+        Retrier { policy: policy_of(&self.options), retries: &self.counters.retries }
     }
 
     /// Sends a call, answers a 401, follows redirects; the answer's status is 200 or 206 (or 416).
@@ -179,7 +180,9 @@ impl Transport {
     ) -> Result<Response, FetchError> {
         let host = host_of(url);
         let client = if call.apart { self.client_apart(url)? } else { self.client_for(url)? };
+        let seen = Exchange::begin(self, &host, call);
         let pass = self.gates.enter(&host, call.patient).await;
+        seen.sent();
         let (mut request, progress) = call.request(client, url);
         if let Some(accept) = call.accept {
             request = request.header(ACCEPT, accept);
@@ -190,10 +193,12 @@ impl Transport {
         if let Some(authorization) = authorization {
             request = request.header(AUTHORIZATION, sensitive(&authorization.value)?);
         }
-        let response = match progress {
-            None => self.timed(&host, &call.resource, request.send()).await?,
-            Some(progress) => self.timed_upload(&host, &call.resource, request.send(), &progress).await?,
+        let mut answer = match progress {
+            None => self.timed(&host, &call.resource, request.send()).await,
+            Some(progress) => self.timed_upload(&host, &call.resource, request.send(), &progress).await,
         };
+        seen.answered(&mut answer);
+        let response = answer?;
         self.answered(&pass, &response);
         Ok(response)
     }
@@ -254,7 +259,7 @@ impl Transport {
     ) -> Result<Option<Bytes>, FetchError> {
         let limit = self.options.stall_timeout;
         let host = host_of(response.url());
-        match tokio::time::timeout(limit, response.chunk()).await {
+        let piece = match tokio::time::timeout(limit, response.chunk()).await {
             Ok(Ok(chunk)) => {
                 let len = chunk.as_ref().map_or(0, |c| c.len() as u64);
                 self.counters.bytes.fetch_add(len, Relaxed);
@@ -262,7 +267,9 @@ impl Transport {
             }
             Ok(Err(error)) => Err(classify(&host, what, error)),
             Err(_) => Err(FetchError::Stalled { host, what: what.to_owned(), after: limit }),
-        }
+        };
+        Exchange::piece(response, &piece);
+        piece
     }
 
     /// A whole body of at most `limit` bytes.

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use super::scheduler::Class;
 use super::window::Window;
 use crate::error::FetchError;
+use crate::observe;
 use crate::store::Layer;
 
 /// A fault waits for a background request that will reach the span within so many bytes; for one that is
@@ -60,6 +61,8 @@ pub(super) struct Run {
     id: u64,
     pub(super) ranks: Range<usize>,
     pub(super) class: Class,
+    /// What is told of it.
+    pub(super) told: observe::Class,
     pub(super) position: Arc<AtomicU64>,
 }
 
@@ -182,7 +185,9 @@ impl LayerState {
         let free = ranks.iter().copied().skip_while(|&i| !state.is_free(layer, i));
         let free: Vec<usize> = free.take_while(|&i| state.is_free(layer, i)).collect();
         let run = together(layer, free).into_iter().next()?;
-        Some(state.claim(self, run.ranks, Class::Background))
+        let mut run = state.claim(self, run.ranks, Class::Background);
+        run.told = observe::Class::Prefetch;
+        Some(run)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -219,7 +224,11 @@ impl State {
         for rank in ranks.clone() {
             self.claims.insert(rank, Claim { run: id, class, position: Arc::clone(&position) });
         }
-        Run { state: Arc::clone(owner), id, ranks, class, position }
+        let told = match class {
+            Class::Fault => observe::Class::Fault,
+            Class::Background => observe::Class::Hydrate,
+        };
+        Run { state: Arc::clone(owner), id, ranks, class, told, position }
     }
 }
 

@@ -18,6 +18,7 @@ use super::claims::{LayerState, Run};
 use super::pump::{Failure, Pace, pump};
 use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans};
 use crate::error::FetchError;
+use crate::observe::Class;
 use crate::store::Layer;
 
 /// Requests of one hydration at a time: the second hides the first one's round trip.
@@ -210,7 +211,8 @@ async fn stream_from_any(
             }
         });
         inner.counters.background_requests.fetch_add(1, Relaxed);
-        let feed = feeder.run(source.reader(digest, 0..size, Some(size)), Pace::full(), |n| {
+        let blob = source.reader(digest, 0..size, Some(size)).for_class(Class::Hydrate);
+        let feed = feeder.run(blob, Pace::full(), |n| {
             inner.counters.background_bytes.fetch_add(n, Relaxed);
             inner.scheduler.link.arrived(n, Instant::now());
         });

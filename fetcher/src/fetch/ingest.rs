@@ -14,6 +14,7 @@ use super::{Inner, Progress, blocking};
 use crate::client::BlobSource;
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
+use crate::observe::Class;
 use crate::store::{Layer, Staging};
 
 /// Tries when what comes is not what its digests say: bytes may break on the way.
@@ -120,7 +121,8 @@ async fn stream(
         plan: Arc::clone(plan),
     };
     let worker = blocking("streaming a layer", move || job.work(reader));
-    let feed = feeder.run(blobs.reader(layer.digest, 0..layer.size, Some(layer.size)), Pace::full(), |n| {
+    let blob = blobs.reader(layer.digest, 0..layer.size, Some(layer.size)).for_class(Class::Stream);
+    let feed = feeder.run(blob, Pace::full(), |n| {
         inner.counters.stream_bytes.fetch_add(n, Relaxed);
         inner.scheduler.link.arrived(n, Instant::now());
     });

@@ -19,17 +19,20 @@ mod window;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lazyrun_index::{Digest, LayerId, StreamOptions};
+use tracing::{Instrument as _, debug_span, info_span};
 
 use crate::bounds::layer_limit;
 use crate::client::BlobSource;
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
-use crate::stats::{FetchCounters, FetchStats};
+use crate::observe::{FaultSeen, Watch};
+use crate::stats::{FetchCounters, FetchStats, HistogramSnapshot};
 use crate::store::{Layer, LayerStore};
 use claims::LayerState;
 use flight::Flights;
@@ -73,6 +76,8 @@ pub struct FetchOptions {
     pub disk_reserve: u64,
     /// How new layers are cut into spans.
     pub stream: StreamOptions,
+    /// Who hears of faults and decoded spans.
+    pub watch: Watch,
 }
 
 impl Default for FetchOptions {
@@ -86,6 +91,7 @@ impl Default for FetchOptions {
             max_readahead: 8 << 20,
             disk_reserve: 512 << 20,
             stream: StreamOptions::default(),
+            watch: Watch::default(),
         }
     }
 }
@@ -153,6 +159,17 @@ impl Fetcher {
         self.inner.counters.snapshot()
     }
 
+    /// How long faults have waited since the fetcher was made.
+    pub fn fault_latency(&self) -> HistogramSnapshot {
+        self.inner.counters.fault_latency.snapshot()
+    }
+
+    /// Counts spans that were dropped from the cache to make room, and their bytes.
+    pub fn count_evicted(&self, spans: u64, bytes: u64) {
+        self.inner.counters.evicted_spans.fetch_add(spans, Relaxed);
+        self.inner.counters.evicted_bytes.fetch_add(bytes, Relaxed);
+    }
+
     /// Says where a layer's blob can be got from. The newest source is asked first; one for the same blob in the
     /// same repository replaces the older.
     pub fn add_source(&self, diff_id: Digest, descriptor: LayerDescriptor, blobs: BlobSource) {
@@ -177,7 +194,8 @@ impl Fetcher {
         self.add_source(descriptor.diff_id, descriptor.clone(), blobs.clone());
         let (inner, descriptor) = (Arc::clone(&self.inner), descriptor.clone());
         let flight = self.inner.ingests.join(LayerId::tar(descriptor.diff_id), || async move {
-            ingest::run(&inner, &descriptor, &blobs, &progress).await
+            let span = info_span!("stream", layer = %descriptor.diff_id, image = blobs.name());
+            ingest::run(&inner, &descriptor, &blobs, &progress).instrument(span).await
         });
         flight.wait("streaming a layer").await
     }
@@ -212,7 +230,8 @@ impl Fetcher {
         let began = Instant::now();
         let _first = self.inner.scheduler.fault();
         let limit = self.inner.options.fault_timeout;
-        let work = fault::read(&self.inner, layer, offset, len);
+        let span = debug_span!("fault", layer = %layer.id(), image = self.inner.image_of(layer), offset, len);
+        let work = fault::read(&self.inner, layer, offset, len).instrument(span);
         let result = tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
             Err(FetchError::FaultTimeout {
                 diff_id: layer.diff_id(),
@@ -221,7 +240,10 @@ impl Fetcher {
                 after: limit,
             })
         });
-        self.inner.counters.fault_done(began.elapsed(), result.is_ok());
+        let (waited, ok) = (began.elapsed(), result.is_ok());
+        self.inner.counters.fault_done(waited, ok);
+        let fault = FaultSeen { layer: layer.id(), offset, len: len as u64, began, waited, ok };
+        self.inner.options.watch.fault(&fault);
         result
     }
 
@@ -250,8 +272,10 @@ impl Fetcher {
     pub async fn hydrate(&self, layer: &Arc<Layer>, progress: Arc<dyn Progress>) -> Result<(), FetchError> {
         let id = layer.id();
         let (inner, layer) = (Arc::clone(&self.inner), Arc::clone(layer));
-        let flight =
-            self.inner.hydrations.join(id, || async move { hydrate::run(&inner, &layer, &progress).await });
+        let flight = self.inner.hydrations.join(id, || async move {
+            let span = info_span!("hydrate", layer = %layer.id(), image = inner.image_of(&layer));
+            hydrate::run(&inner, &layer, &progress).instrument(span).await
+        });
         flight.wait("hydrating a layer").await
     }
 
@@ -279,6 +303,12 @@ impl Inner {
             .map(|s| s.blobs.clone())
             .collect();
         if found.is_empty() { Err(FetchError::NoSource { diff_id: layer.diff_id() }) } else { Ok(found) }
+    }
+
+    /// Registry and repository that a layer comes from, as far as known: for the log.
+    fn image_of(&self, layer: &Layer) -> Option<String> {
+        let sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.get(&layer.diff_id())?.first().map(|source| source.blobs.name())
     }
 
     fn state(&self, id: LayerId) -> Arc<LayerState> {
@@ -310,5 +340,7 @@ async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, FetchError> + Send + 'static,
 ) -> Result<T, FetchError> {
+    let span = tracing::Span::current();
+    let work = move || span.in_scope(work);
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(FetchError::Interrupted { what }))
 }

@@ -8,12 +8,14 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use lazyrun_index::SpanInfo;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
+use tracing::Instrument as _;
 
 use super::claims::Run;
 use super::scheduler::Class;
 use super::{Inner, blocking};
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
+use crate::observe::DecodeSeen;
 use crate::store::Layer;
 
 /// Tries per source when what comes is corrupt.
@@ -22,7 +24,9 @@ const TRIES: usize = 2;
 /// Starts fetching a run for faults, on its own: what has begun is finished even if the reader has gone.
 pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
     let (inner, layer) = (Arc::clone(inner), Arc::clone(layer));
-    tokio::spawn(async move {
+    let ranks = &run.ranks;
+    let span = tracing::debug_span!("fetch", layer = %layer.id(), class = %run.told, first = ranks.start, end = ranks.end);
+    let fetching = async move {
         let result = match inner.scheduler.fault_request().await {
             Ok(slot) => fetch(&inner, &layer, Arc::new(run), slot).await,
             Err(error) => Err(error),
@@ -30,7 +34,8 @@ pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
         if let Err(error) = result {
             tracing::warn!(layer = %layer.id(), %error, "fault could not be served");
         }
-    });
+    };
+    tokio::spawn(fetching.instrument(span));
 }
 
 /// Fetches a run from the first source that can deliver it.
@@ -107,7 +112,8 @@ async fn from_source(
     let ends = (*next..run.ranks.end).map(|i| layer.span_at(i));
     let end = ends.map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
-    let reader = source.reader(index.blob_digest(), begin..end, Some(index.blob_size()));
+    let reader =
+        source.reader(index.blob_digest(), begin..end, Some(index.blob_size())).for_class(run.told);
     let mut arriving = Arriving {
         inner,
         run,
@@ -171,6 +177,7 @@ fn store(
     span: &SpanInfo,
     compressed: &[u8],
 ) -> Result<(), FetchError> {
+    let began = Instant::now();
     let mut decoded = Vec::new();
     let number = span.index as usize;
     let corrupt = |reason: String| {
@@ -196,6 +203,9 @@ fn store(
         )));
     }
     run.done(rank);
+    let (bytes, took) = (span.len, began.elapsed());
+    inner.counters.decoded(bytes, took);
+    inner.options.watch.decoded(&DecodeSeen { layer: layer.id(), span: number, bytes, took });
     Ok(())
 }
 
