@@ -10,6 +10,7 @@ use lazyrun_index::Digest;
 pub use super::index_args::{IndexCommand, ProfileCommand};
 use super::progress::Style;
 use crate::ipc::protocol::PullPolicy;
+use crate::keeper::settings::DaemonSettings;
 
 /// Starts containers before their image is local.
 #[derive(Debug, Parser)]
@@ -144,6 +145,27 @@ pub enum Command {
         /// The directory
         directory: PathBuf,
     },
+    /// Show why a start took what it took: where the time went, requests, and reads that waited
+    Why {
+        /// Which start, counted back from the last one
+        #[arg(short, long, default_value_t = 1, value_name = "NR")]
+        number: usize,
+        /// List the starts that are known
+        #[arg(short, long, conflicts_with = "number")]
+        list: bool,
+        /// `json` for everything, or a template such as '{{.Summary.Total_ms}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Container (also one that was removed) or image
+        #[arg(value_name = "CONTAINER|IMAGE")]
+        name: String,
+    },
+    /// Print the daemon's metrics in Prometheus' text format
+    Metrics {
+        /// As OpenMetrics
+        #[arg(long)]
+        openmetrics: bool,
+    },
     /// Show the state of the instance; starts no daemon
     Info {
         /// `json`, or a template such as '{{.mount_plan}}'
@@ -184,10 +206,17 @@ pub enum Command {
         /// Started by a keeper.
         #[arg(long, hide = true)]
         kept: bool,
+        /// What is asked of it.
+        #[command(flatten)]
+        settings: DaemonSettings,
     },
     /// The daemon's parent.
     #[command(hide = true)]
-    Keeper,
+    Keeper {
+        /// What is asked of the daemon.
+        #[command(flatten)]
+        settings: DaemonSettings,
+    },
 }
 
 /// `lazyrun cache`

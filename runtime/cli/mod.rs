@@ -6,6 +6,7 @@ mod images;
 pub mod index_args;
 mod index_lists;
 mod indexes;
+mod metrics;
 mod mounts;
 mod output;
 mod profiles;
@@ -14,6 +15,7 @@ mod run;
 mod system;
 mod template;
 pub mod union;
+mod why;
 
 use std::process::ExitCode;
 
@@ -73,8 +75,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let context = Context { paths, progress: cli.progress, insecure: cli.insecure_registry, index };
     let context = &context;
     match cli.command {
-        Command::Keeper => return Ok(system::keeper(context)),
-        Command::Daemon { kept } => return Ok(system::daemon(context, kept)),
+        Command::Keeper { settings } => return Ok(system::keeper(context, &settings)),
+        Command::Daemon { kept, settings } => return Ok(system::daemon(context, kept, &settings)),
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,
@@ -92,6 +94,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Mount(args) => mounts::mount(context, &args)?,
         Command::Union { args } => return Ok(union::main(&args, false)),
         Command::Umount { directory } => mounts::unmount(context, &directory)?,
+        Command::Metrics { openmetrics } => metrics::metrics(context, openmetrics)?,
+        Command::Why { number, list, format, name } => {
+            why::why(context, &name, number, list, format.as_deref())?;
+        }
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,
         Command::Doctor { format } => return system::doctor(context, format.as_deref()),

@@ -19,31 +19,26 @@ use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Info, Request};
 use crate::keeper;
+use crate::keeper::settings::DaemonSettings;
+use crate::logs;
 use crate::network::Instance;
 
 // Long enough for a kernel that is busy taking things down, short enough for a person.
 const RESET_TIMEOUT: Duration = Duration::from_secs(20);
 
-fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LAZYRUN_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
-}
-
-pub(super) fn keeper(context: &Context) -> ExitCode {
+pub(super) fn keeper(context: &Context, settings: &DaemonSettings) -> ExitCode {
     // SAFETY: the command line that started this process placed the pipe there and nothing has used it since.
     let ready = unsafe { OwnedFd::from_raw_fd(keeper::start::KEEPER_READY_FD) };
     let _ = nix::fcntl::fcntl(&ready, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    keeper::main(&context.paths, Some(ready))
+    keeper::main(&context.paths, Some(ready), settings)
 }
 
-pub(super) fn daemon(context: &Context, kept: bool) -> ExitCode {
-    log_to_stderr();
-    if kept { crate::daemon::main(&context.paths) } else { keeper::main(&context.paths, None) }
+pub(super) fn daemon(context: &Context, kept: bool, settings: &DaemonSettings) -> ExitCode {
+    logs::init(&context.paths.log(), settings.log_level.as_deref(), settings.log_format);
+    match kept {
+        true => crate::daemon::main(&context.paths, settings),
+        false => keeper::main(&context.paths, None, settings),
+    }
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

@@ -13,6 +13,7 @@ use super::images::Ready;
 use super::layer_service::inode_of;
 use super::profile::{PathTouches, Profile, Watched, paths_of, prefetch, translate};
 use super::views::{Purpose, chain_id};
+use super::why::Recorder;
 use crate::failure::Failure;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
@@ -23,7 +24,7 @@ const START: Duration = Duration::from_secs(30);
 impl Daemon {
     /// Has what earlier starts touched fetched first and the rest after it, and records what this one touches.
     /// It is recorded even if all contents are local as long as there is no profile of this image.
-    pub(super) fn foresee(self: &Arc<Self>, ready: &Ready) -> Purpose {
+    pub(super) fn foresee(self: &Arc<Self>, ready: &Ready, start: &Recorder) -> Purpose {
         let layers = ready.layers.clone();
         let Some(chain) = chain_of(&layers) else { return Purpose::Start };
         let own = self.own_profile(chain, ready);
@@ -33,6 +34,10 @@ impl Daemon {
             self.record_start(chain, &layers);
         }
         if missing {
+            let start = start.recording();
+            if own.is_some() {
+                start.profile(if ready.profile.is_some() { "registry" } else { "local" });
+            }
             let (this, image) = (Arc::clone(self), ready.image.reference.clone());
             tokio::spawn(async move {
                 let profile = match own {
@@ -40,6 +45,7 @@ impl Daemon {
                     None => this.profile_of_other_tag(image, chain, layers.clone()).await,
                 };
                 if let Some(profile) = profile {
+                    start.profile_of_other_tag();
                     prefetch(this.images.fetcher(), &layers, &profile).await;
                 }
                 this.images.hydrate_later(&layers);

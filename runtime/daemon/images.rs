@@ -3,14 +3,16 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
+use lazyrun_fetcher::observe::Watch;
 use lazyrun_fetcher::{
-    Beside, BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, IndexPolicy, Layer,
-    LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust, TrustMode,
-    discover_beside, resolve_and_look,
+    Beside, BlobSource, ClientOptions, ClientStats, DiscoverOptions, FetchError, Fetcher, HostStats,
+    IndexPolicy, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust,
+    TrustMode, discover_beside, resolve_and_look,
 };
 use lazyrun_index::{Digest, LayerId};
 use tokio::sync::mpsc;
@@ -18,6 +20,7 @@ use tokio::task::AbortHandle;
 
 use super::lies::Lie;
 use super::meta::{ImageRecord, Meta};
+use super::metrics::{sum_clients, sum_hosts};
 use crate::clock;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ImageRequest, ImageSummary, PullPolicy, RegistryOptions};
@@ -30,13 +33,15 @@ pub struct Images {
     clients: Mutex<HashMap<RegistryOptions, RegistryClient>>,
     hydrating: Mutex<HashMap<LayerId, AbortHandle>>,
     lies: mpsc::Sender<Lie>,
+    watch: Watch,
 }
 
 impl Images {
     /// Images recorded in `meta`, their manifests and configs in `blobs`. `lies` hears of indexes that are found
-    /// not to tell the truth.
-    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>) -> Self {
-        Self { meta, blobs, fetcher, clients: Mutex::default(), hydrating: Mutex::default(), lies }
+    /// not to tell the truth, `watch` of every request.
+    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>, watch: Watch) -> Self {
+        let (clients, hydrating) = (Mutex::default(), Mutex::default());
+        Self { meta, blobs, fetcher, clients, hydrating, lies, watch }
     }
 
     /// What moves the bytes.
@@ -48,6 +53,18 @@ impl Images {
     pub fn traffic(&self) -> (u64, u64) {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.values().map(RegistryClient::stats).fold((0, 0), |(r, b), s| (r + s.requests, b + s.bytes))
+    }
+
+    /// What all clients have asked and received since the start.
+    pub fn client_stats(&self) -> ClientStats {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        sum_clients(clients.values().map(RegistryClient::stats))
+    }
+
+    /// How registries have answered since the start.
+    pub fn hosts(&self) -> Vec<HostStats> {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        sum_hosts(clients.values().flat_map(RegistryClient::hosts))
     }
 
     /// The client for these settings.
@@ -62,6 +79,7 @@ impl Images {
         let client = RegistryClient::new(ClientOptions {
             insecure_registries: options.insecure.clone(),
             docker_config: options.docker_config.clone(),
+            watch: self.watch.clone(),
             ..ClientOptions::default()
         })?;
         clients.insert(options.clone(), client.clone());
@@ -218,10 +236,12 @@ impl Images {
     /// As those.
     pub async fn ready(&self, request: &ImageRequest, progress: &Arc<dyn Progress>) -> Result<Ready> {
         let (image, beside) = self.resolve_and_look(request).await?;
+        let resolved = Instant::now();
         let policy = Self::policy(request, &image);
         let profile = self.adopt_found(&image, &request.registry, &policy, beside, progress).await?;
+        let indexed = Instant::now();
         let layers = self.indexed_layers(&image, &request.registry, &policy, progress).await?;
-        Ok(Ready { image, layers, profile })
+        Ok(Ready { image, layers, profile, resolved, indexed })
     }
 
     /// The layers of an image, each with an index: one that is here, one that is found in the registry and that the
@@ -489,6 +509,10 @@ pub struct Ready {
     pub layers: Vec<Arc<Layer>>,
     /// A profile that was found with the indexes: bytes that nobody has looked at.
     pub profile: Option<Vec<u8>>,
+    /// When manifest and config were known.
+    pub resolved: Instant,
+    /// When it was known which indexes are used; what came after was streaming those layers that have none.
+    pub indexed: Instant,
 }
 
 /// Progress that nobody watches.

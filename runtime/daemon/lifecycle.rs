@@ -59,6 +59,7 @@ impl Daemon {
             tokio::task::spawn_blocking(move || this.detach_network(&id, &attachment));
         }
         container.release_view();
+        self.seen.starts.exited(&record.id, container.exit().map_or(0, |exit| exit.exit_code));
         if let Some(chain) = chain_id(&record.diff_ids) {
             self.save_profile(chain);
         }
@@ -179,7 +180,10 @@ impl Daemon {
         let layers = self.known_layers(&layer_ids(&record.layers, &record.diff_ids))?;
         self.images.hydrate_later(&layers);
         match self.views.get(layers, record.plan.parse().ok()?, Purpose::Use).await {
-            Ok(view) => Some(view),
+            Ok(view) => {
+                self.seen.recovered(&record.image, &view);
+                Some(view)
+            }
             Err(error) => {
                 tracing::warn!(container = record.id, %error, "the view of a running container can't be taken over");
                 None

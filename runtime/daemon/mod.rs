@@ -8,11 +8,14 @@ pub mod layer_service;
 pub mod lies;
 mod lifecycle;
 pub mod meta;
+pub mod metrics;
 pub mod mounts;
 pub mod profile;
 mod run;
+pub mod seen;
 mod server;
 pub mod views;
+pub mod why;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -22,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use lazyrun_fetcher::observe::Watch;
 use lazyrun_fetcher::{FetchOptions, Fetcher, Layer, LayerStore};
 use lazyrun_fs::fuse::{self, FuseKind, ServeOptions};
 use lazyrun_fs::mounter::Mounter;
@@ -29,6 +33,7 @@ use lazyrun_fs::plan::{self, Plan, Probes};
 use lazyrun_index::{Digest, LayerId};
 
 use crate::failure::Failure;
+use crate::keeper::settings::DaemonSettings;
 use crate::keeper::store::Kept;
 use crate::keeper::{self, start};
 use crate::network::Instance;
@@ -39,6 +44,7 @@ use layer_service::LayerService;
 use meta::Meta;
 use mounts::Mounts;
 use profile::Profiles;
+use seen::Seen;
 use views::{ViewId, Views};
 
 pub use lifecycle::parse_signal;
@@ -56,6 +62,7 @@ pub struct Daemon {
     views: Arc<Views>,
     service: Arc<LayerService>,
     profiles: Profiles,
+    seen: Arc<Seen>,
     containers: Containers,
     mounts: Mounts,
     network: Instance,
@@ -65,7 +72,7 @@ pub struct Daemon {
 }
 
 /// Runs the daemon that a keeper started, until it is told to end.
-pub fn main(paths: &Paths) -> ExitCode {
+pub fn main(paths: &Paths, settings: &DaemonSettings) -> ExitCode {
     // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
     // or closed them since.
     let (listener, store, ready) = unsafe {
@@ -87,7 +94,7 @@ pub fn main(paths: &Paths) -> ExitCode {
         .build();
     let served = runtime.context("starting the runtime").and_then(|runtime| {
         runtime.block_on(async {
-            let daemon = Daemon::start(paths.clone(), store).await?;
+            let daemon = Daemon::start(paths.clone(), store, settings).await?;
             let listener = std::os::unix::net::UnixListener::from(listener);
             let _ = write!(ready, "{}", start::READY);
             drop(ready.flush());
@@ -108,9 +115,11 @@ pub fn main(paths: &Paths) -> ExitCode {
 }
 
 impl Daemon {
-    async fn start(paths: Paths, store: OwnedFd) -> Result<Arc<Self>> {
+    async fn start(paths: Paths, store: OwnedFd, settings: &DaemonSettings) -> Result<Arc<Self>> {
+        let metrics = settings.metrics_address.as_deref().map(str::parse::<metrics::Address>).transpose()?;
         let (kept, mut before) = Kept::connect(store.into()).context("taking over from the keeper")?;
         let kept = Arc::new(kept);
+        let took_over = !before.is_empty();
         let mounter = Mounter::new("/proc/self/exe".into());
         let probing = tokio::task::spawn_blocking({
             let (mounter, root) = (mounter.clone(), paths.root().to_owned());
@@ -118,9 +127,11 @@ impl Daemon {
         });
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
-        let fetcher = Fetcher::new(layers, FetchOptions::default());
+        let seen = Arc::new(Seen::new(paths.starts()));
+        let watch = Watch::new(Arc::clone(&seen) as _);
+        let fetcher = Fetcher::new(layers, FetchOptions { watch: watch.clone(), ..FetchOptions::default() });
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
-        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
+        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies, watch));
         images.add_recorded_sources()?;
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
@@ -131,6 +142,7 @@ impl Daemon {
         let daemon = Arc::new(Self {
             network: Instance::for_root(paths.root()),
             profiles: Profiles::new(paths.profiles()),
+            seen,
             paths,
             probes,
             plan,
@@ -144,6 +156,9 @@ impl Daemon {
         });
         lies::watch(&daemon, lies);
         daemon.recover(before).await?;
+        if let Some(address) = metrics {
+            daemon.serve_metrics(address, took_over).await?;
+        }
         let this = Arc::clone(&daemon);
         tokio::task::spawn_blocking(move || this.remove_superseded());
         Ok(daemon)

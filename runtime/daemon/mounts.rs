@@ -172,6 +172,9 @@ impl Daemon {
                 }
                 _ => None,
             };
+            if let Some(view) = &view {
+                self.seen.recovered(&record.image, view);
+            }
             self.mounts.lock().insert(
                 entry.file_name().to_string_lossy().into_owned(),
                 Entry { record, attached: true, _view: view },

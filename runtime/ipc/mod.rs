@@ -8,3 +8,4 @@ pub mod index_lists;
 pub mod indexes;
 pub mod profiles;
 pub mod protocol;
+pub mod why;

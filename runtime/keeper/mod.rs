@@ -4,6 +4,7 @@
 //! (`/dev/fuse` connections and mount trees), and starts a new daemon with them. Callers that connect
 //! meanwhile wait in the socket's backlog; readers of our mounts wait in the kernel.
 
+pub mod settings;
 pub mod start;
 pub mod store;
 
@@ -22,7 +23,9 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 use crate::ipc::fds;
+use crate::logs;
 use crate::paths::Paths;
+use settings::DaemonSettings;
 use store::FdStore;
 
 /// Where a daemon started by the keeper finds its listening control socket.
@@ -39,10 +42,15 @@ const MAX_SHORT_LIVES: u32 = 5;
 /// Runs the keeper until the daemon ends in peace; returns the process's exit code.
 ///
 /// `ready` is told `ok` once the daemon serves, or the reason why it doesn't.
-pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
-    match Keeper::new(paths).and_then(|mut k| k.run(ready)) {
+pub fn main(paths: &Paths, ready: Option<OwnedFd>, settings: &DaemonSettings) -> ExitCode {
+    let has_log = logs::is_stderr(&paths.log());
+    match Keeper::new(paths, settings).and_then(|mut k| k.run(ready)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            // The daemon may have begun another file since.
+            if has_log {
+                logs::follow(&paths.log());
+            }
             eprintln!("lazyrun keeper: {e}");
             ExitCode::from(crate::failure::EXIT_LAZYRUN)
         }
@@ -51,6 +59,9 @@ pub fn main(paths: &Paths, ready: Option<OwnedFd>) -> ExitCode {
 
 struct Keeper<'a> {
     paths: &'a Paths,
+    settings: &'a DaemonSettings,
+    // Whether what it and its daemons say goes to the log file.
+    has_log: bool,
     listener: UnixListener,
     signals: SignalFd,
     store: FdStore,
@@ -63,7 +74,7 @@ enum Ended {
 }
 
 impl<'a> Keeper<'a> {
-    fn new(paths: &'a Paths) -> io::Result<Self> {
+    fn new(paths: &'a Paths, settings: &'a DaemonSettings) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         paths.create()?;
@@ -83,7 +94,8 @@ impl<'a> Keeper<'a> {
         }
         set.thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { paths, listener, signals, store: FdStore::default(), _lock: lock })
+        let has_log = logs::is_stderr(&paths.log());
+        Ok(Self { paths, settings, has_log, listener, signals, store: FdStore::default(), _lock: lock })
     }
 
     fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
@@ -118,8 +130,12 @@ impl<'a> Keeper<'a> {
     }
 
     fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
+        if self.has_log {
+            logs::follow(&self.paths.log());
+        }
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
+        self.settings.apply(&mut command);
         command.stdin(Stdio::null());
         let placed = [(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
         fds::place(&mut command, &placed)?;

@@ -112,8 +112,7 @@ async fn from_source(
     let ends = (*next..run.ranks.end).map(|i| layer.span_at(i));
     let end = ends.map(|s| s.blob_offset.saturating_add(s.blob_len)).max();
     let end = end.unwrap_or(begin).min(index.blob_size());
-    let reader =
-        source.reader(index.blob_digest(), begin..end, Some(index.blob_size())).for_class(run.told);
+    let reader = source.reader(index.blob_digest(), begin..end, Some(index.blob_size())).for_class(run.told);
     let mut arriving = Arriving {
         inner,
         run,

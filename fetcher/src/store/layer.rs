@@ -214,6 +214,11 @@ impl Layer {
             .sum()
     }
 
+    /// Number of spans that are local and verified.
+    pub fn local_spans(&self) -> usize {
+        self.trusted_count.load(Ordering::Acquire)
+    }
+
     /// Drops all local bytes; the index stays. The map forgets first, so that a crash in between cannot make
     /// holes count as data.
     ///

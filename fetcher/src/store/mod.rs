@@ -7,6 +7,7 @@ mod order;
 mod span_map;
 mod staging;
 mod standing;
+mod usage;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
