@@ -8,12 +8,14 @@ mod root_index;
 mod root_input;
 mod root_machine;
 mod root_manage;
+mod root_metrics;
 mod root_network;
 mod root_profile;
 mod root_run;
 mod root_start;
 mod root_support;
 mod root_trees;
+mod root_why;
 
 /// A test file that is not named above would never run.
 #[test]

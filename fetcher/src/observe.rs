@@ -258,10 +258,11 @@ impl Exchange {
 
     /// The header of the answer has come, or will not.
     pub(crate) fn answered(self, answer: &mut Result<Response, FetchError>) {
-        self.0.alive();
+        let now = Instant::now();
+        self.0.alive_at(now);
         match answer {
             Ok(response) => {
-                let _ = self.0.answer.set((Instant::now(), response.status().as_u16()));
+                let _ = self.0.answer.set((now, response.status().as_u16()));
                 if response.status().is_redirection() {
                     self.0.counters.redirects.fetch_add(1, Relaxed);
                 }
@@ -300,7 +301,12 @@ struct Meant {
 
 impl Inner {
     fn alive(&self) {
-        let since = u64::try_from(self.queued.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.alive_at(Instant::now());
+    }
+
+    fn alive_at(&self, now: Instant) {
+        let since = now.saturating_duration_since(self.queued);
+        let since = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
         self.last.fetch_max(since, Relaxed);
     }
 }

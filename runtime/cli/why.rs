@@ -100,7 +100,8 @@ fn head(out: &mut String, start: &Start, summary: &Summary) {
 
 fn parts(out: &mut String, summary: &Summary) {
     let _ = writeln!(out, "\nwhere the time went");
-    for part in &summary.parts {
+    // What rounds to nothing is of no interest to people.
+    for part in summary.parts.iter().filter(|part| part.ms >= 0.05) {
         let share = part.ms / summary.total_ms.max(f64::MIN_POSITIVE) * 100.0;
         let _ = writeln!(out, "  {:>9}  {share:>3.0}%  {}", time(part.ms), part.what);
     }
@@ -215,7 +216,10 @@ fn request_row(request: &RequestOf) -> Row {
         (Some(layer), Some((first, end))) => format!(" layer {layer} spans {first}-{}", end - 1),
         (Some(layer), None) => format!(" layer {layer}"),
         (None, _) => match request.what.split_once('/') {
-            Some((_, name)) => format!(" {}", name.strip_prefix("sha256:").unwrap_or(name)),
+            Some((_, name)) => match name.strip_prefix("sha256:") {
+                Some(digest) => format!(" {digest:.12}"),
+                None => format!(" {name}"),
+            },
             None => String::new(),
         },
     };

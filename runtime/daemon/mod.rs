@@ -116,7 +116,8 @@ pub fn main(paths: &Paths, settings: &DaemonSettings) -> ExitCode {
 
 impl Daemon {
     async fn start(paths: Paths, store: OwnedFd, settings: &DaemonSettings) -> Result<Arc<Self>> {
-        let metrics = settings.metrics_address.as_deref().map(str::parse::<metrics::Address>).transpose()?;
+        let address = settings.metrics_address.as_deref().filter(|address| !address.is_empty());
+        let metrics = address.map(str::parse::<metrics::Address>).transpose()?;
         let (kept, mut before) = Kept::connect(store.into()).context("taking over from the keeper")?;
         let kept = Arc::new(kept);
         let took_over = !before.is_empty();

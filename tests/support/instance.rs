@@ -34,6 +34,8 @@ pub struct Lazyrun {
     dir: TempDir,
     /// Global options, after `--root`.
     options: Vec<String>,
+    /// Environment of all commands, and so of the daemon that they start.
+    env: Vec<(String, String)>,
 }
 
 impl Lazyrun {
@@ -52,12 +54,18 @@ impl Lazyrun {
         let dir = tempfile::Builder::new().prefix("lazyrun-test-").tempdir().expect("a temporary directory");
         let root = dir.path().join(path);
         fs::create_dir_all(root.parent().expect("a parent")).expect("create the root's parents");
-        Lazyrun { root, dir, options: Vec::new() }
+        Lazyrun { root, dir, options: Vec::new(), env: Vec::new() }
     }
 
     /// Adds global options, such as `--insecure-registry HOST`.
     pub fn with_options(mut self, options: &[&str]) -> Lazyrun {
         self.options.extend(options.iter().map(|option| (*option).to_owned()));
+        self
+    }
+
+    /// Adds a variable to the environment.
+    pub fn with_env(mut self, name: &str, value: &str) -> Lazyrun {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -77,6 +85,7 @@ impl Lazyrun {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(EXE);
         command.arg("--root").arg(&self.root).args(&self.options).args(args).stdin(Stdio::null());
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -8,6 +8,7 @@ pub mod docker_registry;
 pub mod fixture;
 pub mod instance;
 pub mod leaks;
+pub mod prometheus;
 pub mod server;
 pub mod tree;
 

@@ -29,7 +29,7 @@ impl Busy {
     }
 
     fn sum(&self) -> f64 {
-        self.0.iter().map(|(start, end)| end - start).sum()
+        self.0.iter().fold(0.0, |sum, (start, end)| sum + (end - start))
     }
 }
 
@@ -79,8 +79,8 @@ pub fn summary(start: &Start) -> Summary {
             }
             "stream" => {
                 let waiting = requests(start, |class| class == Class::Stream).and(&during).sum();
-                part("streaming layers: bytes on their way", waiting);
-                part("streaming layers: the rest", all - waiting);
+                part("streaming layers: network", waiting);
+                part("streaming layers: decoding, digests, writing", all - waiting);
             }
             name => part(title(name), all),
         }
