@@ -138,7 +138,7 @@ fn metrics_are_where_they_were_asked_for() {
 
     // Somebody else's address is not taken; a daemon that takes over listens where the dead one did.
     let second = Lazyrun::new().with_env("LAZYRUN_METRICS_ADDRESS", &format!("unix:{path}"));
-    let why = second.fails(125, &["images"]);
+    let why = second.fails(125, &["pull", "--quiet", &fixture.image()]);
     assert!(why.contains(path) && why.contains("--metrics-address"), "{why}");
     drop(second.with_env("LAZYRUN_METRICS_ADDRESS", ""));
     let old = first.daemon_pid().expect("a daemon");

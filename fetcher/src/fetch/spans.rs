@@ -149,7 +149,9 @@ async fn from_source(
         }
         let permit = inner.scheduler.decode().await?;
         let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(run));
+        let fetching = tracing::Span::current();
         let task = tokio::task::spawn_blocking(move || {
+            let _of = fetching.enter();
             let result = store(&inner, &layer, &run, rank, &span, &compressed);
             drop(permit);
             result
