@@ -28,7 +28,7 @@ const RECORDED: Duration = Duration::from_secs(30);
 /// After so long it is kept for the first time: nothing that the start waits for, and soon enough for most crashes.
 const FIRST_KEPT: Duration = Duration::from_secs(2);
 /// Recordings at a time; what starts while there are more is not recorded.
-const MAX_RECORDINGS: usize = 64;
+const MAX_RECORDINGS: usize = 32;
 
 /// The starts of an instance.
 #[derive(Debug)]
@@ -87,7 +87,14 @@ impl Starts {
 
     /// Forgets the starts of an image.
     pub fn forget(&self, image: &Reference) {
-        self.kept.forget(&image.to_string());
+        let name = image.to_string();
+        let mut recordings = self.recordings.write().unwrap_or_else(PoisonError::into_inner);
+        for forgotten in recordings.extract_if(.., |recording| recording.reference == name) {
+            forgotten.close();
+        }
+        self.any.store(!recordings.is_empty(), Relaxed);
+        drop(recordings);
+        self.kept.forget(&name);
     }
 
     /// A request is over.
@@ -204,7 +211,10 @@ impl Drop for Recorder {
         self.starts.failed.fetch_add(1, Relaxed);
         self.recording.failed("it was given up");
         let (starts, recording) = (Arc::clone(&self.starts), Arc::clone(&self.recording));
-        tokio::task::spawn_blocking(move || starts.close(&recording));
+        // A daemon that ends drops what it was at.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || starts.close(&recording));
+        }
     }
 }
 
