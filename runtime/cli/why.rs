@@ -74,7 +74,7 @@ fn text(why: &Why, columns: usize) -> String {
 // Writing to a string cannot fail.
 fn head(out: &mut String, start: &Start, summary: &Summary) {
     let what = match &start.what {
-        Started::Container { id, name } => format!("container {name} ({:.12})", id),
+        Started::Container { id, name } => format!("container {name} ({id:.12})"),
         Started::Mount => "a mount".to_owned(),
     };
     let _ = writeln!(out, "{} of {}, asked for at {}", what, start.image, start.began);

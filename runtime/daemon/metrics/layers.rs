@@ -64,7 +64,7 @@ pub struct ImageBytes {
 pub fn short(id: LayerId) -> String {
     let name = id.to_string();
     match name.split_once('.') {
-        Some((hex, rest)) => format!("{:.12}.{rest}", hex),
+        Some((hex, rest)) => format!("{hex:.12}.{rest}"),
         None => name.chars().take(12).collect(),
     }
 }
