@@ -72,7 +72,10 @@ fn a_lazy_start_is_counted_to_the_byte() {
     // Bytes by class are what passed, but for the heads of the answers.
     let fetched = sum("lazyrun_fetched_bytes_total", &[]);
     let (passed, requests) = (traffic.bytes_down as f64, traffic.requests as f64);
-    assert!(fetched <= passed && passed <= fetched + 1000.0 * requests, "{fetched} of {passed} bytes");
+    // Where a slow machine made a second request worth while, the slower one's bytes were not read to the end.
+    let hedges = sum("lazyrun_registry_hedges_total", &[]);
+    let most = fetched + 1000.0 * requests + hedges * f64::from(8 << 20);
+    assert!(fetched <= passed && passed <= most, "{fetched} of {passed} bytes in {requests} requests");
     let class = |class| sum("lazyrun_fetched_bytes_total", &[("class", class)]);
     assert!(class("fault") > 160_000.0 && class("metadata") > 1000.0, "{metrics:?}");
     assert_eq!((class("stream"), class("prefetch")), (0.0, 0.0), "it has indexes and no profile");
@@ -81,7 +84,8 @@ fn a_lazy_start_is_counted_to_the_byte() {
     let host = shaper.addr().to_string();
     let answers = |status| sum("lazyrun_registry_requests_total", &[("host", &host), ("status", status)]);
     assert_eq!(sum("lazyrun_registry_requests_total", &[("host", &host)]), requests);
-    assert_eq!(answers("2xx") + answers("4xx"), requests, "404 is how a registry says that nothing is there");
+    // 404 is how a registry says that nothing is there.
+    assert!(answers("2xx") + answers("4xx") >= requests - hedges, "{metrics:?}");
     assert_eq!(sum("lazyrun_registry_window", &[("host", &host)]), 64.0);
     for none in ["retries", "throttled", "tokens", "redirects"] {
         assert_eq!(sum(&format!("lazyrun_registry_{none}_total"), &[]), 0.0, "{none}");

@@ -85,8 +85,12 @@ fn a_start_tells_where_its_time_went() {
     for read in &of_big {
         assert_eq!((read["layer"].as_u64(), read["ok"].as_bool()), (Some(1), Some(true)));
         assert_eq!(read["container"].as_str(), Some(id));
-        assert!(number(read, "ms") >= 9.0, "shorter than a round trip: {read}");
     }
+    // One of them had to send a request; others may have found it under way.
+    assert!(
+        of_big.iter().any(|read| number(read, "ms") >= 9.0),
+        "all shorter than a round trip: {of_big:#?}"
+    );
 
     let requests = list(start, "requests");
     let of = |class: &str, kind: &str| -> Vec<&Value> {
@@ -101,7 +105,7 @@ fn a_start_tells_where_its_time_went() {
         let (first, end) = (fault["spans"][0].as_u64(), fault["spans"][1].as_u64());
         assert!(first < end && first.is_some() && fault["host"] == shaper.addr().to_string(), "{fault}");
         let range = fault["range"][1].as_u64().unwrap() - fault["range"][0].as_u64().unwrap();
-        assert_eq!(fault["bytes"].as_u64(), Some(range));
+        assert!(fault["bytes"].as_u64().is_some_and(|bytes| bytes <= range), "{fault}");
         let times = ["start_ms", "sent_ms", "first_byte_ms", "end_ms"].map(|key| number(fault, key));
         assert!(times.is_sorted() && times[2] - times[1] >= 9.0, "{fault}");
     }
