@@ -9,6 +9,7 @@ pub mod demo;
 pub mod failure;
 pub mod ipc;
 pub mod keeper;
+pub mod logs;
 pub mod names;
 pub mod network;
 pub mod paths;

@@ -76,6 +76,11 @@ impl Paths {
         self.root.join("profiles")
     }
 
+    /// Timelines of starts.
+    pub fn starts(&self) -> PathBuf {
+        self.root.join("starts")
+    }
+
     /// Manifests and configs, by digest.
     pub fn blobs(&self) -> PathBuf {
         self.root.join("blobs").join("sha256")
@@ -136,6 +141,7 @@ impl Paths {
         {
             make(&dir)?;
         }
+        make(&self.starts())?;
         Ok(())
     }
 }

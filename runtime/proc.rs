@@ -61,6 +61,57 @@ pub fn resident(pid: u32) -> u64 {
     line.and_then(|l| l.trim().trim_end_matches(" kB").trim().parse::<u64>().ok()).map_or(0, |kb| kb * 1024)
 }
 
+/// What this process uses. What can't be read is 0.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    /// Processor time of all threads, in seconds.
+    pub cpu_seconds: f64,
+    /// Resident memory in bytes.
+    pub resident: u64,
+    /// Address space in bytes.
+    pub virtual_memory: u64,
+    /// Open descriptors.
+    pub open_fds: usize,
+    /// Limit of open descriptors.
+    pub max_fds: u64,
+    /// Threads.
+    pub threads: u64,
+    /// When it was started, in seconds since the epoch.
+    pub started: f64,
+}
+
+impl Usage {
+    /// What it is now.
+    pub fn now() -> Usage {
+        use nix::sys::resource::{Resource, getrlimit};
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let status = read("/proc/self/status");
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|l| l.split_ascii_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+        };
+        // Fields 14, 15 and 22 of the line, behind the name, which may hold anything.
+        let stat = read("/proc/self/stat");
+        let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let fields: Vec<u64> =
+            rest.split_ascii_whitespace().skip(1).map(|f| f.parse().unwrap_or(0)).collect();
+        let at = |number: usize| fields.get(number - 4).copied().unwrap_or(0) as f64;
+        let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten();
+        let ticks = ticks.unwrap_or(100).max(1) as f64;
+        let boot = read("/proc/stat").lines().find_map(|l| l.strip_prefix("btime ")?.parse::<f64>().ok());
+        Usage {
+            cpu_seconds: (at(14) + at(15)) / ticks,
+            resident: field("VmRSS:") * 1024,
+            virtual_memory: field("VmSize:") * 1024,
+            // One of them is that of the listing itself.
+            open_fds: std::fs::read_dir("/proc/self/fd").map_or(0, |fds| fds.count().saturating_sub(1)),
+            max_fds: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
+            threads: field("Threads:"),
+            started: boot.unwrap_or(0.0) + at(22) / ticks,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +122,16 @@ mod tests {
         assert!(me.is_alive() && me.pidfd().is_some());
         assert!(!Identity { start: me.start + 1, ..me }.is_alive());
         assert!(resident(me.pid) > 0);
+    }
+
+    #[test]
+    fn what_this_process_uses() {
+        let usage = Usage::now();
+        assert!(usage.resident > 1 << 20 && usage.virtual_memory > usage.resident, "{usage:?}");
+        assert!(usage.open_fds >= 3 && usage.max_fds >= usage.open_fds as u64 && usage.threads >= 1);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("now");
+        assert!((0.0..3600.0).contains(&(now.as_secs_f64() - usage.started)), "{usage:?}");
+        assert!(usage.cpu_seconds >= 0.0);
     }
 
     #[test]

@@ -2,10 +2,14 @@
 
 use std::time::Duration;
 
+use crate::logs::Format;
 use crate::units::{Rate, Timeout};
 
 const HYDRATE_LIMIT: &str = "LAZYRUN_HYDRATE_LIMIT";
 const FAULT_TIMEOUT: &str = "LAZYRUN_FAULT_TIMEOUT";
+const METRICS_ADDRESS: &str = "LAZYRUN_METRICS_ADDRESS";
+const LOG: &str = "LAZYRUN_LOG";
+const LOG_FORMAT: &str = "LAZYRUN_LOG_FORMAT";
 
 /// What can be said to a daemon when it starts; one that runs keeps its own.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -17,6 +21,16 @@ pub struct Settings {
     /// command starts it [default: 30s]
     #[arg(long, global = true, env = FAULT_TIMEOUT, value_name = "TIME")]
     pub fault_timeout: Option<Timeout>,
+    /// Serve Prometheus metrics at this address, IP:PORT or unix:PATH; for the daemon, if this command starts it
+    #[arg(long, global = true, env = METRICS_ADDRESS, value_name = "ADDRESS")]
+    pub metrics_address: Option<String>,
+    /// What the daemon logs: error, warn, info, debug, trace, or directives such as lazyrun_fetcher=debug; if this
+    /// command starts it [default: info]
+    #[arg(long, global = true, env = LOG, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// How lines of the daemon's log look, if this command starts it
+    #[arg(long, global = true, env = LOG_FORMAT, value_enum, default_value_t, value_name = "FORMAT")]
+    pub log_format: Format,
 }
 
 impl Settings {
@@ -29,6 +43,9 @@ impl Settings {
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let limit = self.hydrate_limit.map(|rate| (HYDRATE_LIMIT, rate.to_string()));
         let timeout = self.fault_timeout.map(|timeout| (FAULT_TIMEOUT, timeout.to_string()));
-        limit.into_iter().chain(timeout).collect()
+        let metrics = self.metrics_address.clone().map(|address| (METRICS_ADDRESS, address));
+        let level = self.log_level.clone().map(|level| (LOG, level));
+        let format = (LOG_FORMAT, self.log_format.name().to_owned());
+        limit.into_iter().chain(timeout).chain(metrics).chain(level).chain([format]).collect()
     }
 }

@@ -10,6 +10,7 @@ mod root_index;
 mod root_input;
 mod root_machine;
 mod root_manage;
+mod root_metrics;
 mod root_network;
 mod root_offline;
 mod root_plan_fuse;
@@ -22,6 +23,7 @@ mod root_snapshotter_api;
 mod root_start;
 mod root_support;
 mod root_trees;
+mod root_why;
 
 /// A test file that is not named above would never run.
 #[test]

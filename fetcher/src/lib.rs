@@ -17,6 +17,7 @@ mod fetch;
 pub mod fuzzing;
 mod hosts;
 mod manifest;
+pub mod observe;
 mod platform;
 mod reference;
 mod stats;
@@ -41,9 +42,10 @@ pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, Haste, NoProgress, Progress};
 pub use hosts::HostFiles;
 pub use manifest::{LayerDescriptor, ResolvedImage};
+pub use observe::Class;
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
-pub use stats::{ClientStats, FetchStats};
+pub use stats::{ClientStats, FetchStats, Histogram, HistogramSnapshot, HostStats};
 pub use store::{
     CacheLimit, CacheLimits, Checked, EvictionStats, InUse, Layer, LayerPin, LayerStore, LayerUsers,
     ParseLimitError, parse_bytes,

@@ -193,6 +193,27 @@ pub enum Command {
         /// The directory
         directory: PathBuf,
     },
+    /// Show why a start took what it took: where the time went, requests, and reads that waited
+    Why {
+        /// Which start, counted back from the last one
+        #[arg(short, long, default_value_t = 1, value_name = "NR")]
+        number: usize,
+        /// List the starts that are known
+        #[arg(short, long, conflicts_with = "number")]
+        list: bool,
+        /// `json` for everything, or a template such as '{{.Summary.Total_ms}}'
+        #[arg(long)]
+        format: Option<String>,
+        /// Container (also one that was removed) or image
+        #[arg(value_name = "CONTAINER|IMAGE")]
+        name: String,
+    },
+    /// Print the daemon's metrics in Prometheus' text format
+    Metrics {
+        /// As OpenMetrics
+        #[arg(long)]
+        openmetrics: bool,
+    },
     /// Show the state of the instance; starts no daemon
     Info {
         /// `json`, or a template such as '{{.mount_plan}}'

@@ -7,6 +7,7 @@ mod images;
 pub mod index_args;
 mod index_lists;
 mod indexes;
+mod metrics;
 mod mounts;
 mod output;
 mod profiles;
@@ -19,6 +20,7 @@ mod system;
 mod system_disk;
 mod template;
 pub mod union;
+mod why;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -124,6 +126,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Mount(args) => mounts::mount(context, &args)?,
         Command::Union { args } => return Ok(union::main(&args, false)),
         Command::Umount { directory } => mounts::unmount(context, &directory)?,
+        Command::Metrics { openmetrics } => metrics::metrics(context, openmetrics)?,
+        Command::Why { number, list, format, name } => {
+            why::why(context, &name, number, list, format.as_deref())?;
+        }
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,
         Command::Doctor { format } => return system::doctor(context, format.as_deref()),

@@ -21,7 +21,7 @@ use crate::snapshotter::SnapshotterOptions;
 const DEFAULT_ADDRESS: &str = "/run/lazyrun/snapshotter.sock";
 
 pub(super) fn serve(context: &Context, address: Option<PathBuf>) -> Result<ExitCode, Failure> {
-    system::log_to_stderr();
+    system::log_to_stderr(context);
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::daemon("the snapshotter mounts images, which needs root; run it with sudo"));
     }

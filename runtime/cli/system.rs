@@ -21,19 +21,15 @@ use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Info, Request};
 use crate::ipc::system::LimitChange;
 use crate::keeper;
+use crate::logs;
 use crate::network::Instance;
 
 // Long enough for a kernel that is busy taking things down, short enough for a person.
 const RESET_TIMEOUT: Duration = Duration::from_secs(20);
 
-pub(super) fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LAZYRUN_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
+pub(super) fn log_to_stderr(context: &Context) {
+    let settings = &context.settings;
+    logs::init(&context.paths.log(), settings.log_level.as_deref(), settings.log_format);
 }
 
 pub(super) fn keeper(context: &Context) -> ExitCode {
@@ -44,7 +40,7 @@ pub(super) fn keeper(context: &Context) -> ExitCode {
 }
 
 pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -> Result<ExitCode, Failure> {
-    log_to_stderr();
+    log_to_stderr(context);
     let snapshotter = snapshotter.map(serde_json::from_str).transpose();
     let snapshotter = snapshotter.map_err(|e| Failure::daemon(format!("odd --snapshotter: {e}")))?;
     if kept {

@@ -14,6 +14,7 @@ use super::images::Ready;
 use super::layer_service::inode_of;
 use super::profile::{PathTouches, Profile, Watched, paths_of, prefetch, translate};
 use super::views::{Purpose, chain_id};
+use super::why::Recorder;
 use crate::failure::Failure;
 use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
@@ -34,8 +35,9 @@ impl Daemon {
         ready: &Ready,
         request: &ImageRequest,
         hydrate: HydrateMode,
+        start: &Recorder,
     ) -> Result<Purpose> {
-        let (purpose, first) = self.first_needs(ready);
+        let (purpose, first) = self.first_needs(ready, Some(start));
         if let Some(first) = first {
             // Wanted from now on, so that a daemon that is killed during the start goes on with it.
             let key = match hydrate {
@@ -49,7 +51,7 @@ impl Daemon {
 
     /// As [`Daemon::foresee`], for layers that are containerd's and no recorded image's.
     pub(super) fn foresee_layers(self: &Arc<Self>, ready: &Ready) -> Purpose {
-        let (purpose, first) = self.first_needs(ready);
+        let (purpose, first) = self.first_needs(ready, None);
         if let Some(first) = first {
             let (hydration, layers) = (Arc::clone(&self.hydration), ready.layers.clone());
             tokio::spawn(async move {
@@ -61,7 +63,11 @@ impl Daemon {
     }
 
     /// Records a start; gives the work that precedes hydration where something is missing.
-    fn first_needs(self: &Arc<Self>, ready: &Ready) -> (Purpose, Option<BoxFuture<'static, ()>>) {
+    fn first_needs(
+        self: &Arc<Self>,
+        ready: &Ready,
+        start: Option<&Recorder>,
+    ) -> (Purpose, Option<BoxFuture<'static, ()>>) {
         let layers = ready.layers.clone();
         let Some(chain) = chain_of(&layers) else { return (Purpose::Start, None) };
         let own = self.own_profile(chain, ready);
@@ -73,6 +79,10 @@ impl Daemon {
         if !missing {
             return (purpose, None);
         }
+        let start = start.map(Recorder::recording);
+        if let Some(start) = start.as_ref().filter(|_| own.is_some()) {
+            start.profile(if ready.profile.is_some() { "registry" } else { "local" });
+        }
         let (this, image) = (Arc::clone(self), ready.image.reference.clone());
         let first = async move {
             let profile = match own {
@@ -80,6 +90,9 @@ impl Daemon {
                 None => this.profile_of_other_tag(image, chain, layers.clone()).await,
             };
             if let Some(profile) = profile {
+                if let Some(start) = start {
+                    start.profile_of_other_tag();
+                }
                 prefetch(this.images.fetcher(), &layers, &profile).await;
             }
         };

@@ -3,20 +3,23 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
+use lazyrun_fetcher::observe::Watch;
 use lazyrun_fetcher::{
-    Beside, BlobSource, ClientOptions, DiscoverOptions, FetchError, Fetcher, Haste, IndexPolicy, Layer,
-    LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust, TrustMode,
-    discover_beside, resolve_and_look,
+    Beside, BlobSource, ClientOptions, ClientStats, DiscoverOptions, FetchError, Fetcher, Haste, HostStats,
+    IndexPolicy, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust,
+    TrustMode, discover_beside, resolve_and_look,
 };
 use lazyrun_index::{Digest, LayerId};
 use tokio::sync::mpsc;
 
 use super::lies::Lie;
 use super::meta::{ImageRecord, Meta};
+use super::metrics::{sum_clients, sum_hosts};
 use crate::clock;
 use crate::failure::Failure;
 use crate::ipc::protocol::{ImageRequest, ImageSummary, PullPolicy, RegistryOptions};
@@ -29,13 +32,14 @@ pub struct Images {
     fetcher: Fetcher,
     clients: Mutex<HashMap<RegistryOptions, RegistryClient>>,
     lies: mpsc::Sender<Lie>,
+    watch: Watch,
 }
 
 impl Images {
     /// Images recorded in `meta`, their manifests and configs in `blobs`. `lies` hears of indexes that are found
-    /// not to tell the truth.
-    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>) -> Self {
-        Self { meta, blobs, fetcher, clients: Mutex::default(), lies }
+    /// not to tell the truth, `watch` of every request.
+    pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>, watch: Watch) -> Self {
+        Self { meta, blobs, fetcher, clients: Mutex::default(), lies, watch }
     }
 
     /// What moves the bytes.
@@ -47,6 +51,18 @@ impl Images {
     pub fn traffic(&self) -> (u64, u64) {
         let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         clients.values().map(RegistryClient::stats).fold((0, 0), |(r, b), s| (r + s.requests, b + s.bytes))
+    }
+
+    /// What all clients have asked and received since the start.
+    pub fn client_stats(&self) -> ClientStats {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        sum_clients(clients.values().map(RegistryClient::stats))
+    }
+
+    /// How registries have answered since the start.
+    pub fn hosts(&self) -> Vec<HostStats> {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        sum_hosts(clients.values().flat_map(RegistryClient::host_stats))
     }
 
     /// The client for these settings.
@@ -63,6 +79,7 @@ impl Images {
             credential_files: options.docker_config.iter().chain(&options.auth_files).cloned().collect(),
             hosts: options.hosts.clone(),
             proxies: registries::proxies(),
+            watch: self.watch.clone(),
             ..ClientOptions::default()
         })?;
         clients.insert(options.clone(), client.clone());
@@ -265,10 +282,12 @@ impl Images {
     /// As [`Images::ready`].
     pub async fn found(&self, request: &ImageRequest, progress: &Arc<dyn Progress>) -> Result<Ready> {
         let (image, beside) = self.resolve_and_look(request).await?;
+        let resolved = Instant::now();
         let policy = Self::policy(request, &image);
         let profile = self.adopt_found(&image, &request.registry, &policy, beside, progress).await?;
+        let indexed = Instant::now();
         let layers = self.indexed_layers(&image, &request.registry, &policy, progress).await?;
-        Ok(Ready { image, layers, profile })
+        Ok(Ready { image, layers, profile, resolved, indexed })
     }
 
     /// Records what was [`found`](Images::found).
@@ -526,4 +545,8 @@ pub struct Ready {
     pub layers: Vec<Arc<Layer>>,
     /// A profile that was found with the indexes: bytes that nobody has looked at.
     pub profile: Option<Vec<u8>>,
+    /// When manifest and config were known.
+    pub resolved: Instant,
+    /// When it was known which indexes are used; what came after was streaming those layers that have none.
+    pub indexed: Instant,
 }

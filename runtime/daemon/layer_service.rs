@@ -8,6 +8,7 @@ use lazyrun_fs::fuse::{LayerFiles, ReadReply};
 use lazyrun_index::{Digest, LayerId};
 use tokio::runtime::Handle;
 
+use super::metrics::Served;
 use super::profile::Recorder;
 
 /// Layer files of the store, served to FUSE.
@@ -18,6 +19,8 @@ pub struct LayerService {
     known: RwLock<HashMap<u64, Arc<Layer>>>,
     /// Recordings of what containers read as they start.
     pub recorder: Recorder,
+    /// How reads were answered.
+    pub served: Arc<Served>,
 }
 
 /// The inode number of a layer file by its name: the same in every life of the daemon, since the kernel remembers it.
@@ -39,7 +42,13 @@ fn id_of(file_name: &str) -> Option<LayerId> {
 impl LayerService {
     /// A service over the fetcher's store; faults run on `runtime`.
     pub fn new(fetcher: Fetcher, runtime: Handle) -> Self {
-        Self { fetcher, runtime, known: RwLock::default(), recorder: Recorder::default() }
+        Self {
+            fetcher,
+            runtime,
+            known: RwLock::default(),
+            recorder: Recorder::default(),
+            served: Arc::default(),
+        }
     }
 
     /// Forgets a layer that is no longer in the store.
@@ -90,19 +99,27 @@ impl LayerFiles for LayerService {
         self.recorder.note(ino, offset, len);
         let mut buffer = vec![0; len as usize];
         match layer.read_local(offset, &mut buffer) {
-            Ok(Some(n)) => return reply.data(&buffer[..n]),
+            Ok(Some(n)) => {
+                self.served.answered(n, true);
+                return reply.data(&buffer[..n]);
+            }
             Ok(None) => {}
             Err(error) => {
                 tracing::error!(layer = layer.file_name(), offset, %error, "a local layer file can't be read");
+                self.served.failed();
                 return reply.error(libc::EIO);
             }
         }
-        let fetcher = self.fetcher.clone();
+        let (fetcher, served) = (self.fetcher.clone(), Arc::clone(&self.served));
         self.runtime.spawn(async move {
             match fetcher.read(&layer, offset, len as usize).await {
-                Ok(bytes) => reply.data(&bytes),
+                Ok(bytes) => {
+                    served.answered(bytes.len(), false);
+                    reply.data(&bytes);
+                }
                 Err(error) => {
                     tracing::error!(layer = layer.file_name(), offset, len, %error, "a read could not be satisfied");
+                    served.failed();
                     reply.error(libc::EIO);
                 }
             }

@@ -59,6 +59,7 @@ impl Daemon {
             tokio::task::spawn_blocking(move || this.detach_network(&id, &attachment));
         }
         container.release();
+        self.seen.starts.exited(&record.id, container.exit().map_or(0, |exit| exit.exit_code));
         if let Some(chain) = chain_id(&record.diff_ids) {
             self.save_profile(chain);
         }
@@ -180,7 +181,10 @@ impl Daemon {
         let (Some(layers), Ok(plan)) = (layers, record.plan.parse()) else { return Holds::default() };
         let kept_lazy = self.keep_lazy(record.hydrate, &record.id, &layers);
         match self.views.get(layers, plan, Purpose::Use).await {
-            Ok(view) => Holds { view: Some(view), kept_lazy },
+            Ok(view) => {
+                self.seen.recovered(&record.image, &view);
+                Holds { view: Some(view), kept_lazy }
+            }
             Err(error) => {
                 tracing::warn!(container = record.id, %error, "the view of a running container can't be taken over");
                 Holds { view: None, kept_lazy }

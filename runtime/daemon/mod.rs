@@ -11,13 +11,16 @@ pub mod lies;
 mod lifecycle;
 mod memory;
 pub mod meta;
+pub mod metrics;
 pub mod mounts;
 pub mod profile;
 mod run;
+pub mod seen;
 mod server;
 mod snapshots;
 mod union_views;
 pub mod views;
+pub mod why;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -27,6 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use lazyrun_fetcher::observe::Watch;
 use lazyrun_fetcher::{FetchOptions, Fetcher, Layer, LayerStore};
 use lazyrun_fs::fuse::{self, FuseKind, ServeOptions};
 use lazyrun_fs::mounter::Mounter;
@@ -48,6 +52,7 @@ use layer_service::LayerService;
 use meta::Meta;
 use mounts::Mounts;
 use profile::Profiles;
+use seen::Seen;
 use views::{ViewId, Views};
 
 pub use lifecycle::parse_signal;
@@ -66,6 +71,7 @@ pub struct Daemon {
     views: Arc<Views>,
     service: Arc<LayerService>,
     profiles: Profiles,
+    seen: Arc<Seen>,
     containers: Containers,
     mounts: Mounts,
     // Snapshots of containerd's, where there are any.
@@ -135,8 +141,11 @@ impl Daemon {
         store: OwnedFd,
         snapshotter: Option<&SnapshotterOptions>,
     ) -> Result<Arc<Self>> {
+        let address = settings.metrics_address.as_deref().filter(|address| !address.is_empty());
+        let metrics = address.map(str::parse::<metrics::Address>).transpose()?;
         let (kept, mut before) = Kept::connect(store.into()).context("taking over from the keeper")?;
         let kept = Arc::new(kept);
+        let took_over = !before.is_empty();
         let mounter = Mounter::new("/proc/self/exe".into());
         let probing = tokio::task::spawn_blocking({
             let (mounter, root) = (mounter.clone(), paths.root().to_owned());
@@ -144,11 +153,13 @@ impl Daemon {
         });
         let meta = Meta::open(&paths.meta())?;
         let layers = LayerStore::open(paths.root()).context("opening the layer store")?;
+        let seen = Arc::new(Seen::new(paths.starts()));
+        let watch = Watch::new(Arc::clone(&seen) as _);
         let limits = cache::load_limits(&paths)?;
         layers.set_users(Arc::new(cache::NotYet));
-        let fetcher = Fetcher::new(layers, fetch_options(settings));
+        let fetcher = Fetcher::new(layers, FetchOptions { watch: watch.clone(), ..fetch_options(settings) });
         let (found_lies, lies) = tokio::sync::mpsc::channel(lies::QUEUE);
-        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies));
+        let images = Arc::new(Images::new(meta, paths.blobs(), fetcher.clone(), found_lies, watch));
         images.add_recorded_sources()?;
         let limit = settings.hydrate_limit.and_then(|rate| rate.0);
         let hydration = Hydration::open(Arc::clone(&images), paths.hydration(), limit)?;
@@ -162,6 +173,7 @@ impl Daemon {
         let daemon = Arc::new(Self {
             network: Instance::for_root(paths.root()),
             profiles: Profiles::new(paths.profiles()),
+            seen,
             paths,
             probes,
             plan,
@@ -179,6 +191,9 @@ impl Daemon {
         daemon.recover(before).await?;
         daemon.guard_cache(limits);
         daemon.hydration.begin_all().await;
+        if let Some(address) = metrics {
+            daemon.serve_metrics(address, took_over).await?;
+        }
         let this = Arc::clone(&daemon);
         tokio::task::spawn_blocking(move || this.remove_superseded());
         Ok(daemon)

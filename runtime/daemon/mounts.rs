@@ -183,6 +183,9 @@ impl Daemon {
                 }
                 _ => (None, None),
             };
+            if let Some(view) = &view {
+                self.seen.recovered(&record.image, view);
+            }
             self.mounts
                 .lock()
                 .insert(id, Entry { record, attached: true, _view: view, _kept_lazy: kept_lazy });

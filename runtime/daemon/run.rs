@@ -6,19 +6,23 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use lazyrun_fetcher::{Progress, ResolvedImage};
+use lazyrun_fs::plan::Plan;
 use oci_spec::image::ImageConfiguration;
 
 use super::Daemon;
 use super::containers::{Container, Holds, Record, write_record};
 use super::views::MountedView;
+use super::why::Recorder;
 use crate::container::config::{ShimConfig, StatusLine};
 use crate::container::spec;
 use crate::failure::Failure;
 use crate::ipc::fds;
 use crate::ipc::protocol::{NetworkMode, RunRequest, Started};
+use crate::ipc::why;
 use crate::network::{self, Attachment};
 use crate::{names, proc};
 
@@ -64,23 +68,50 @@ impl Daemon {
         let name = self.containers.reserve(request.name.as_deref())?;
         let id = names::id();
         let plan = self.plan_for(request.plan)?;
+        let what = why::Started::Container { id: id.clone(), name: name.as_str().to_owned() };
+        let start = self.seen.starts.begin(&request.image.reference, what);
+        let started = start.watch(self.make(&start, &id, name.as_str(), plan, request, progress)).await?;
+        start.started();
+        Ok(started)
+    }
+
+    async fn make(
+        self: &Arc<Self>,
+        start: &Recorder,
+        id: &str,
+        name: &str,
+        plan: Plan,
+        request: RunRequest,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Started> {
         // The network is made while the image comes.
         let image = async {
             let ready = self.images.found(&request.image, progress).await?;
-            let kept_lazy = self.keep_lazy(request.hydrate, &id, &ready.layers);
-            let purpose = self.foresee(&ready, &request.image, request.hydrate)?;
+            self.uses(start, &ready);
+            let kept_lazy = self.keep_lazy(request.hydrate, id, &ready.layers);
+            let purpose = self.foresee(&ready, &request.image, request.hydrate, start)?;
             let (view, ()) = tokio::try_join!(
                 self.views.get(ready.layers.clone(), plan, purpose),
                 self.images.record_found(&ready, &request.image.registry)
             )?;
+            self.seen.mounted(start, &view);
+            start.phase("network");
             anyhow::Ok((ready.image, view, kept_lazy))
         };
-        let ((image, view, kept_lazy), mut network) =
-            tokio::try_join!(image, self.prepare_network(&id, &request))?;
-        let dir = self.paths.containers().join(&id);
+        let network = async {
+            let began = Instant::now();
+            let made = self.prepare_network(id, &request).await;
+            start.beside("network", began);
+            made
+        };
+        let ((image, view, kept_lazy), mut network) = tokio::try_join!(image, network)?;
+        start.phase("bundle");
+        let dir = self.paths.containers().join(id);
         let mut half_made = HalfMade(Some(&dir));
-        let record = self.write_bundle(&dir, &id, name.as_str(), &request, &image, &view, &network)?;
+        let record = self.write_bundle(&dir, id, name, &request, &image, &view, &network)?;
+        start.phase("rootfs");
         let rootfs = self.mount_rootfs(&dir, &view, request.options.read_only).await?;
+        start.phase("shim");
         let shim = self.spawn_shim(&dir, &request, &record, rootfs.as_fd(), network.netns.as_ref())?;
         let holds = Holds { view: Some(Arc::clone(&view)), kept_lazy };
         let started = self.adopt_shim(&dir, record, shim, &mut network, holds).await?;

@@ -13,11 +13,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Daemon;
+use super::metrics::text::Format;
 use super::views::Purpose;
 use crate::failure::Failure;
 use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, Request};
-use crate::ipc::{fds, frame};
+use crate::ipc::{fds, frame, why};
 use crate::proc;
 
 // Progress is a picture of now: when the reader is slow, frames are dropped, never queued without bound.
@@ -63,6 +64,11 @@ impl Daemon {
             }
         }
         self.end_all().await;
+        self.blocking(|this| {
+            this.seen.starts.close_all();
+            Ok(())
+        })
+        .await?;
         // After an orderly end nothing needs to be verified again.
         self.blocking(|this| Ok(this.images.fetcher().store().sync()?)).await
     }
@@ -108,15 +114,25 @@ impl Daemon {
                 let (id, fd, plan) = self
                     .with_progress(stream, |p| async move {
                         let plan = self.plan_for(plan)?;
-                        let ready = self.images.ready(&image, &p).await?;
-                        self.keep_profile(&ready);
-                        let missing = ready.layers.iter().any(|l| !l.is_hydrated());
-                        let view = self.views.get(ready.layers, plan, Purpose::Use).await?;
-                        let (id, fd) = self.mount(&image.reference, view, target, writable, hydrate).await?;
-                        if missing && hydrate == HydrateMode::Auto {
-                            let key = self.hydration.want(&image, false)?;
-                            self.hydration.begin(&key).await;
-                        }
+                        let start = self.seen.starts.begin(&image.reference, why::Started::Mount);
+                        let mounted = async {
+                            let ready = self.images.ready(&image, &p).await?;
+                            self.uses(&start, &ready);
+                            self.keep_profile(&ready);
+                            let missing = ready.layers.iter().any(|l| !l.is_hydrated());
+                            let view = self.views.get(ready.layers, plan, Purpose::Use).await?;
+                            self.seen.mounted(&start, &view);
+                            start.phase("rootfs");
+                            let mounted =
+                                self.mount(&image.reference, view, target, writable, hydrate).await?;
+                            if missing && hydrate == HydrateMode::Auto {
+                                let key = self.hydration.want(&image, false)?;
+                                self.hydration.begin(&key).await;
+                            }
+                            anyhow::Ok(mounted)
+                        };
+                        let (id, fd) = start.watch(mounted).await?;
+                        start.started();
                         Ok((id, fd, plan))
                     })
                     .await?;
@@ -174,6 +190,11 @@ impl Daemon {
                 self.remove(&container, force).await?;
                 Value::Null
             }
+            Request::Metrics { open } => {
+                let format = if open { Format::OpenMetrics } else { Format::Prometheus };
+                json!(self.blocking(move |this| this.metrics(format)).await?)
+            }
+            Request::Why { name, action } => self.blocking(move |this| this.why(&name, action)).await?,
             Request::Inspect { name } => self.blocking(move |this| this.inspect(&name)).await?,
             Request::Locate { container } => {
                 let container = self.containers.find(&container)?;
@@ -357,6 +378,7 @@ impl Daemon {
         let mut removed = Vec::new();
         for record in &records {
             self.images.remove(record)?;
+            self.seen.forget(&record.reference);
             removed.push(record.reference.clone());
         }
         self.hydration.forget(&removed)?;

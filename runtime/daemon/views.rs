@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, bail};
 use lazyrun_fetcher::{Fetcher, Layer, LayerPin};
 use lazyrun_fs::erofs::{self, BUILDER_VERSION, DeviceSpec, LayerContent};
-use lazyrun_fs::fuse::{self, FuseKind, ServeOptions, ServerHandle};
+use lazyrun_fs::fuse::{self, FuseKind, Requests, ServeOptions, ServerHandle, StatsSnapshot};
 use lazyrun_fs::mount::{self, OverlayOptions};
 use lazyrun_fs::mounter::{Device, Mounter, Request};
 use lazyrun_fs::plan::Plan;
@@ -17,6 +17,7 @@ use lazyrun_fs::view::View;
 use lazyrun_index::{Digest, LayerId, Layout};
 
 use super::layer_service::{LayerService, inode_of};
+use super::metrics::Counted;
 use super::profile::{Devices, ShortReadahead, delete_others};
 use super::union_views;
 use crate::keeper::store::Kept;
@@ -65,6 +66,9 @@ pub struct Views {
     mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
     pub(super) building: tokio::sync::Mutex<()>,
+    // Of all servers of plan `overlay` together.
+    requests: Arc<Requests>,
+    counted: Counted,
 }
 
 /// Names a view: the chainID of its layers and, unless all are tar layer files that were indexed here, which files
@@ -139,7 +143,18 @@ impl Views {
         kept: Arc<Kept>,
     ) -> Self {
         let building = tokio::sync::Mutex::new(());
-        Self { dir, mounter, fetcher, service, flat, kept, mounted: Mutex::default(), building }
+        let (mounted, requests, counted) = (Mutex::default(), Arc::default(), Counted::default());
+        Self { dir, mounter, fetcher, service, flat, kept, mounted, building, requests, counted }
+    }
+
+    /// Requests of the kernel to the servers of views.
+    pub fn requests(&self) -> StatsSnapshot {
+        self.requests.snapshot()
+    }
+
+    /// How long views took.
+    pub fn counted(&self) -> &Counted {
+        &self.counted
     }
 
     /// A detached mount of the view for one user: with a writable layer on top if there is one (upper and work
@@ -211,6 +226,7 @@ impl Views {
             return Ok(view);
         }
         let this = Arc::clone(self);
+        let began = std::time::Instant::now();
         let runtime = tokio::runtime::Handle::current();
         let mounted = tokio::task::spawn_blocking(move || match plan {
             Plan::Erofs => this.mount_erofs(id, layers, purpose, &runtime),
@@ -218,6 +234,7 @@ impl Views {
         });
         let view = Arc::new(mounted.await.context("mounting the view")??);
         self.lock().insert((view.id.clone(), plan), Arc::clone(&view));
+        self.counted.view_mounts.observe(began.elapsed());
         Ok(view)
     }
 
@@ -366,6 +383,7 @@ impl Views {
         let view = merge(layers)?;
         let inodes = layers.iter().map(|l| inode_of(l.file_name())).collect();
         let server = fuse::ViewFs::new(Arc::new(view), Arc::clone(&self.service), inodes);
+        let server = server.counting_in(Arc::clone(&self.requests));
         Ok(fuse::serve(server, tree.as_fd(), dev, ServeOptions { adopt, ..ServeOptions::default() })?)
     }
 
@@ -398,6 +416,7 @@ impl Views {
         image_file.as_file().sync_data()?;
         image_file.persist(image)?;
         std::fs::File::open(&self.dir)?.sync_all()?;
+        self.counted.view_builds.observe(started.elapsed());
         tracing::info!(view = %image.display(), inodes = view.len(), took = ?started.elapsed(), "view built");
         Ok(())
     }

@@ -10,3 +10,4 @@ pub mod indexes;
 pub mod profiles;
 pub mod protocol;
 pub mod system;
+pub mod why;

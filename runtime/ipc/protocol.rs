@@ -11,6 +11,7 @@ use super::hydration::{HydrateMode, HydrationAction};
 use super::indexes::IndexAction;
 use super::profiles::ProfileAction;
 use super::system::SystemAction;
+use super::why::WhyAction;
 use crate::container::spec::RunOptions;
 use crate::network::PortMapping;
 
@@ -192,6 +193,18 @@ pub enum Request {
         container: String,
         /// Kill it first if it runs.
         force: bool,
+    },
+    /// All metrics, as text.
+    Metrics {
+        /// As OpenMetrics.
+        open: bool,
+    },
+    /// Why starts took what they took; [`WhyAction`] says what it answers.
+    Why {
+        /// Name, id or its prefix of a container, or reference or id of an image.
+        name: String,
+        /// What to tell.
+        action: WhyAction,
     },
     /// Everything known of a container or image, as a JSON object.
     Inspect {

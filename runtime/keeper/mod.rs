@@ -22,6 +22,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 use crate::ipc::fds;
+use crate::logs;
 use crate::paths::Paths;
 use crate::settings::Settings;
 use store::FdStore;
@@ -48,9 +49,14 @@ pub fn main(
     ready: Option<OwnedFd>,
     snapshotter: Option<Snapshotter>,
 ) -> ExitCode {
+    let has_log = logs::is_stderr(&paths.log());
     match Keeper::new(paths, settings, snapshotter).and_then(|mut k| k.run(ready)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            // The daemon may have begun another file since.
+            if has_log {
+                logs::follow(&paths.log());
+            }
             eprintln!("lazyrun keeper: {e}");
             ExitCode::from(crate::failure::EXIT_LAZYRUN)
         }
@@ -71,6 +77,8 @@ struct Keeper<'a> {
     snapshotter: Option<Snapshotter>,
     paths: &'a Paths,
     settings: &'a Settings,
+    // Whether what it and its daemons say goes to the log file.
+    has_log: bool,
     listener: UnixListener,
     signals: SignalFd,
     store: FdStore,
@@ -103,7 +111,9 @@ impl<'a> Keeper<'a> {
         }
         set.thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { snapshotter, paths, settings, listener, signals, store: FdStore::default(), _lock: lock })
+        let has_log = logs::is_stderr(&paths.log());
+        let store = FdStore::default();
+        Ok(Self { snapshotter, paths, settings, has_log, listener, signals, store, _lock: lock })
     }
 
     fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
@@ -138,6 +148,9 @@ impl<'a> Keeper<'a> {
     }
 
     fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
+        if self.has_log {
+            logs::follow(&self.paths.log());
+        }
         let mut command = Command::new("/proc/self/exe");
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
         command.envs(self.settings.environment());

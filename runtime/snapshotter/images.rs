@@ -286,7 +286,8 @@ impl SnapshotImages {
         let profile = top.found.get().cloned().flatten();
         let mut image = top.image.clone();
         image.reference = top.row.reference.parse()?;
-        Ok(Ready { image, layers, profile })
+        let now = std::time::Instant::now();
+        Ok(Ready { image, layers, profile, resolved: now, indexed: now })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Slot>> {

@@ -9,6 +9,7 @@ pub mod docker_registry;
 pub mod fixture;
 pub mod instance;
 pub mod leaks;
+pub mod prometheus;
 pub mod proxy;
 pub mod server;
 pub mod snapshotter;

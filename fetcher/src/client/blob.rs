@@ -16,6 +16,7 @@ use super::range::{BodyStart, judge};
 use super::trail::{Trail, Witness};
 use super::transport::{Call, Repository, Transport, host_of};
 use crate::error::FetchError;
+use crate::observe::Class;
 
 /// Bytes that are read and thrown away for a range from a server that ignores ranges.
 const MAX_SKIP: u64 = 8 << 20;
@@ -90,6 +91,7 @@ impl BlobSource {
             body: None,
             ready: None,
             patient: false,
+            class: Class::default(),
             hedge: None,
             failures: 0,
             protocol_failures: 0,
@@ -114,6 +116,7 @@ pub struct BlobReader {
     /// A piece that came while connecting.
     ready: Option<Bytes>,
     patient: bool,
+    class: Class,
     /// Where a second request goes when the first is slow, until there was one.
     hedge: Option<BlobSource>,
     failures: usize,
@@ -136,6 +139,7 @@ struct Wish {
     end: u64,
     whole: bool,
     patient: bool,
+    class: Class,
     /// A second request beside a slow one.
     second: bool,
 }
@@ -167,6 +171,12 @@ impl BlobReader {
     /// Time from sending the last request to its response's header, once there was one.
     pub fn first_byte(&self) -> Option<Duration> {
         self.first_byte
+    }
+
+    /// Says what the bytes are for.
+    pub(crate) fn for_class(mut self, class: Class) -> Self {
+        self.class = class;
+        self
     }
 
     /// Lets other requests to the same host go first: nobody waits for these bytes.
@@ -227,6 +237,7 @@ impl BlobReader {
             end: self.end,
             whole: self.whole,
             patient: self.patient,
+            class: self.class,
             second: false,
         };
         let first = wish.piece(trail.clone(), &self.witness, self.body.take());
@@ -295,7 +306,9 @@ impl BlobReader {
             error => error.is_transient(),
         };
         let wait = policy.delays().nth(self.failures)?;
-        (resumable && asked <= policy.max_wait).then(|| wait.max(asked))
+        let wait = (resumable && asked <= policy.max_wait).then(|| wait.max(asked))?;
+        self.source.transport.counters.retries.fetch_add(1, Relaxed);
+        Some(wait)
     }
 }
 
@@ -361,7 +374,7 @@ impl Wish {
         let from_start = self.whole && self.position == 0;
         let mut call = Call::blob(&trail.source.repository, self.digest);
         call.range = (!from_start).then_some((self.position, self.end));
-        (call.patient, call.apart) = (self.patient, self.second);
+        (call.patient, call.apart, call.class) = (self.patient, self.second, self.class);
         let began = Instant::now();
         let response = transport.send(&call, host).await?;
         let first_byte = began.elapsed();

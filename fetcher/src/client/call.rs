@@ -16,6 +16,7 @@ use super::transport::sensitive;
 use crate::auth::{Access, Authorization, TokenKey};
 use crate::error::FetchError;
 use crate::hosts::Endpoint;
+use crate::observe::Class;
 use crate::reference::Reference;
 
 /// Pieces in which a body leaves, in bytes. Each one counts as progress of the upload.
@@ -85,6 +86,8 @@ pub(crate) struct Call<'a> {
     pub(crate) patient: bool,
     /// Not over the connection that other requests share.
     pub(crate) apart: bool,
+    /// What for.
+    pub(crate) class: Class,
 }
 
 impl<'a> Call<'a> {
@@ -101,6 +104,7 @@ impl<'a> Call<'a> {
             blob: None,
             patient: false,
             apart: false,
+            class: Class::default(),
         }
     }
 

@@ -101,6 +101,12 @@ impl Gates {
         until.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()))
     }
 
+    /// The window of each host.
+    pub(crate) fn windows(&self) -> Vec<(String, f64)> {
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        hosts.iter().map(|(host, gate)| (host.clone(), gate.lock().window)).collect()
+    }
+
     fn gate(&self, host: &str) -> Arc<Gate> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         if hosts.len() >= MAX_HOSTS && !hosts.contains_key(host) {

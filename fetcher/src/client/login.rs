@@ -8,6 +8,7 @@ use super::transport::{Call, MAX_SMALL_BODY, Transport, denied, host_of, sensiti
 use crate::auth::{self, Authorization, Challenge};
 use crate::error::FetchError;
 use crate::hosts::Endpoint;
+use crate::observe::Exchange;
 
 /// For whom an authorization is got.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -91,7 +92,9 @@ impl Transport {
     ) -> Result<Authorization, FetchError> {
         let host = host_of(&wanted.url);
         let client = self.pools.get(self.way_to(&wanted.url, at, false).await)?.client;
+        let seen = Exchange::begin_token(self, &host, call);
         let pass = self.gates.enter(&host, false).await;
+        seen.sent();
         let mut request = match &wanted.form {
             Some(form) => client
                 .post(wanted.url.clone())
@@ -102,7 +105,9 @@ impl Transport {
         if let Some((user, password)) = &wanted.basic {
             request = request.header(AUTHORIZATION, sensitive(&auth::basic(user, password))?);
         }
-        let response = self.timed(&host, "a token", request.send()).await?;
+        let mut answer = self.timed(&host, "a token", request.send()).await;
+        seen.answered(&mut answer);
+        let response = answer?;
         self.answered(&pass, &response);
         match response.status() {
             StatusCode::OK => {

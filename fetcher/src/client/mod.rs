@@ -34,17 +34,17 @@ pub(crate) use parts::{MAX_PARTS, PartsReader};
 pub use proxy::Proxies;
 pub(crate) use redirect::same_origin;
 pub(crate) use trail::Witness;
-pub(crate) use transport::{Repository, host_of};
+pub(crate) use transport::{Call, Repository, Transport, host_of};
 
 use crate::error::FetchError;
 use crate::hosts::{HostFiles, Need};
 use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
+use crate::observe::Watch;
 use crate::platform::Platform;
 use crate::reference::Reference;
-use crate::stats::ClientStats;
+use crate::stats::{ClientStats, HostStats};
 use ask::Ask;
 use call::Action;
-use transport::{Call, Transport};
 
 pub use push::Uploaded;
 pub use show::{CredentialReport, HostReport, TlsReport};
@@ -79,6 +79,8 @@ pub struct ClientOptions {
     pub retry_base: Duration,
     /// Longest wait between repetitions. A server that asks for more gets no more requests.
     pub max_retry_wait: Duration,
+    /// Who hears of the requests.
+    pub watch: Watch,
 }
 
 impl Default for ClientOptions {
@@ -95,6 +97,7 @@ impl Default for ClientOptions {
             retries: 4,
             retry_base: Duration::from_millis(200),
             max_retry_wait: Duration::from_secs(30),
+            watch: Watch::default(),
         }
     }
 }
@@ -132,6 +135,17 @@ impl RegistryClient {
     /// Counters since the client was made.
     pub fn stats(&self) -> ClientStats {
         self.transport.counters.snapshot()
+    }
+
+    /// How the hosts that were asked have answered.
+    pub fn host_stats(&self) -> Vec<HostStats> {
+        let mut hosts = self.transport.counters.hosts();
+        for (name, window) in self.transport.gates.windows() {
+            if let Some(host) = hosts.iter_mut().find(|host| host.host == name) {
+                host.window = Some(window);
+            }
+        }
+        hosts
     }
 
     /// Fetches and verifies manifest and config of an image for a platform.

@@ -16,6 +16,7 @@ use super::multipart::Parts;
 use super::trail::{Trail, Witness};
 use super::transport::{Call, host_of};
 use crate::error::FetchError;
+use crate::observe::Class;
 
 /// Ranges of one request. Some servers count them, and headers have a bound.
 pub(crate) const MAX_PARTS: usize = 64;
@@ -72,7 +73,7 @@ impl BlobSource {
         let trail = Trail::begin(self.clone(), digest, true).await?;
         let mut call = Call::blob(&self.repository, digest);
         call.ranges = ranges.to_vec();
-        call.patient = true;
+        (call.patient, call.class) = (true, Class::Prefetch);
         let began = Instant::now();
         let refused = || self.transport.part_refusals.note(&self.repository.registry);
         let response = match self.transport.send(&call, trail.host()).await {

@@ -1,5 +1,6 @@
 //! When and how long to wait before asking again.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use backon::{BackoffBuilder, ExponentialBuilder, Retryable as _};
@@ -16,6 +17,37 @@ pub(crate) struct RetryPolicy {
     pub(crate) base: Duration,
     /// Longest wait between two tries, also when the server asks for more.
     pub(crate) max_wait: Duration,
+}
+
+/// A policy whose repetitions are counted.
+#[derive(Clone, Copy)]
+pub(crate) struct Retrier<'a> {
+    pub(crate) policy: RetryPolicy,
+    pub(crate) retries: &'a AtomicU64,
+}
+
+impl std::ops::Deref for Retrier<'_> {
+    type Target = RetryPolicy;
+
+    fn deref(&self) -> &RetryPolicy {
+        &self.policy
+    }
+}
+
+impl Retrier<'_> {
+    /// [`RetryPolicy::run`].
+    pub(crate) async fn run<T, F, Fut>(&self, mut operation: F) -> Result<T, FetchError>
+    where
+        F: FnMut() -> Fut,
+        Fut: Future<Output = Result<T, FetchError>>,
+    {
+        let mut again = false;
+        let counted = || {
+            self.retries.fetch_add(u64::from(std::mem::replace(&mut again, true)), Relaxed);
+            operation()
+        };
+        self.policy.run(counted).await
+    }
 }
 
 impl RetryPolicy {

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -20,11 +20,12 @@ use super::login::Share;
 use super::parts::PartRefusals;
 use super::pools::{Pools, Way};
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
-use super::retry::{RetryPolicy, retry_after};
+use super::retry::{Retrier, RetryPolicy, retry_after};
 use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
 use crate::hosts::{Endpoint, Health, Hosts, Role, TlsSettings, is_loopback};
 use crate::manifest::printable;
+use crate::observe::Exchange;
 use crate::stats::ClientCounters;
 
 /// Largest token answer or error body that is read, in bytes.
@@ -45,7 +46,7 @@ const MIRROR_ANSWER: Duration = Duration::from_secs(8);
 /// Connections, tokens and what was learnt about hosts.
 pub(crate) struct Transport {
     pub(crate) options: ClientOptions,
-    pub(crate) counters: ClientCounters,
+    pub(crate) counters: Arc<ClientCounters>,
     pub(super) hosts: Hosts,
     pub(super) health: Health,
     pub(super) pools: Pools,
@@ -74,7 +75,7 @@ impl Transport {
             health: Health::new(options.mirror_rest),
             pools: Pools::new(options.user_agent.clone(), options.proxies.clone()),
             options,
-            counters: ClientCounters::default(),
+            counters: Arc::default(),
             plain: Mutex::default(),
             tokens: TokenCache::default(),
             referrers_turn: tokio::sync::Mutex::default(),
@@ -86,8 +87,8 @@ impl Transport {
         }
     }
 
-    pub(crate) fn policy(&self) -> RetryPolicy {
-        policy_of(&self.options)
+    pub(crate) fn policy(&self) -> Retrier<'_> {
+        Retrier { policy: policy_of(&self.options), retries: &self.counters.retries }
     }
 
     /// Sends a call to a host, answers a 401, follows redirects; the answer's status is 200 or 206 (or 416).
@@ -208,11 +209,13 @@ impl Transport {
         let host = host_of(url);
         let apart = call.apart && url.scheme() == "https";
         let mut pooled = self.pools.get(self.way_to(url, at, apart).await)?;
+        let mut seen = Exchange::begin(self, &host, call);
         let pass = self.gates.enter(&host, call.patient).await;
         // What was said for the host of the settings is for no other.
         let own = same_origin(url, base);
         let headers = call.headers(own.then_some(&at.headers), authorization)?;
         for fresh in 0.. {
+            seen.sent();
             let (request, progress) = call.request(&pooled.client, url);
             let sent = request.headers(headers.clone()).send();
             self.counters.requests.fetch_add(1, Relaxed);
@@ -224,20 +227,22 @@ impl Transport {
                 None => within(limit, sent).await,
                 Some(progress) => while_it_leaves(limit, sent, &progress).await,
             };
-            match answer {
-                Some(Ok(response)) => {
-                    self.answered(&pass, &response);
-                    return Ok(response);
-                }
+            let mut answer = match answer {
+                Some(Ok(response)) => Ok(response),
                 Some(Err(error)) if fresh < FRESH_CONNECTIONS && is_turned_away(&error) => {
                     tracing::debug!(host, what = call.resource, "a fresh connection is opened");
                     pooled = self.pools.renew(&pooled)?;
+                    drop(seen);
+                    seen = Exchange::begin(self, &host, call);
+                    continue;
                 }
-                Some(Err(error)) => return Err(classify(&host, &call.resource, error)),
-                None => {
-                    return Err(FetchError::Stalled { host, what: call.resource.clone(), after: limit });
-                }
-            }
+                Some(Err(error)) => Err(classify(&host, &call.resource, error)),
+                None => Err(FetchError::Stalled { host, what: call.resource.clone(), after: limit }),
+            };
+            seen.answered(&mut answer);
+            let response = answer?;
+            self.answered(&pass, &response);
+            return Ok(response);
         }
         Err(FetchError::Interrupted { what: "a request" })
     }
@@ -296,7 +301,7 @@ impl Transport {
     ) -> Result<Option<Bytes>, FetchError> {
         let limit = self.options.stall_timeout;
         let host = host_of(response.url());
-        match tokio::time::timeout(limit, response.chunk()).await {
+        let piece = match tokio::time::timeout(limit, response.chunk()).await {
             Ok(Ok(chunk)) => {
                 let len = chunk.as_ref().map_or(0, |c| c.len() as u64);
                 self.counters.bytes.fetch_add(len, Relaxed);
@@ -304,7 +309,9 @@ impl Transport {
             }
             Ok(Err(error)) => Err(classify(&host, what, error)),
             Err(_) => Err(FetchError::Stalled { host, what: what.to_owned(), after: limit }),
-        }
+        };
+        Exchange::piece(response, &piece);
+        piece
     }
 
     /// A whole body of at most `limit` bytes.

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use super::scheduler::Class;
 use super::window::Window;
 use crate::error::FetchError;
+use crate::observe;
 use crate::store::{Layer, Need};
 
 /// A fault waits for a background request that will reach the span within so many bytes, or within what the link
@@ -62,6 +63,8 @@ pub(super) struct Run {
     id: u64,
     pub(super) ranks: Range<usize>,
     pub(super) class: Class,
+    /// What is told of it.
+    pub(super) told: observe::Class,
     /// Bytes that the request has brought, of this run and of those before it in the same request.
     pub(super) position: Arc<AtomicU64>,
 }
@@ -203,8 +206,12 @@ impl LayerState {
                 if runs.len() >= max_runs || (before >= max_bytes && !runs.is_empty()) {
                     return runs;
                 }
-                runs.push(state.claim_behind(self, layer, run.ranks, Class::Background, before, &position));
-                before += run.bytes;
+                let bytes = run.bytes;
+                let mut run =
+                    state.claim_behind(self, layer, run.ranks, Class::Background, before, &position);
+                run.told = observe::Class::Prefetch;
+                runs.push(run);
+                before += bytes;
             }
         }
         runs
@@ -263,7 +270,11 @@ impl State {
             let before = before + layer.span_at(rank).blob_offset.saturating_sub(begin);
             self.claims.insert(rank, Claim { run: id, class, before, position: Arc::clone(position) });
         }
-        Run { state: Arc::clone(owner), id, ranks, class, position: Arc::clone(position) }
+        let told = match class {
+            Class::Fault => observe::Class::Fault,
+            Class::Background => observe::Class::Hydrate,
+        };
+        Run { state: Arc::clone(owner), id, ranks, class, told, position: Arc::clone(position) }
     }
 }
 

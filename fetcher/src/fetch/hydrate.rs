@@ -19,6 +19,7 @@ use super::claims::{LayerState, Run};
 use super::pump::{Failure, Pace, pump};
 use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans};
 use crate::error::FetchError;
+use crate::observe::Class;
 use crate::store::Layer;
 
 /// Requests of one hydration at a time: the second hides the first one's round trip.
@@ -256,7 +257,7 @@ async fn stream_from_any(
             }
         });
         inner.counters.background_requests.fetch_add(1, Relaxed);
-        let blob = source.reader(digest, 0..size, Some(size));
+        let blob = source.reader(digest, 0..size, Some(size)).for_class(Class::Hydrate);
         let witness = blob.witness();
         let feed = feeder.run(blob, pace, |n| {
             inner.counters.background_bytes.fetch_add(n, Relaxed);

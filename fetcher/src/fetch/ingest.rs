@@ -14,6 +14,7 @@ use super::{Inner, Progress, blocking};
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
+use crate::observe::Class;
 use crate::store::{Layer, Staging};
 
 /// Tries when what comes is not what its digests say: bytes may break on the way.
@@ -74,7 +75,7 @@ async fn with_retry(
     let _slot = inner.scheduler.stream().await?;
     let mut tries = 1;
     loop {
-        let blob = blobs.reader(layer.digest, 0..layer.size, Some(layer.size));
+        let blob = blobs.reader(layer.digest, 0..layer.size, Some(layer.size)).for_class(Class::Stream);
         let witness = blob.witness();
         match stream(inner, layer, blob, blobs.name(), progress, plan).await {
             // What a mirror has spoilt is no try of the registry.

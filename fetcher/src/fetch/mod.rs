@@ -30,12 +30,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lazyrun_index::{Digest, LayerId, StreamOptions};
+use tracing::{Instrument as _, debug_span, info_span};
 
 use crate::bounds::layer_limit;
 use crate::client::BlobSource;
 use crate::error::FetchError;
 use crate::manifest::LayerDescriptor;
-use crate::stats::{FetchCounters, FetchStats};
+use crate::observe::{FaultSeen, Watch};
+use crate::stats::{FetchCounters, FetchStats, HistogramSnapshot};
 use crate::store::{Layer, LayerStore};
 use claims::LayerState;
 use flight::Flights;
@@ -90,6 +92,8 @@ pub struct FetchOptions {
     pub max_readahead: u64,
     /// How new layers are cut into spans.
     pub stream: StreamOptions,
+    /// Who hears of faults and decoded spans.
+    pub watch: Watch,
 }
 
 impl Default for FetchOptions {
@@ -104,6 +108,7 @@ impl Default for FetchOptions {
             streams: 6,
             max_readahead: 8 << 20,
             stream: StreamOptions::default(),
+            watch: Watch::default(),
         }
     }
 }
@@ -183,6 +188,11 @@ impl Fetcher {
         self.inner.counters.snapshot()
     }
 
+    /// How long faults have waited since the fetcher was made.
+    pub fn fault_latency(&self) -> HistogramSnapshot {
+        self.inner.counters.fault_latency.snapshot()
+    }
+
     /// Says where a layer's blob can be got from. The newest source is asked first; one for the same blob in the
     /// same repository replaces the older.
     pub fn add_source(&self, diff_id: Digest, descriptor: LayerDescriptor, blobs: BlobSource) {
@@ -207,7 +217,8 @@ impl Fetcher {
         self.add_source(descriptor.diff_id, descriptor.clone(), blobs.clone());
         let (inner, descriptor) = (Arc::clone(&self.inner), descriptor.clone());
         let flight = self.inner.ingests.join(LayerId::tar(descriptor.diff_id), || async move {
-            ingest::run(&inner, &descriptor, &blobs, &progress).await
+            let span = info_span!("stream", layer = %descriptor.diff_id, image = blobs.name());
+            ingest::run(&inner, &descriptor, &blobs, &progress).instrument(span).await
         });
         flight.wait("streaming a layer").await
     }
@@ -242,8 +253,12 @@ impl Fetcher {
         }
         let began = Instant::now();
         let _first = self.inner.scheduler.fault();
-        let result = fault::read(&self.inner, layer, offset, len).await;
-        self.inner.counters.fault_done(began.elapsed(), result.is_ok());
+        let span = debug_span!("fault", layer = %layer.id(), image = self.inner.image_of(layer), offset, len);
+        let result = fault::read(&self.inner, layer, offset, len).instrument(span).await;
+        let (waited, ok) = (began.elapsed(), result.is_ok());
+        self.inner.counters.fault_done(waited, ok);
+        let fault = FaultSeen { layer: layer.id(), offset, len: len as u64, began, waited, ok };
+        self.inner.options.watch.fault(&fault);
         result
     }
 
@@ -288,8 +303,10 @@ impl Fetcher {
         let id = layer.id();
         let _haste = self.inner.hastes.enter(id, haste);
         let (inner, layer) = (Arc::clone(&self.inner), Arc::clone(layer));
-        let flight =
-            self.inner.hydrations.join(id, || async move { hydrate::run(&inner, &layer, &progress).await });
+        let flight = self.inner.hydrations.join(id, || async move {
+            let span = info_span!("hydrate", layer = %layer.id(), image = inner.image_of(&layer));
+            hydrate::run(&inner, &layer, &progress).instrument(span).await
+        });
         flight.wait("hydrating a layer").await
     }
 
@@ -337,6 +354,12 @@ impl Inner {
         if found.is_empty() { Err(FetchError::NoSource { diff_id: layer.diff_id() }) } else { Ok(found) }
     }
 
+    /// Registry and repository that a layer comes from, as far as known: for the log.
+    fn image_of(&self, layer: &Layer) -> Option<String> {
+        let sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.get(&layer.diff_id())?.first().map(|source| source.blobs.name())
+    }
+
     fn state(&self, id: LayerId) -> Arc<LayerState> {
         let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(states.entry(id).or_default())
@@ -366,5 +389,7 @@ async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, FetchError> + Send + 'static,
 ) -> Result<T, FetchError> {
+    let span = tracing::Span::current();
+    let work = move || span.in_scope(work);
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(FetchError::Interrupted { what }))
 }

@@ -12,12 +12,13 @@ use super::arriving::{Arriving, Reader};
 use super::claims::Run;
 use super::scheduler::Class;
 use super::{Inner, spans};
+use crate::client::BlobSource;
 use crate::error::FetchError;
 use crate::store::Layer;
 
 /// Whether it is worth trying for a layer.
 pub(super) fn are_possible(inner: &Inner, layer: &Layer) -> bool {
-    inner.sources(layer).is_ok_and(|sources| sources.first().is_some_and(|source| source.may_do_parts()))
+    inner.sources(layer).is_ok_and(|sources| sources.first().is_some_and(BlobSource::may_do_parts))
 }
 
 /// Fetches runs that were claimed together.

@@ -10,11 +10,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use lazyrun_index::{Digest, DigestOf, Hasher, IndexError, LayerSink, Layout, SpanInfo, prove_layer};
+use tracing::Instrument as _;
 
 use super::claims::LayerState;
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking, ingest, table};
 use crate::error::FetchError;
+use crate::observe::Class;
 use crate::store::{Layer, LayerPin, is_full};
 
 /// Passes per source when what comes is damaged.
@@ -33,9 +35,10 @@ pub(super) async fn run(
     if let Some(lie) = layer.lie() {
         return Err(lie);
     }
+    let span = tracing::info_span!("prove", layer = %layer.id(), image = inner.image_of(layer));
     match layer.id().layout {
-        Layout::Tar => tar(inner, layer, progress).await?,
-        Layout::Table => table::run(inner, layer, progress).await?,
+        Layout::Tar => tar(inner, layer, progress).instrument(span).await?,
+        Layout::Table => table::run(inner, layer, progress).instrument(span).await?,
     }
     inner.state(layer.id()).changed.notify_waiters();
     Ok(())
@@ -95,7 +98,7 @@ pub(super) async fn pass<T: Send + 'static>(
             let work = Arc::clone(&work);
             let worker = blocking("proving a layer", move || work(reader, &problem));
             inner.counters.background_requests.fetch_add(1, Relaxed);
-            let blob = source.reader(digest, 0..size, Some(size));
+            let blob = source.reader(digest, 0..size, Some(size)).for_class(Class::Hydrate);
             let witness = blob.witness();
             let feed = feeder.run(blob, pace, |n| {
                 inner.counters.background_bytes.fetch_add(n, Relaxed);

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lazyrun_index::SpanInfo;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinError, JoinHandle};
+use tracing::Instrument as _;
 
 use super::arriving::{Arriving, Reader};
 use super::claims::Run;
@@ -15,6 +16,7 @@ use super::scheduler::Class;
 use super::{Inner, blocking};
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
+use crate::observe::DecodeSeen;
 use crate::store::{Layer, Need};
 
 /// Tries per source when what comes is corrupt.
@@ -28,7 +30,9 @@ const PLACE_PATIENCE: Duration = Duration::from_secs(1);
 /// something comes.
 pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
     let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::new(run));
-    tokio::spawn(async move {
+    let ranks = run.ranks.clone();
+    let span = tracing::debug_span!("fetch", layer = %layer.id(), class = %run.told, first = ranks.start, end = ranks.end);
+    let fetching = async move {
         let slot = match tokio::time::timeout(PLACE_PATIENCE, inner.scheduler.fault_request()).await {
             Ok(Ok(slot)) => Some(slot),
             Ok(Err(_)) => return,
@@ -41,7 +45,8 @@ pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
         if let Err(error) = result {
             tracing::warn!(layer = %layer.id(), %error, "fault could not be served");
         }
-    });
+    };
+    tokio::spawn(fetching.instrument(span));
 }
 
 /// Waits until a run has brought nothing for `limit`. Nobody waits for it any more then, and whoever comes next shall
@@ -152,7 +157,7 @@ fn reader(
 ) -> BlobReader {
     let index = layer.index();
     let range = blob_range(layer, next..run.ranks.end);
-    let reader = source.reader(index.blob_digest(), range, Some(index.blob_size()));
+    let reader = source.reader(index.blob_digest(), range, Some(index.blob_size())).for_class(run.told);
     match run.class {
         Class::Fault => reader.hedged(other),
         Class::Background => reader.patient(),
@@ -200,7 +205,9 @@ async fn read_spans(
         }
         let permit = inner.scheduler.decode().await?;
         let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(run));
+        let fetching = tracing::Span::current();
         let task = tokio::task::spawn_blocking(move || {
+            let _of = fetching.enter();
             let result = store(&inner, &layer, &run, rank, &span, &compressed);
             drop((permit, compressed, room));
             result
@@ -232,6 +239,7 @@ pub(super) fn store(
     span: &SpanInfo,
     compressed: &[u8],
 ) -> Result<(), FetchError> {
+    let began = Instant::now();
     let mut decoded = Vec::new();
     let number = span.index as usize;
     let corrupt = |reason: String| {
@@ -262,6 +270,9 @@ pub(super) fn store(
         )));
     }
     run.done(rank);
+    let (bytes, took) = (span.len, began.elapsed());
+    inner.counters.decoded(bytes, took);
+    inner.options.watch.decoded(&DecodeSeen { layer: layer.id(), span: number, bytes, took });
     // After each span: a daemon that is killed fetches nothing twice but what was on the way. Losing it costs no more.
     let _ = layer.save_map();
     Ok(())

@@ -234,6 +234,11 @@ impl Layer {
             .sum()
     }
 
+    /// Number of spans that are local and verified.
+    pub fn local_spans(&self) -> usize {
+        self.trusted_count.load(Ordering::Acquire)
+    }
+
     /// Makes what is local survive a power cut: writes the data out, then the durable map. Blocks on the disk.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ mod span_map;
 mod staging;
 mod standing;
 mod touched;
+mod usage;
 mod victims;
 
 use std::collections::{HashMap, HashSet};

@@ -28,6 +28,11 @@ macro_rules! requests {
             pub fn total(&self) -> u64 {
                 0 $(+ self.$name)*
             }
+
+            /// Each kind of request by name, and how many there were.
+            pub fn each(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$((stringify!($name), self.$name)),*].into_iter()
+            }
         }
     };
 }

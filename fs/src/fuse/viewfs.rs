@@ -41,6 +41,12 @@ impl<L: LayerFiles> ViewFs<L> {
         Self { view, files, layers, has_xattrs, has_acls, requests: Arc::default() }
     }
 
+    /// Counts its requests there, together with those of other servers.
+    pub fn counting_in(mut self, requests: Arc<Requests>) -> Self {
+        self.requests = requests;
+        self
+    }
+
     fn inode(&self, ino: u64) -> Option<(Ino, &Inode)> {
         let number = Ino::try_from(ino.checked_sub(1)?).ok()?;
         Some((number, self.view.get(number)?))

@@ -32,13 +32,14 @@ pub fn translate(profile: &Profile, from: &[Arc<Layer>], to: &[Arc<Layer>]) -> O
 }
 
 /// The files of a layer by where their bytes lie.
-pub(super) struct Sources<'a> {
+pub struct Sources<'a> {
     /// Ascending by the extent's place in the layer file.
     extents: Vec<(Extent, EntryRef<'a>)>,
 }
 
 impl<'a> Sources<'a> {
-    pub(super) fn of(layer: &'a Layer) -> Self {
+    /// Those of a layer.
+    pub fn of(layer: &'a Layer) -> Self {
         let files = layer.index().entries().filter(|e| e.kind() == EntryKind::File);
         let mut extents: Vec<_> = files.flat_map(|e| e.extents().map(move |extent| (extent, e))).collect();
         extents.sort_unstable_by_key(|(extent, _)| extent.layer_offset);
@@ -50,6 +51,11 @@ impl<'a> Sources<'a> {
         let first =
             self.extents.partition_point(|(e, _)| e.layer_offset.saturating_add(e.len) <= bytes.start);
         self.extents.iter().skip(first).take_while(move |(e, _)| e.layer_offset < bytes.end)
+    }
+
+    /// Paths of the files that have any of these bytes, one for each extent.
+    pub fn files_at(&self, bytes: Range<u64>) -> impl Iterator<Item = &'a [u8]> {
+        self.within(bytes).map(|(_, entry)| entry.path())
     }
 
     /// Path and length of the first file that has any of these bytes.
