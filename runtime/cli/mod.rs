@@ -1,6 +1,7 @@
 //! The command line: what can be typed, and which module does it.
 
 pub mod args;
+mod container_args;
 mod containers;
 mod hydrate;
 mod images;
