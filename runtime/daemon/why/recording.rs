@@ -405,7 +405,7 @@ mod tests {
         let at = recording.began + Duration::from_millis(at);
         RequestSeen {
             host: "h".into(),
-            repository: "h/app".into(),
+            repository: "h.example/app".into(),
             what: what.into(),
             blob: None,
             range: None,
@@ -423,8 +423,8 @@ mod tests {
 
     #[test]
     fn only_its_own_is_recorded_and_not_without_bound() {
-        let recording = Recording::new("h/app:v1", Started::Mount);
-        let other = RequestSeen { repository: "h/other".into(), ..seen(&recording, "manifests/v1", 0, 200) };
+        let recording = Recording::new("h.example/app:v1", Started::Mount);
+        let other = RequestSeen { repository: "h.example/other".into(), ..seen(&recording, "manifests/v1", 0, 200) };
         recording.request(&other);
         recording.request(&seen(&recording, "manifests/v1", 0, 503));
         recording.request(&seen(&recording, "manifests/v1", 5, 200));
@@ -446,7 +446,7 @@ mod tests {
 
     #[test]
     fn phases_have_no_gaps() {
-        let recording = Recording::new("h/app:v1", Started::Container { id: "i".into(), name: "n".into() });
+        let recording = Recording::new("h.example/app:v1", Started::Container { id: "i".into(), name: "n".into() });
         std::thread::sleep(Duration::from_millis(2));
         recording.phase("setup");
         recording.phase("run");
@@ -458,7 +458,7 @@ mod tests {
         assert_eq!(names, ["resolve", "setup", "run"]);
         assert!(start.phases.windows(2).all(|pair| pair[0].end_ms == pair[1].start_ms));
         assert_eq!(start.exit.as_ref().map(|e| (e.code, e.at_ms)), Some((3, start.phases[2].end_ms)));
-        let later = Recording::new("h/app:v1", Started::Mount);
+        let later = Recording::new("h.example/app:v1", Started::Mount);
         assert!(later.number() > recording.number());
     }
 }
