@@ -121,7 +121,6 @@ pub(super) async fn run(
 
 /// What a request was charged for.
 struct Paid {
-    begin: u64,
     len: u64,
 }
 
@@ -132,12 +131,12 @@ impl Paid {
         let end = spans().map(|span| span.blob_offset.saturating_add(span.blob_len)).max().unwrap_or(begin);
         let len = end.saturating_sub(begin);
         inner.throttle.charge(len);
-        Paid { begin, len }
+        Paid { len }
     }
 
     /// Gives back what did not come.
     fn settle(&self, inner: &Inner, run: &Run) {
-        let came = run.position.load(Relaxed).saturating_sub(self.begin);
+        let came = run.position.load(Relaxed);
         inner.throttle.give_back(self.len.saturating_sub(came));
     }
 }
