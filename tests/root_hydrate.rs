@@ -107,7 +107,8 @@ fn an_index_from_the_registry_is_proven_by_hydration() {
 
 #[test]
 fn an_interrupted_command_leaves_hydration_going() {
-    let fixture = Fixture::shaped(SLOW);
+    // So slow that it goes on for seconds after the interruption, however late that comes.
+    let fixture = Fixture::shaped(Shape { mbit: 8.0, ..SLOW });
     let lazyrun = with_index_only(&fixture.image());
     fixture.registry.reset();
     let waiting = lazyrun.spawn(&["hydrate", "--wait", &fixture.image()]);

@@ -11,6 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -88,6 +89,14 @@ fn changed_by(lazyrun: &Lazyrun, plan: &str, image: &str) -> (Tree, PathBuf) {
     (seen, upper)
 }
 
+/// A child that another test has just forked may hold what was open here until it executes its program.
+fn unmount(dir: &Path) {
+    wait_for("the directory to be free", Duration::from_secs(10), || match umount2(dir, MntFlags::empty()) {
+        Err(Errno::EBUSY) => None,
+        result => Some(result.expect("unmount")),
+    });
+}
+
 /// What the kernel's overlayfs and `lazyrun union` show of an upper directory over the image.
 fn seen_by_both(lazyrun: &Lazyrun, lower: &Path, upper: &Path) -> [Tree; 2] {
     let work = lazyrun.scratch("work");
@@ -98,11 +107,11 @@ fn seen_by_both(lazyrun: &Lazyrun, lower: &Path, upper: &Path) -> [Tree; 2] {
     mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(kernel.as_str()))
         .expect("the kernel's overlayfs takes the upper directory");
     let first = scan(&merged);
-    umount2(&merged, MntFlags::empty()).expect("unmount");
+    unmount(&merged);
     let union = Command::new(EXE).args(["union", "-o", &options]).arg(&merged).status().expect("run lazyrun");
     assert!(union.success(), "lazyrun union takes the upper directory");
     let second = scan(&merged);
-    umount2(&merged, MntFlags::empty()).expect("unmount");
+    unmount(&merged);
     [first, second]
 }
 

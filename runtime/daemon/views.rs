@@ -172,9 +172,12 @@ impl Views {
         let this = Arc::clone(self);
         let began = std::time::Instant::now();
         let runtime = tokio::runtime::Handle::current();
-        let mounted = tokio::task::spawn_blocking(move || match plan {
-            Plan::Erofs => this.mount_erofs(id, layers, purpose, &runtime),
-            Plan::Overlay | Plan::Fuse => this.mount_fuse(id, layers, plan),
+        let of = tracing::Span::current();
+        let mounted = tokio::task::spawn_blocking(move || {
+            of.in_scope(|| match plan {
+                Plan::Erofs => this.mount_erofs(id, layers, purpose, &runtime),
+                Plan::Overlay | Plan::Fuse => this.mount_fuse(id, layers, plan),
+            })
         });
         let view = Arc::new(mounted.await.context("mounting the view")??);
         self.lock().insert((view.id.clone(), plan), Arc::clone(&view));

@@ -424,7 +424,8 @@ mod tests {
     #[test]
     fn only_its_own_is_recorded_and_not_without_bound() {
         let recording = Recording::new("h.example/app:v1", Started::Mount);
-        let other = RequestSeen { repository: "h.example/other".into(), ..seen(&recording, "manifests/v1", 0, 200) };
+        let other =
+            RequestSeen { repository: "h.example/other".into(), ..seen(&recording, "manifests/v1", 0, 200) };
         recording.request(&other);
         recording.request(&seen(&recording, "manifests/v1", 0, 503));
         recording.request(&seen(&recording, "manifests/v1", 5, 200));
@@ -446,7 +447,8 @@ mod tests {
 
     #[test]
     fn phases_have_no_gaps() {
-        let recording = Recording::new("h.example/app:v1", Started::Container { id: "i".into(), name: "n".into() });
+        let recording =
+            Recording::new("h.example/app:v1", Started::Container { id: "i".into(), name: "n".into() });
         std::thread::sleep(Duration::from_millis(2));
         recording.phase("setup");
         recording.phase("run");
