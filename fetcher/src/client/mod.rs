@@ -33,7 +33,6 @@ pub use blob::{BlobReader, BlobSource};
 pub(crate) use parts::{MAX_PARTS, PartsReader};
 pub use proxy::Proxies;
 pub(crate) use redirect::same_origin;
-pub(crate) use trail::Witness;
 pub(crate) use transport::{Call, Repository, Transport, host_of};
 
 use crate::error::FetchError;

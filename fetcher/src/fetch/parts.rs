@@ -49,9 +49,30 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
     let Some(reader) = source.parts(layer.index().blob_digest(), &ranges).await? else { return Ok(()) };
     inner.scheduler.link.answered(reader.first_byte());
     let witness = reader.witness().clone();
-    let mut arriving = Arriving::new(inner, Class::Background, &position, Reader::Parts(reader));
-    // Spans are decoded on all cores while others arrive. Dropping the set does not stop a decode, which is short.
+    let arriving = Arriving::new(inner, Class::Background, &position, Reader::Parts(reader));
+    // Spans are decoded on all cores while others arrive.
     let mut decoding = JoinSet::new();
+    let received = receive(inner, layer, runs, arriving, &mut decoding).await;
+    // Whatever went wrong: as long as a decode goes on, its run's claims are not free for whoever comes next.
+    let mut decoded = Ok(());
+    while let Some(done) = decoding.join_next().await {
+        decoded = decoded.and(spans::decoded(done));
+    }
+    let result = received.and(decoded);
+    if matches!(result, Err(FetchError::Corrupt { .. })) {
+        witness.disown();
+    }
+    result
+}
+
+/// Takes in what comes and has it decoded.
+async fn receive(
+    inner: &Arc<Inner>,
+    layer: &Arc<Layer>,
+    runs: Vec<Run>,
+    mut arriving: Arriving<'_>,
+    decoding: &mut JoinSet<Result<(), FetchError>>,
+) -> Result<(), FetchError> {
     for run in runs.into_iter().map(Arc::new) {
         for rank in run.ranks.clone() {
             let span = layer.span_at(rank);
@@ -59,7 +80,7 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
             let room = inner.memory.span(&span).await?;
             let compressed = arriving.span(&span, next).await?;
             while let Some(done) = decoding.try_join_next() {
-                spans::decoded(done).inspect_err(|_| disown(&witness))?;
+                spans::decoded(done)?;
             }
             if layer.has_span(span.index as usize) || !run.owns(rank) {
                 continue;
@@ -73,12 +94,5 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
             });
         }
     }
-    while let Some(done) = decoding.join_next().await {
-        spans::decoded(done).inspect_err(|_| disown(&witness))?;
-    }
     Ok(())
-}
-
-fn disown(witness: &crate::client::Witness) {
-    witness.disown();
 }
