@@ -37,7 +37,8 @@ pub fn probe(root: &Path) -> Probes {
             return probes;
         }
     };
-    probes.fuse = read_back(tree.as_fd(), "FUSE");
+    // Whatever the plan, what is written has to go somewhere.
+    probes.fuse = with(&scratch, |_| read_back(tree.as_fd(), "FUSE"));
     probes.overlay_on_fuse = with(&scratch, |scratch| overlay(scratch, "fuse", tree.as_fd()));
     let device = Path::new(&fd_path(tree.as_fd())).join(tiny::FILE);
     let view =
