@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lazyrun::demo::registry::Registry;
 use lazyrun::demo::shaper::{Shape, Shaper};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -111,6 +111,9 @@ fn an_interrupted_command_leaves_hydration_going() {
     let fixture = Fixture::shaped(Shape { mbit: 8.0, ..SLOW });
     let lazyrun = with_index_only(&fixture.image());
     fixture.registry.reset();
+    // Whoever runs the tests may have it ignored, as a shell does for what it puts into the background.
+    // SAFETY: no handler is involved.
+    unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }.expect("take interruptions as usual");
     let waiting = lazyrun.spawn(&["hydrate", "--wait", &fixture.image()]);
     wait_for_bytes(&fixture.registry, MIB);
     kill(Pid::from_raw(waiting.pid()), Signal::SIGINT).expect("interrupt the command");
