@@ -172,8 +172,9 @@ async fn wrong_parts_harm_nobody() {
         let server = serving(&image, habit).await;
         let (bench, layer) = indexed(&server.name("app:v1")).await;
         prefetch(&bench, &layer, &image.layers[0].tar).await;
-        assert!((1..=2).contains(&server.count(several)), "habit {seed}");
-        assert!(server.count(single) > 0, "habit {seed}");
+        let asked = (server.count(several), server.count(single));
+        // The second try may well bring all that the first one left.
+        assert!(matches!(asked, (1, 1..) | (2, _)), "habit {seed}: {asked:?}");
     }
 }
 
