@@ -218,6 +218,22 @@ fn a_mount_may_keep_its_image_lazy_until_the_user_asks() {
 }
 
 #[test]
+fn what_the_cache_has_no_room_for_is_not_tried_again() {
+    let fixture = Fixture::new();
+    let lazyrun = with_index_only(&fixture.image());
+    lazyrun.ok(&["--cache-limit", "8MiB", "images"]);
+    let failed = lazyrun.run(&["hydrate", "--wait", &fixture.image()]);
+    assert_ne!(failed.code, Some(0), "{failed:#?}");
+    assert!(failed.stderr.contains("the cache is full"), "{failed:#?}");
+    assert_silent(&fixture.registry);
+    fixture.registry.reset();
+    lazyrun.replace_daemon();
+    assert_eq!(lazyrun.lazy_state(), "lazy");
+    assert_silent(&fixture.registry);
+    assert_eq!(fixture.registry.stats().requests, 0);
+}
+
+#[test]
 fn removal_ends_all_requests() {
     let fixture = Fixture::shaped(SLOW);
     let lazyrun = with_index_only(&fixture.image());

@@ -467,14 +467,7 @@ impl FetchError {
 
     /// Whether the store is to blame, so that no other source helps.
     pub(crate) fn is_of_store(&self) -> bool {
-        matches!(
-            self,
-            FetchError::DiskFull { .. }
-                | FetchError::DiskReserved { .. }
-                | FetchError::NoRoom { .. }
-                | FetchError::CacheFull { .. }
-                | FetchError::Store { .. }
-        )
+        self.is_full() || matches!(self, FetchError::Store { .. })
     }
 
     /// Whether the same request may succeed a moment later, because a registry does not answer or is overloaded.
@@ -493,7 +486,13 @@ impl FetchError {
 
     /// Whether the store has no room for more.
     pub fn is_full(&self) -> bool {
-        matches!(self, FetchError::DiskFull { .. } | FetchError::NoRoom { .. })
+        matches!(
+            self,
+            FetchError::DiskFull { .. }
+                | FetchError::DiskReserved { .. }
+                | FetchError::NoRoom { .. }
+                | FetchError::CacheFull { .. }
+        )
     }
 
     /// How long the server asked to be left alone.
