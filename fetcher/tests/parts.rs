@@ -4,6 +4,7 @@ mod common;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use common::registry::Registry;
 use common::server::{Reply, Seen, Server, broken, full, serve, status};
 use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use hyper::Response;
-use lazyrun_fetcher::{ClientOptions, FetchOptions, Layer};
+use lazyrun_fetcher::{ClientOptions, FetchError, FetchOptions, Layer};
 
 /// Spans as a profile would name them: apart, and not in the blob's order.
 const WANTED: [Range<usize>; 4] = [20..22, 3..4, 34..35, 9..10];
@@ -147,6 +148,29 @@ async fn a_registry_that_refuses_is_asked_one_by_one() {
         prefetch(&bench, &layer, &image.layers[0].tar).await;
         assert_eq!(server.count(several), 1, "habit {seed}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_that_is_gone_is_no_refusal() {
+    let image = image(15);
+    let lost = Arc::new(AtomicBool::new(false));
+    let (gone, served) = (Arc::clone(&lost), image.clone());
+    let server = Server::start(move |seen| match (seen.is_blob(), several(seen)) {
+        (true, _) if gone.load(Ordering::SeqCst) => status(404),
+        (true, true) => answer(full(multipart(seen, &served.layers[0].blob, |_| ()))),
+        _ => serve(&served, seen),
+    })
+    .await;
+    let (bench, layer) = indexed(&server.name("app:v1")).await;
+    lost.store(true, Ordering::SeqCst);
+    let error = bench.fetcher.prefetch(&layer, &WANTED).await.unwrap_err();
+    assert!(matches!(error, FetchError::BlobNotFound { .. }), "{error}");
+    assert!(layer.is_origin_gone());
+    lost.store(false, Ordering::SeqCst);
+    let before = (server.count(several), server.count(single));
+    prefetch(&bench, &layer, &image.layers[0].tar).await;
+    assert_eq!((server.count(several), server.count(single)), (before.0 + 1, before.1));
+    assert!(!layer.is_origin_gone());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -78,13 +78,15 @@ impl BlobSource {
         let refused = || self.transport.part_refusals.note(&self.repository.registry);
         let response = match self.transport.send(&call, trail.host()).await {
             Ok(response) => response,
-            Err(error) if error.is_transient() => return Err(error),
-            // 501 or whatever a server thinks of it; what is really wrong will show without parts.
-            Err(error) => {
+            // 501 or whatever else a server thinks of it.
+            Err(error @ (FetchError::Server { .. } | FetchError::Protocol { .. }))
+                if !error.is_transient() =>
+            {
                 tracing::debug!(%error, "several ranges at once are refused");
                 refused();
                 return Ok(None);
             }
+            Err(error) => return Err(error),
         };
         let kind = response.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
         let parts = kind

@@ -9,9 +9,9 @@ use bytes::Bytes;
 use lazyrun_index::{Digest, SpanInfo};
 
 use super::Inner;
-use super::scheduler::Class;
 use crate::client::{BlobReader, PartsReader};
 use crate::error::FetchError;
+use crate::observe::Class;
 
 /// What brings the bytes.
 pub(super) enum Reader {
@@ -119,7 +119,7 @@ impl<'a> Arriving<'a> {
         let counters = &self.inner.counters;
         let counter = match self.class {
             Class::Fault => &counters.fault_bytes,
-            Class::Background => &counters.background_bytes,
+            _ => &counters.background_bytes,
         };
         counter.fetch_add(bytes, Relaxed);
         self.inner.scheduler.link.arrived(bytes, Instant::now());

@@ -12,10 +12,9 @@ use std::time::{Duration, Instant};
 use lazyrun_index::SpanInfo;
 use tokio::sync::Notify;
 
-use super::scheduler::Class;
 use super::window::Window;
 use crate::error::FetchError;
-use crate::observe;
+use crate::observe::Class;
 use crate::store::{Layer, Need};
 
 /// A fault waits for a background request that will reach the span within so many bytes, or within what the link
@@ -63,8 +62,6 @@ pub(super) struct Run {
     id: u64,
     pub(super) ranks: Range<usize>,
     pub(super) class: Class,
-    /// What is told of it.
-    pub(super) told: observe::Class,
     /// Bytes that the request has brought, of this run and of those before it in the same request.
     pub(super) position: Arc<AtomicU64>,
 }
@@ -181,7 +178,7 @@ impl LayerState {
         let first = range.find(|&i| state.is_free(layer, i))?;
         let first_len = layer.span_at(first).blob_len;
         let end = state.extend(layer, first..first + 1, bytes.saturating_sub(first_len));
-        Some(state.claim(self, layer, first..end, Class::Background))
+        Some(state.claim(self, layer, first..end, Class::Hydrate))
     }
 
     /// Claims missing spans among these ranks that nobody fetches, for one request: the first `max_runs` runs, in the
@@ -206,12 +203,8 @@ impl LayerState {
                 if runs.len() >= max_runs || (before >= max_bytes && !runs.is_empty()) {
                     return runs;
                 }
-                let bytes = run.bytes;
-                let mut run =
-                    state.claim_behind(self, layer, run.ranks, Class::Background, before, &position);
-                run.told = observe::Class::Prefetch;
-                runs.push(run);
-                before += bytes;
+                runs.push(state.claim_behind(self, layer, run.ranks, Class::Prefetch, before, &position));
+                before += run.bytes;
             }
         }
         runs
@@ -270,11 +263,7 @@ impl State {
             let before = before + layer.span_at(rank).blob_offset.saturating_sub(begin);
             self.claims.insert(rank, Claim { run: id, class, before, position: Arc::clone(position) });
         }
-        let told = match class {
-            Class::Fault => observe::Class::Fault,
-            Class::Background => observe::Class::Hydrate,
-        };
-        Run { state: Arc::clone(owner), id, ranks, class, told, position: Arc::clone(position) }
+        Run { state: Arc::clone(owner), id, ranks, class, position: Arc::clone(position) }
     }
 }
 
@@ -321,8 +310,7 @@ impl Claim {
     /// round trip.
     fn yields(&self, in_flight: u64) -> bool {
         let worth_waiting = WORTH_WAITING.max(in_flight);
-        self.class == Class::Background
-            && self.before > self.position.load(Relaxed).saturating_add(worth_waiting)
+        self.class != Class::Fault && self.before > self.position.load(Relaxed).saturating_add(worth_waiting)
     }
 }
 

@@ -10,10 +10,10 @@ use tokio::task::JoinSet;
 
 use super::arriving::{Arriving, Reader};
 use super::claims::Run;
-use super::scheduler::Class;
 use super::{Inner, spans};
 use crate::client::BlobSource;
 use crate::error::FetchError;
+use crate::observe::Class;
 use crate::store::Layer;
 
 /// Whether it is worth trying for a layer.
@@ -46,10 +46,13 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
     let ranges: Vec<Range<u64>> =
         runs.iter().map(|run| spans::blob_range(layer, run.ranks.clone())).collect();
     inner.counters.background_requests.fetch_add(1, Relaxed);
-    let Some(reader) = source.parts(layer.index().blob_digest(), &ranges).await? else { return Ok(()) };
+    let digest = layer.index().blob_digest();
+    let Some(reader) = source.parts(digest, &ranges).await? else {
+        return Err(FetchError::RangeIgnored { host: source.name(), digest });
+    };
     inner.scheduler.link.answered(reader.first_byte());
     let witness = reader.witness().clone();
-    let arriving = Arriving::new(inner, Class::Background, &position, Reader::Parts(reader));
+    let arriving = Arriving::new(inner, Class::Prefetch, &position, Reader::Parts(reader));
     // Spans are decoded on all cores while others arrive.
     let mut decoding = JoinSet::new();
     let received = receive(inner, layer, runs, arriving, &mut decoding).await;

@@ -28,13 +28,6 @@ const FAT: u64 = 640 << 10;
 const MIN_BACKGROUND: u64 = 1 << 20;
 const MAX_BACKGROUND: u64 = 32 << 20;
 
-/// What a piece of work is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
-    Fault,
-    Background,
-}
-
 pub(super) struct Scheduler {
     began: Instant,
     faults: AtomicUsize,

@@ -10,13 +10,12 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinError, JoinHandle};
 use tracing::Instrument as _;
 
+use super::Inner;
 use super::arriving::{Arriving, Reader};
 use super::claims::Run;
-use super::scheduler::Class;
-use super::{Inner, blocking};
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
-use crate::observe::DecodeSeen;
+use crate::observe::{Class, DecodeSeen};
 use crate::store::{Layer, Need};
 
 /// Tries per source when what comes is corrupt.
@@ -31,7 +30,7 @@ const PLACE_PATIENCE: Duration = Duration::from_secs(1);
 pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
     let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::new(run));
     let ranks = run.ranks.clone();
-    let span = tracing::debug_span!("fetch", layer = %layer.id(), class = %run.told, first = ranks.start, end = ranks.end);
+    let span = tracing::debug_span!("fetch", layer = %layer.id(), class = %run.class, first = ranks.start, end = ranks.end);
     let fetching = async move {
         let slot = match tokio::time::timeout(PLACE_PATIENCE, inner.scheduler.fault_request()).await {
             Ok(Ok(slot)) => Some(slot),
@@ -91,20 +90,18 @@ pub(super) async fn fetch(
     result
 }
 
-/// Writes down which spans are here, and whether more can be had.
+/// Remembers whether the layer's blob can still be had. Which spans are here has been written down one by one.
 pub(super) async fn settle(layer: &Arc<Layer>, result: &Result<(), FetchError>) {
-    let saved = Arc::clone(layer);
     // What nobody has any more can't be fetched again, so nothing of it may be evicted.
     let gone = match result {
-        Ok(()) => Some(false),
-        Err(FetchError::BlobNotFound { .. } | FetchError::ImageNotFound { .. }) => Some(true),
-        Err(_) => None,
+        Ok(()) => false,
+        Err(FetchError::BlobNotFound { .. } | FetchError::ImageNotFound { .. }) => true,
+        Err(_) => return,
     };
-    let _ = blocking("saving the span map", move || {
-        gone.into_iter().for_each(|gone| saved.set_origin_gone(gone));
-        saved.save_map().map_err(|e| FetchError::store("writing", &saved.data_path(), e))
-    })
-    .await;
+    if layer.is_origin_gone() != gone {
+        let layer = Arc::clone(layer);
+        let _ = tokio::task::spawn_blocking(move || layer.set_origin_gone(gone)).await;
+    }
 }
 
 async fn from_any_source(inner: &Arc<Inner>, layer: &Arc<Layer>, run: &Arc<Run>) -> Result<(), FetchError> {
@@ -157,10 +154,10 @@ fn reader(
 ) -> BlobReader {
     let index = layer.index();
     let range = blob_range(layer, next..run.ranks.end);
-    let reader = source.reader(index.blob_digest(), range, Some(index.blob_size())).for_class(run.told);
+    let reader = source.reader(index.blob_digest(), range, Some(index.blob_size())).for_class(run.class);
     match run.class {
         Class::Fault => reader.hedged(other),
-        Class::Background => reader.patient(),
+        _ => reader.patient(),
     }
 }
 
@@ -174,7 +171,7 @@ async fn read_spans(
 ) -> Result<(), FetchError> {
     let requests = match run.class {
         Class::Fault => &inner.counters.fault_requests,
-        Class::Background => &inner.counters.background_requests,
+        _ => &inner.counters.background_requests,
     };
     requests.fetch_add(1, Relaxed);
     reader.connect().await?;
@@ -190,7 +187,7 @@ async fn read_spans(
             if rank + 1 < run.ranks.end { layer.span_at(rank + 1).blob_offset } else { u64::MAX };
         let room = match run.class {
             Class::Fault => None,
-            Class::Background => Some(inner.memory.span(&span).await?),
+            _ => Some(inner.memory.span(&span).await?),
         };
         let arrived = arriving.span(&span, next_begin).await;
         if let Some((done, task)) = decoding.take() {
@@ -258,7 +255,7 @@ pub(super) fn store(
     inner.counters.spans.fetch_add(1, Relaxed);
     let need = match run.class {
         Class::Fault => Need::Reader,
-        Class::Background => Need::Ahead,
+        _ => Need::Ahead,
     };
     let stored = layer
         .write_span_for(need, span, &decoded)
