@@ -280,6 +280,8 @@ fn it_ends_cleanly_on_signals() {
         let root = snapshotter.lazyrun.root().to_owned();
         let (code, _lazyrun, socket) = snapshotter.end(signal);
         assert_eq!((code, socket.exists()), (Some(0), false));
+        let run = lazyrun::paths::Paths::new(&root).expect("paths").run().to_owned();
+        assert!(!run.exists(), "{} is left", run.display());
         assert_eq!(mounts_below(&root), Vec::<String>::new());
         // What the test itself has mounted goes before the instance is searched for leftovers.
         drop(containerd);

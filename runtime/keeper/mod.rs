@@ -9,7 +9,7 @@ pub mod store;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -90,14 +90,30 @@ enum Ended {
     Died,
 }
 
+/// Makes the directories of the root and takes the lock that there is one of for each.
+fn take_over(paths: &Paths) -> io::Result<Flock<std::fs::File>> {
+    loop {
+        paths.create()?;
+        let file = match std::fs::File::create(paths.keeper_lock()) {
+            // A keeper that has just ended took the directory along.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            file => file?,
+        };
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, e)| io::Error::new(io::Error::from(e).kind(), "this root already has a keeper"))?;
+        // A lock on a file that was deleted meanwhile keeps nobody out.
+        let named = std::fs::metadata(paths.keeper_lock());
+        if named.is_ok_and(|named| lock.metadata().is_ok_and(|own| own.ino() == named.ino())) {
+            return Ok(lock);
+        }
+    }
+}
+
 impl<'a> Keeper<'a> {
     fn new(paths: &'a Paths, settings: &'a Settings, snapshotter: Option<Snapshotter>) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-        paths.create()?;
-        let lock = std::fs::File::create(paths.keeper_lock())?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
-            .map_err(|(_, e)| io::Error::new(io::Error::from(e).kind(), "this root already has a keeper"))?;
+        let lock = take_over(paths)?;
         let socket = paths.control();
         match std::fs::remove_file(&socket) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -131,6 +147,10 @@ impl<'a> Keeper<'a> {
             }
         }
         let _ = std::fs::remove_file(self.paths.control());
+        // Whoever opens the lock from now on makes a new one. Commands that have started keepers left a lock of their
+        // own, and the directory stays.
+        let _ = std::fs::remove_file(self.paths.keeper_lock());
+        let _ = std::fs::remove_dir(self.paths.run());
         Ok(())
     }
 

@@ -21,8 +21,7 @@ list() {
     lazyrun* | exe | memfd:* | containerd* | docker-registry) echo "process $name ${dir#/proc/}" ;;
     esac
   done
-  # A daemon that was stopped, not reset, leaves its lock for the next one: only more than that is left behind.
-  for dir in /run/lazyrun/*; do [ -e "$dir" ] && [ "$(ls -A "$dir")" != keeper.lock ] && echo "run directory $dir"; done
+  for dir in /run/lazyrun/*; do [ -e "$dir" ] && echo "run directory $dir"; done
   # The parent group stays, as docker's does: it is empty, and removing it would race with a container that starts.
   find /sys/fs/cgroup -type d -path '*/lazyrun*/*' 2>/dev/null | sed 's/^/cgroup /'
   true
