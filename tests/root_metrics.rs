@@ -3,10 +3,10 @@
 use std::process::Command;
 use std::time::Duration;
 
-use lazyrun::demo::shaper::{Shape, Shaper};
+use lazyrun::demo::shaper::Shape;
 
-use crate::support::docker_registry::DockerRegistry;
-use crate::support::fixture::{Fixture, TAG};
+use crate::support::fixture::{Fixture, READ_MIDDLE};
+use crate::support::indexed::Indexed;
 use crate::support::instance::Lazyrun;
 use crate::support::prometheus::Metrics;
 use crate::support::server::free_port;
@@ -14,7 +14,6 @@ use crate::support::wait_for;
 
 /// Slow enough that the middle of the big file is read long before hydration gets there.
 const SLOW: Shape = Shape { mbit: 60.0, rtt_ms: 5.0 };
-const READ_MIDDLE: [&str; 6] = ["dd", "if=/data/big.bin", "of=/dev/null", "bs=4096", "skip=3000", "count=40"];
 
 fn curl(args: &[&str]) -> String {
     let output = Command::new("curl").args(["-sS", "--max-time", "30"]).args(args).output();
@@ -31,13 +30,8 @@ fn run_middle(lazyrun: &Lazyrun, image: &str) {
 
 #[test]
 fn a_lazy_start_is_counted_to_the_byte() {
-    let fixture = Fixture::new();
-    let registry = DockerRegistry::start();
-    let shaper = Shaper::start(registry.addr(), SLOW).expect("start the shaper");
-    let direct = registry.push(fixture.layout(), TAG, "fixture");
-    // With an index in the registry and no profile.
-    Lazyrun::new().ok(&["index", "push", &direct]);
-    let image = format!("{}/fixture:{TAG}", shaper.addr());
+    let indexed = Indexed::behind(SLOW);
+    let (fixture, shaper, image) = (&indexed.fixture, &indexed.shaper, indexed.image.clone());
 
     let address = format!("127.0.0.1:{}", free_port());
     let lazyrun = Lazyrun::new().with_env("LAZYRUN_METRICS_ADDRESS", &address);

@@ -93,7 +93,10 @@ fn changed_by(lazyrun: &Lazyrun, plan: &str, image: &str) -> (Tree, PathBuf) {
 fn unmount(dir: &Path) {
     wait_for("the directory to be free", Duration::from_secs(10), || match umount2(dir, MntFlags::empty()) {
         Err(Errno::EBUSY) => None,
-        result => Some(result.expect("unmount")),
+        result => {
+            result.expect("unmount");
+            Some(())
+        }
     });
 }
 

@@ -9,7 +9,7 @@ use lazyrun_fetcher::{
 use serde_json::Value;
 
 use crate::support::docker_registry::DockerRegistry;
-use crate::support::fixture::{Fixture, NEXT_TAG, TAG, big, sha256, two_versions};
+use crate::support::fixture::{Fixture, NEXT_TAG, READ_MIDDLE, TAG, big, sha256, two_versions};
 use crate::support::instance::Lazyrun;
 use crate::support::wait_for;
 
@@ -17,8 +17,6 @@ use crate::support::wait_for;
 const SLOW: Shape = Shape { mbit: 20.0, rtt_ms: 5.0 };
 /// Byte of the big file that the recorded start reads, far from where hydration begins.
 const MIDDLE: u64 = 3000 * 4096;
-/// A command that reads from there.
-const READ_MIDDLE: [&str; 6] = ["dd", "if=/data/big.bin", "of=/dev/null", "bs=4096", "skip=3000", "count=40"];
 
 fn rows(lazyrun: &Lazyrun, args: &[&str]) -> Vec<Value> {
     lazyrun.ok(args).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()

@@ -8,17 +8,16 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lazyrun::demo::shaper::{Shape, Shaper};
+use lazyrun::demo::shaper::Shape;
 use serde_json::Value;
 
-use crate::support::docker_registry::DockerRegistry;
-use crate::support::fixture::{Fixture, TAG, write};
+use crate::support::fixture::{Fixture, READ_MIDDLE, TAG, write};
+use crate::support::indexed::Indexed;
 use crate::support::instance::Lazyrun;
 use crate::support::server::Server;
 use crate::support::wait_for;
 
 const SLOW: Shape = Shape { mbit: 40.0, rtt_ms: 10.0 };
-const READ_MIDDLE: [&str; 6] = ["dd", "if=/data/big.bin", "of=/dev/null", "bs=4096", "skip=3000", "count=40"];
 
 fn why(lazyrun: &Lazyrun, name: &str) -> Value {
     serde_json::from_str(&lazyrun.ok(&["why", "--format", "json", name])).expect("JSON")
@@ -42,12 +41,8 @@ fn number(value: &Value, key: &str) -> f64 {
 
 #[test]
 fn a_start_tells_where_its_time_went() {
-    let fixture = Fixture::new();
-    let registry = DockerRegistry::start();
-    let shaper = Shaper::start(registry.addr(), SLOW).expect("start the shaper");
-    let direct = registry.push(fixture.layout(), TAG, "fixture");
-    Lazyrun::new().ok(&["index", "push", &direct]);
-    let image = format!("{}/fixture:{TAG}", shaper.addr());
+    let indexed = Indexed::behind(SLOW);
+    let (shaper, image) = (&indexed.shaper, indexed.image.clone());
     let lazyrun = Lazyrun::new();
     let unknown = lazyrun.fails(1, &["why", &image]);
     assert!(unknown.contains("no such container or image"), "{unknown}");

@@ -1,7 +1,5 @@
 //! `lazyrun hydrate`, and the lists with `--lazy`.
 
-use serde::de::DeserializeOwned;
-
 use super::args::HydrateArgs;
 use super::{Context, output, progress};
 use crate::failure::Failure;
@@ -30,18 +28,8 @@ fn start(context: &Context, image: &str, wait: bool) -> Result<(), Failure> {
     output::print(&format!("{digest}\n"))
 }
 
-/// The rows of a list. A root that nothing was ever done in has none, and needs no daemon to say so.
-fn list<T: DeserializeOwned>(context: &Context, action: HydrationAction) -> Result<Vec<T>, Failure> {
-    let request = Request::Hydrate(action);
-    match context.running_daemon() {
-        Some(mut daemon) => daemon.call(&request, &mut Quiet),
-        None if context.paths.meta().exists() => context.daemon()?.call(&request, &mut Quiet),
-        None => Ok(Vec::new()),
-    }
-}
-
 pub(super) fn images(context: &Context, format: Option<&str>) -> Result<(), Failure> {
-    let images: Vec<LazyImage> = list(context, HydrationAction::Images)?;
+    let images: Vec<LazyImage> = context.list(&Request::Hydrate(HydrationAction::Images))?;
     output::rows(
         &images,
         format,
@@ -57,7 +45,8 @@ pub(super) fn images(context: &Context, format: Option<&str>) -> Result<(), Fail
 }
 
 pub(super) fn containers(context: &Context, all: bool, format: Option<&str>) -> Result<(), Failure> {
-    let containers: Vec<LazyContainer> = list(context, HydrationAction::Containers { all })?;
+    let containers: Vec<LazyContainer> =
+        context.list(&Request::Hydrate(HydrationAction::Containers { all }))?;
     output::rows(
         &containers,
         format,

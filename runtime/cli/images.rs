@@ -12,11 +12,7 @@ pub(super) fn list(context: &Context, quiet: bool, lazy: bool, format: Option<&s
     if lazy {
         return hydrate::images(context, format);
     }
-    let images: Vec<ImageSummary> = match context.running_daemon() {
-        Some(mut daemon) => daemon.call(&Request::Images, &mut Quiet)?,
-        None if context.paths.meta().exists() => context.daemon()?.call(&Request::Images, &mut Quiet)?,
-        None => Vec::new(),
-    };
+    let images: Vec<ImageSummary> = context.list(&Request::Images)?;
     let format = if quiet { Some("{{.ID}}") } else { format };
     output::rows(
         &images,

@@ -27,10 +27,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use serde::de::DeserializeOwned;
 
 use crate::failure::{EXIT_LAZYRUN, Failure};
-use crate::ipc::client::Connection;
-use crate::ipc::protocol::IndexOptions;
+use crate::ipc::client::{Connection, Quiet};
+use crate::ipc::protocol::{IndexOptions, Request};
 use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
 use crate::paths::{DEFAULT_ROOT, Paths};
@@ -56,6 +57,15 @@ impl Context {
             system_disk::limit(self, self.limits)?;
         }
         keeper::start::connect_or_start(&self.paths, &self.settings)
+    }
+
+    /// The rows of a list. A root that nothing was ever done in has none, and needs no daemon to say so.
+    fn list<T: DeserializeOwned>(&self, request: &Request) -> Result<Vec<T>, Failure> {
+        match self.running_daemon() {
+            Some(mut daemon) => daemon.call(request, &mut Quiet),
+            None if self.paths.meta().exists() => self.daemon()?.call(request, &mut Quiet),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// A connection to the instance's daemon if one runs.

@@ -189,7 +189,7 @@ impl Images {
         progress: &Arc<dyn Progress>,
     ) -> Result<Ready> {
         let ready = self.found(request, progress).await?;
-        self.record_found(&ready, &request.registry).await?;
+        self.record_apart(&ready.image, &request.registry).await?;
         Ok(ready)
     }
 
@@ -213,7 +213,7 @@ impl Images {
     /// # Errors
     /// When a layer can't be had or isn't what its digest and diffID say.
     pub async fn layers(
-        &self,
+        self: &Arc<Self>,
         image: &ResolvedImage,
         registry: &RegistryOptions,
         policy: &IndexPolicy,
@@ -222,7 +222,7 @@ impl Images {
         self.adopt_found(image, registry, policy, Beside::default(), progress).await?;
         let layers = self.indexed_layers(image, registry, policy, progress).await?;
         // Only now is it known that the image is what its manifest says.
-        self.record(image, registry)?;
+        self.record_apart(image, registry).await?;
         Ok(layers)
     }
 

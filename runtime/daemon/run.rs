@@ -92,7 +92,7 @@ impl Daemon {
             let purpose = self.foresee(&ready, &request.image, request.hydrate, start)?;
             let (view, ()) = tokio::try_join!(
                 self.views.get(ready.layers.clone(), plan, purpose),
-                self.images.record_found(&ready, &request.image.registry)
+                self.images.record_apart(&ready.image, &request.image.registry)
             )?;
             self.seen.mounted(start, &view);
             start.phase("network");

@@ -17,6 +17,10 @@ pub const TAG: &str = "v1";
 /// The tag of another version of it, whose layer with `/data` has a file more, in front of the others.
 pub const NEXT_TAG: &str = "v2";
 
+/// A command that reads some pages from the middle of `/data/big.bin`.
+pub const READ_MIDDLE: [&str; 6] =
+    ["dd", "if=/data/big.bin", "of=/dev/null", "bs=4096", "skip=3000", "count=40"];
+
 /// The image's layout and a registry that serves it.
 pub struct Fixture {
     /// Counts and shapes; dropping it takes the image off the network.

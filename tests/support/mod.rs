@@ -7,6 +7,7 @@ pub mod bulk;
 pub mod containerd;
 pub mod docker_registry;
 pub mod fixture;
+pub mod indexed;
 pub mod instance;
 pub mod leaks;
 pub mod prometheus;

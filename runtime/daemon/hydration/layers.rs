@@ -13,9 +13,10 @@ impl Hydration {
     pub fn begin_layers(self: &Arc<Self>, layers: &[Arc<Layer>]) {
         let mut jobs = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.retain(|_, job| !job.is_finished());
-        for layer in
-            layers.iter().filter(|l| !l.is_hydrated() && !jobs.contains_key(&l.id())).collect::<Vec<_>>()
-        {
+        for layer in layers.iter().filter(|l| !l.is_hydrated()) {
+            if jobs.contains_key(&layer.id()) {
+                continue;
+            }
             let (this, layer, id) = (Arc::clone(self), Arc::clone(layer), layer.id());
             let job = tokio::spawn(async move {
                 let progress: Arc<dyn Progress> = Arc::new(NoProgress);

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use lazyrun_fetcher::{Reference, ResolvedImage};
 use lazyrun_index::Digest;
 
-use super::{Images, Ready};
+use super::Images;
 use crate::clock;
 use crate::daemon::meta::ImageRecord;
 use crate::failure::Failure;
@@ -40,12 +40,16 @@ impl Images {
         })
     }
 
-    /// Records what was [`found`](Images::found).
+    /// [`Images::record`] away from the threads that others wait for: it waits for the disk.
     ///
     /// # Errors
-    /// As [`Images::record`].
-    pub async fn record_found(self: &Arc<Self>, found: &Ready, registry: &RegistryOptions) -> Result<()> {
-        let (this, image, registry) = (Arc::clone(self), found.image.clone(), registry.clone());
+    /// As that.
+    pub async fn record_apart(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        registry: &RegistryOptions,
+    ) -> Result<()> {
+        let (this, image, registry) = (Arc::clone(self), image.clone(), registry.clone());
         tokio::task::spawn_blocking(move || this.record(&image, &registry))
             .await
             .context("recording an image")?
