@@ -193,6 +193,9 @@ impl Bench<'_> {
     }
 }
 
+/// An instance that has nothing yet but its daemon: containerd runs already, too.
 fn fresh() -> Instance {
-    Instance::fresh(Path::new(EXE), None, &[]).expect("an instance")
+    let instance = Instance::fresh(Path::new(EXE), None, &[]).expect("an instance");
+    instance.run(["cache", "drop"]).expect("start its daemon");
+    instance
 }
