@@ -78,7 +78,7 @@ bench-micro:
 # Random operations on the writable union against kernel overlayfs, SEEDS sequences of them: longer than a test may be.
 SEEDS ?= 500
 soak:
-	UNION_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fs --test root_union_model -- --ignored
+	UNION_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fs --test integration root_union_model -- --ignored
 
 # The daemon is killed KILLS times while it fills and evicts; every span that survives is verified each time.
 KILLS ?= 200

@@ -1,13 +1,11 @@
 //! Layers whose index somebody else made: faults by it, its proof by a stream, and what happens when it lies.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::claim::{Checkpoint, Claim, Members};
-use common::server::{Reply, Seen, Server, broken, serve, status, with_body};
-use common::{Bench, TestImage, no_progress, quick_fetch};
+use crate::common::claim::{Checkpoint, Claim, Members};
+use crate::common::server::{Reply, Seen, Server, broken, serve, status, with_body};
+use crate::common::{Bench, TestImage, no_progress, quick_fetch};
 use lazyrun_fetcher::{FetchError, Fetcher, Layer, LayerStore, Origin, OriginKind, Trust};
 use lazyrun_index::{Digest, DigestOf, LayerId, Layout};
 
@@ -353,7 +351,7 @@ async fn a_damaged_blob_is_no_lie() {
             let mut bytes = b.to_vec();
             let middle = bytes.len() / 2;
             bytes[middle] ^= 0x55;
-            common::server::full(bytes)
+            crate::common::server::full(bytes)
         })
     })
     .await;

@@ -1,11 +1,9 @@
 //! Index artifacts in a real registry, which knows no referrers API: pushing, finding, listing, deleting.
 
-mod common;
-
+use crate::common::artifacts::{index_of, indexes, put_own, put_referrers};
+use crate::common::registry::Registry;
+use crate::common::{Bench, TestImage, TestLayer, tar};
 use bytes::Bytes;
-use common::artifacts::{index_of, indexes, put_own, put_referrers};
-use common::registry::Registry;
-use common::{Bench, TestImage, TestLayer, tar};
 use lazyrun_fetcher::{
     FetchError, IndexPolicy, IndexSource, OriginKind, PushOptions, ResolvedImage, Trust, TrustMode,
     delete_index, discover, list_indexes, pull_index, push_indexes,

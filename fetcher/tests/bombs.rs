@@ -1,12 +1,10 @@
 //! Layers that unpack to far more than they are.
 
-mod common;
-
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 
-use common::server::{Server, serve};
-use common::{Bench, TestImage, TestLayer, no_progress, quick_fetch};
+use crate::common::server::{Server, serve};
+use crate::common::{Bench, TestImage, TestLayer, no_progress, quick_fetch};
 use lazyrun_fetcher::{FetchError, FetchOptions, Fetcher, LayerStore, Origin, OriginKind, Trust};
 use lazyrun_index::{
     Compression, Digest, DigestOf, IndexBuilder, IndexError, LayerFacts, Layout, NewEntrance, NewSpan,

@@ -1,13 +1,11 @@
 //! A store with a limit: layers larger than it, faults that evict, hydration that does not, and sources that are gone.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::server::{Seen, Server, serve, status};
-use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
+use crate::common::server::{Seen, Server, serve, status};
+use crate::common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use lazyrun_fetcher::{CacheLimit, CacheLimits, FetchError, FetchOptions, Layer};
 use lazyrun_index::StreamOptions;
 

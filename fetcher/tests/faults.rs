@@ -1,15 +1,13 @@
 //! Against servers that misbehave: limits, broken and wrong bodies, ranges.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::common::pull::{ingest, ingest_first, is_layer, one_layer};
+use crate::common::server::{Server, broken, full, serve, stalled, status, with_body};
+use crate::common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use bytes::Bytes;
-use common::pull::{ingest, ingest_first, is_layer, one_layer};
-use common::server::{Server, broken, full, serve, stalled, status, with_body};
-use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use hyper::Response;
 use lazyrun_fetcher::{ClientOptions, FetchError, FetchOptions};
 use lazyrun_index::{Digest, IndexError};
@@ -296,7 +294,7 @@ async fn endless_documents_stop_at_their_bound() {
 async fn a_layer_that_is_no_tar_is_named_as_such() {
     let layer = TestLayer {
         tar: vec![7; 5000],
-        blob: common::gzip(&[7; 5000]).into(),
+        blob: crate::common::gzip(&[7; 5000]).into(),
         ..one_layer(210).layers[0].clone()
     };
     let image = TestImage::new(vec![layer]);

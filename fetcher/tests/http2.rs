@@ -1,15 +1,13 @@
 //! HTTP/2 servers that turn requests away: refused streams and GOAWAY.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::common::certs::Authority;
+use crate::common::hosts::HostsDir;
+use crate::common::server::{Seen, serve};
+use crate::common::{Bench, TestImage, TestLayer, amd64, no_progress, quick_fetch, tar};
 use bytes::Bytes;
-use common::certs::Authority;
-use common::hosts::HostsDir;
-use common::server::{Seen, serve};
-use common::{Bench, TestImage, TestLayer, amd64, no_progress, quick_fetch, tar};
 use h2::Reason;
 use h2::server::SendResponse;
 use http_body_util::BodyExt as _;

@@ -1,17 +1,17 @@
 //! Mirrors: asked first, never believed, never needed.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::common::hosts::{HostsDir, nobody};
+use crate::common::pull::one_layer;
+use crate::common::server::{
+    Reply, Seen, Server, blob_reply, broken, full, serve, stalled, status, with_body,
+};
+use crate::common::{Bench, TestImage, TestLayer, amd64, no_progress, quick_fetch, tar};
 use base64::Engine as _;
 use bytes::Bytes;
-use common::hosts::{HostsDir, nobody};
-use common::pull::one_layer;
-use common::server::{Reply, Seen, Server, blob_reply, broken, full, serve, stalled, status, with_body};
-use common::{Bench, TestImage, TestLayer, amd64, no_progress, quick_fetch, tar};
 use hyper::Response;
 use lazyrun_fetcher::{ClientOptions, FetchError, HostFiles, Layer};
 use lazyrun_index::Digest;
@@ -340,7 +340,7 @@ async fn registries_conf_leads_elsewhere() {
     );
     std::fs::write(&conf, text).unwrap();
     let files = HostFiles { registries_conf: vec![conf.clone()], ..HostFiles::default() };
-    let bench = Bench::with(ClientOptions { hosts: files, ..common::quick_client() }, quick_fetch());
+    let bench = Bench::with(ClientOptions { hosts: files, ..crate::common::quick_client() }, quick_fetch());
     everything(&bench, &image, "made-up.example/team/app:v1").await.unwrap();
     assert!(origin.log().iter().all(|s| s.path.starts_with("/v2/there/app/manifests/v1")));
     assert!(mirror.log().iter().all(|s| s.path.starts_with("/v2/cache/app/blobs/")), "{:?}", mirror.log());
@@ -348,7 +348,7 @@ async fn registries_conf_leads_elsewhere() {
     let error = Bench::with(
         ClientOptions {
             hosts: HostFiles { registries_conf: vec![conf], ..HostFiles::default() },
-            ..common::quick_client()
+            ..crate::common::quick_client()
         },
         quick_fetch(),
     );

@@ -1,16 +1,14 @@
 //! Spans that lie apart by one request, and what is done where a registry does not do that.
 
-mod common;
-
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::common::registry::Registry;
+use crate::common::server::{Reply, Seen, Server, broken, full, serve, status};
+use crate::common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use bytes::Bytes;
-use common::registry::Registry;
-use common::server::{Reply, Seen, Server, broken, full, serve, status};
-use common::{Bench, TestImage, TestLayer, no_progress, quick_client, quick_fetch, tar};
 use hyper::Response;
 use lazyrun_fetcher::{ClientOptions, FetchError, FetchOptions, Layer};
 
@@ -93,7 +91,7 @@ fn multipart(seen: &Seen, blob: &Bytes, change: impl Fn(&mut Vec<(usize, usize)>
     body.into()
 }
 
-fn answer(body: common::server::Body) -> Reply {
+fn answer(body: crate::common::server::Body) -> Reply {
     let kind = "multipart/byteranges; boundary=AbC";
     Response::builder().status(206).header("content-type", kind).body(body).unwrap()
 }
@@ -207,15 +205,22 @@ async fn a_fault_takes_what_it_needs_from_a_request_that_hangs() {
     let image = image(30);
     let server = serving(&image, |seen, blob| {
         let body = multipart(seen, blob, |_| ());
-        answer(common::server::stalled(&body, 10))
+        answer(crate::common::server::stalled(&body, 10))
     })
     .await;
     let (bench, layer) = indexed(&server.name("app:v1")).await;
     let (fetcher, ahead) = (bench.fetcher.clone(), Arc::clone(&layer));
     let prefetch = tokio::spawn(async move { fetcher.prefetch(&ahead, &WANTED).await });
+    let asked = async {
+        while server.count(several) == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), asked).await.unwrap();
     let span = layer.index().span(9);
     let got = bench.fetcher.read(&layer, span.offset, 1000).await.unwrap();
     assert!(got[..] == image.layers[0].tar[span.offset as usize..][..1000]);
+    assert!(!prefetch.is_finished(), "the fault waited until the request was given up");
     // After its patience the prefetch goes on without parts.
     prefetch.await.unwrap().unwrap();
     assert!(wanted().all(|number| layer.has_span(number)));

@@ -1,14 +1,12 @@
 //! Through a real, small forward proxy: CONNECT for https, absolute-form requests for plain http.
 
-mod common;
-
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use common::certs::Authority;
-use common::hosts::HostsDir;
-use common::registry::{Extra, Registry};
-use common::{Bench, TestImage, amd64, no_progress, quick_client, quick_fetch};
+use crate::common::certs::Authority;
+use crate::common::hosts::HostsDir;
+use crate::common::registry::{Extra, Registry};
+use crate::common::{Bench, TestImage, amd64, no_progress, quick_client, quick_fetch};
 use lazyrun_fetcher::{ClientOptions, FetchError, Proxies};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};

@@ -1,13 +1,11 @@
 //! Redirects: what is remembered of them, and what is not shown to whom they lead to.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::pull::{base64, challenge, ingest, is_layer, logged_in, one_layer};
-use common::server::{Server, blob_reply, full, serve, stalled, status, with_body};
-use common::{Bench, TestImage};
+use crate::common::pull::{base64, challenge, ingest, is_layer, logged_in, one_layer};
+use crate::common::server::{Server, blob_reply, full, serve, stalled, status, with_body};
+use crate::common::{Bench, TestImage};
 use hyper::Response;
 use lazyrun_fetcher::FetchError;
 

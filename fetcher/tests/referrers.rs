@@ -1,14 +1,12 @@
 //! Registries with the referrers API, with logins, and with habits of their own.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
+use crate::common::artifacts::{indexes, own_manifest};
+use crate::common::fake::{Fake, Habits};
+use crate::common::server::{Server, full, serve, status};
+use crate::common::{Bench, TestImage, quick_client, quick_fetch};
 use bytes::Bytes;
-use common::artifacts::{indexes, own_manifest};
-use common::fake::{Fake, Habits};
-use common::server::{Server, full, serve, status};
-use common::{Bench, TestImage, quick_client, quick_fetch};
 use hyper::Response;
 use lazyrun_fetcher::{
     ClientOptions, DiscoverOptions, FetchError, IndexPolicy, PushOptions, ResolvedImage, TrustMode,
@@ -220,7 +218,7 @@ async fn refused_manifests_come_with_the_registrys_words() {
 
 /// An own artifact of the image with one good index, added without pushing.
 fn add_own(fake: &Fake, image: &ResolvedImage, made: &TestImage, n: usize) -> Digest {
-    let blob = Bytes::from(common::artifacts::index_of(&made.layers[n]));
+    let blob = Bytes::from(crate::common::artifacts::index_of(&made.layers[n]));
     fake.add_blob(blob.clone());
     let manifest = Bytes::from(own_manifest(image, &image.layers[n], &blob).to_string());
     fake.add_manifest(&manifest, &format!("own{n}"));
@@ -248,7 +246,7 @@ async fn a_slow_registry_does_not_hold_up_a_start() {
     let made = image.clone();
     let server = Server::start(move |seen| {
         if seen.path.contains("/referrers/") || seen.path.contains("/manifests/sha256-") {
-            let stalled = common::server::stalled(&Bytes::from_static(b"{\"manifests\":"), 3);
+            let stalled = crate::common::server::stalled(&Bytes::from_static(b"{\"manifests\":"), 3);
             return Response::new(stalled);
         }
         serve(&image, seen)
@@ -274,7 +272,8 @@ async fn what_came_in_time_is_kept() {
         Server::start(move |seen| serve(&made, seen)).await
     };
     let image = Bench::new().resolve(&plain.name("app:v1")).await;
-    let blobs: Vec<Bytes> = made.layers.iter().map(|l| Bytes::from(common::artifacts::index_of(l))).collect();
+    let blobs: Vec<Bytes> =
+        made.layers.iter().map(|l| Bytes::from(crate::common::artifacts::index_of(l))).collect();
     let manifests: Vec<Bytes> =
         (0..2).map(|n| Bytes::from(own_manifest(&image, &image.layers[n], &blobs[n]).to_string())).collect();
     // The first artifact is the newer one and comes; the second one's blob gets stuck.
@@ -297,7 +296,11 @@ async fn what_came_in_time_is_kept() {
                 Response::new(full(manifest.clone()))
             } else if let Some(blob) = blobs.iter().find(is) {
                 let stuck = *blob == blobs[1];
-                Response::new(if stuck { common::server::stalled(blob, 10) } else { full(blob.clone()) })
+                Response::new(if stuck {
+                    crate::common::server::stalled(blob, 10)
+                } else {
+                    full(blob.clone())
+                })
             } else if name.starts_with("sha256-") {
                 status(404)
             } else {

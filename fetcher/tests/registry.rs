@@ -1,11 +1,9 @@
 //! Against a real registry: resolving, first streams, faults, hydration.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::registry::Registry;
-use common::{Bench, LastProgress, TestImage, TestLayer, amd64, no_progress, tar};
+use crate::common::registry::Registry;
+use crate::common::{Bench, LastProgress, TestImage, TestLayer, amd64, no_progress, tar};
 use lazyrun_fetcher::{FetchError, Layer, Reference, ResolvedImage};
 use lazyrun_index::Digest;
 use serde_json::json;

@@ -1,14 +1,12 @@
 //! A full disk is a clean error. Needs root, to make a small tmpfs that no directory tree ever sees.
 
-mod common;
-
 use std::ffi::CStr;
 use std::io::Read as _;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
-use common::server::{Server, serve};
-use common::{TestImage, TestLayer, amd64, no_progress, quick_client, quick_fetch, tar};
+use crate::common::server::{Server, serve};
+use crate::common::{TestImage, TestLayer, amd64, no_progress, quick_client, quick_fetch, tar};
 use lazyrun_fetcher::{CacheLimits, FetchError, Fetcher, LayerStore, RegistryClient};
 
 /// A detached tmpfs: gone when the descriptor is closed, whatever happens to the test.

@@ -1,13 +1,11 @@
 //! Real registries behind TLS with an authority of their own, client certificates, and a real pull-through mirror.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::certs::Authority;
-use common::hosts::HostsDir;
-use common::registry::{Extra, Registry};
-use common::{Bench, TestImage, amd64, no_progress, quick_fetch};
+use crate::common::certs::Authority;
+use crate::common::hosts::HostsDir;
+use crate::common::registry::{Extra, Registry};
+use crate::common::{Bench, TestImage, amd64, no_progress, quick_fetch};
 use lazyrun_fetcher::{ClientOptions, FetchError, Layer};
 
 /// A registry that has the image, and one in front of it that speaks TLS and is a mirror of it.

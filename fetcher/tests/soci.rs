@@ -1,14 +1,13 @@
 //! SOCI indexes of both versions, found in a real registry and read.
 
-mod common;
 #[path = "../../index/tests/common/ztoc.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod ztoc;
 
+use crate::common::artifacts::{INDEX, MANIFEST, index_of, put_artifact, put_referrers};
+use crate::common::registry::Registry;
+use crate::common::{Bench, TestImage, TestLayer, tar};
 use bytes::Bytes;
-use common::artifacts::{INDEX, MANIFEST, index_of, put_artifact, put_referrers};
-use common::registry::Registry;
-use common::{Bench, TestImage, TestLayer, tar};
 use lazyrun_fetcher::{
     FoundIndexes, IndexPolicy, IndexSource, OriginKind, PushOptions, ResolvedImage, SOCI_V1_ARTIFACT_TYPE,
     SOCI_V2_ARTIFACT_TYPE, Trust, TrustMode, delete_index, discover, list_indexes, push_indexes,
@@ -180,7 +179,7 @@ fn data(file: &str) -> Bytes {
 fn real_image(manifest: &str) -> TestImage {
     let layer = |file: &str| {
         let blob = data(file);
-        let tar = common::filter("gzip", &["-dcq"], &blob);
+        let tar = crate::common::filter("gzip", &["-dcq"], &blob);
         TestLayer { tar, blob, media_type: "application/vnd.oci.image.layer.v1.tar+gzip" }
     };
     let layers = vec![layer("ztocs/layer.tar.gz"), layer("ztocs/bytes.tar.gz")];

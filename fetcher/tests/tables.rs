@@ -1,13 +1,11 @@
 //! Tables inside of layers, and beside them, found in a real registry.
 
-mod common;
-
 use std::collections::HashMap;
 
+use crate::common::artifacts::{MANIFEST, index_of};
+use crate::common::registry::Registry;
+use crate::common::{Bench, TestImage, TestLayer, filter, tar};
 use bytes::Bytes;
-use common::artifacts::{MANIFEST, index_of};
-use common::registry::Registry;
-use common::{Bench, TestImage, TestLayer, filter, tar};
 use lazyrun_fetcher::{
     FoundIndexes, IndexPolicy, IndexSource, OriginKind, PushOptions, ResolvedImage, Trust, TrustMode,
     discover, push_indexes,
@@ -103,7 +101,7 @@ async fn a_large_table_is_fetched_for_itself() {
     // The table reaches up to the footer. Empty members behind it change nothing of it, but make it longer than
     // what is asked for at first.
     let footer = layer.blob.split_off(layer.blob.len() - 51);
-    let padded = [layer.blob.as_ref(), &common::gzip(b"").repeat(15_000), footer.as_ref()].concat();
+    let padded = [layer.blob.as_ref(), &crate::common::gzip(b"").repeat(15_000), footer.as_ref()].concat();
     layer.blob = padded.into();
     let (bench, image) = push(&registry, &[(layer, annotations)]).await;
     let found = find(&bench, &image, &BOUND).await;

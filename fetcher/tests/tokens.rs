@@ -1,14 +1,12 @@
 //! Logging in: tokens of all sorts, and who waits for them.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::pull::{base64, challenge, ingest, logged_in, one_layer};
-use common::server::{Server, full, serve, status};
-use common::{Bench, TestImage, amd64, quick_client, quick_fetch};
+use crate::common::pull::{base64, challenge, ingest, logged_in, one_layer};
+use crate::common::server::{Server, full, serve, status};
+use crate::common::{Bench, TestImage, amd64, quick_client, quick_fetch};
 use hyper::Response;
 use lazyrun_fetcher::{ClientOptions, FetchError};
 

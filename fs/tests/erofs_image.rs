@@ -1,11 +1,9 @@
 //! What the writer promises without a kernel: equal inputs give equal images, and what cannot be written is
 //! refused with a sentence.
 
-mod common;
-
 use std::io::{self, Cursor};
 
-use common::layer::{Files, Item, TestLayer};
+use crate::common::layer::{Files, Item, TestLayer};
 use lazyrun_fs::erofs::{self, DeviceSpec, ErofsError, ErofsSummary, LayerContent};
 use lazyrun_fs::view::View;
 use lazyrun_index::{EntryKind, Extent};

@@ -1,15 +1,13 @@
 //! The kernel and fsck.erofs read what the writer writes.
 
-mod common;
-
 /// These mount, so they need root.
 mod root_kernel {
     use lazyrun_fs::view::View;
     use lazyrun_index::EntryKind;
     use proptest::prelude::*;
 
-    use super::common::layer::{Files, Item, TestLayer};
-    use super::common::{mount, tree};
+    use crate::common::layer::{Files, Item, TestLayer};
+    use crate::common::{mount, tree};
 
     /// Writes, mounts, compares with the view entry by entry, and has fsck.erofs check it.
     fn check(layers: &[TestLayer]) -> mount::Written {

@@ -1,8 +1,6 @@
 //! Every odd layer that is not refused, through the kernel: the mounted image equals the view, which
 //! `view_oddlayers` compares with the expected trees.
 
-mod common;
-
 /// These mount, so they need root.
 mod root_oddlayers {
     use std::os::fd::AsRawFd;
@@ -11,9 +9,9 @@ mod root_oddlayers {
     use lazyrun_fs::view::View;
     use lazyrun_index::LayerIndex;
 
-    use super::common::layer::TestLayer;
-    use super::common::oddlayers::{self, Case};
-    use super::common::{mount, tree};
+    use crate::common::layer::TestLayer;
+    use crate::common::oddlayers::{self, Case};
+    use crate::common::{mount, tree};
 
     /// `None` if the case is refused.
     fn written(case: &Case) -> Option<(mount::Written, tree::Tree)> {
@@ -49,7 +47,7 @@ mod root_oddlayers {
         let (image, of_view) = written(case).expect("accepted");
         let empty = TestLayer::default();
         let below = View::merge(&[&empty]).expect("merges");
-        let below = mount::write(&below, &super::common::layer::Files::of(&[empty])).expect("written");
+        let below = mount::write(&below, &crate::common::layer::Files::of(&[empty])).expect("written");
         let lowers = [
             mount::erofs(&image.image, &image.devices).expect("mounts"),
             mount::erofs(&below.image, &below.devices).expect("mounts"),

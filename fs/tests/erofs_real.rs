@@ -1,7 +1,5 @@
 //! A piece of this system, packed by GNU tar, comes back from the kernel as it is on disk.
 
-mod common;
-
 /// These mount, so they need root.
 mod root_real {
     use std::path::Path;
@@ -9,8 +7,8 @@ mod root_real {
 
     use lazyrun_fs::view::View;
 
-    use super::common::layer::Files;
-    use super::common::{mount, oddlayers, tree};
+    use crate::common::layer::Files;
+    use crate::common::{mount, oddlayers, tree};
 
     /// Programs: large and small files, hard links, symlinks, setuid bits, capabilities.
     const PIECES: [&str; 2] = ["usr/bin", "usr/sbin"];

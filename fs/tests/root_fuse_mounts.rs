@@ -1,7 +1,5 @@
 //! Detached mounts, the mount helper, the flat server and its takeover, on the real kernel as root.
 
-mod fuse_support;
-
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fuse_support::*;
+use crate::fuse_support::*;
 use lazyrun_fs::fuse::{self, Flat, FuseKind, FuseMount, ServeOptions, ServerHandle};
 use lazyrun_fs::mount::{self, OverlayOptions};
 use lazyrun_fs::mounter::{Device, Mounter, Request};

@@ -1,15 +1,12 @@
 //! The mount plans show the same tree: that of the view.
 
-mod common;
-mod fuse_support;
-
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use common::layer::{Files, Item, TestLayer};
-use common::{mount as written, tree};
-use fuse_support::*;
+use crate::common::layer::{Files, Item, TestLayer};
+use crate::common::{mount as written, tree};
+use crate::fuse_support::*;
 use lazyrun_fs::fuse::{self, Flat, FuseKind, FuseMount, ServeOptions, ServerHandle, ViewFs};
 use lazyrun_fs::mount::OverlayOptions;
 use lazyrun_fs::mounter::{Device, Request};

@@ -1,7 +1,5 @@
 //! The view server on the real kernel, as root.
 
-mod fuse_support;
-
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use fuse_support::*;
+use crate::fuse_support::*;
 use lazyrun_fs::fuse::{self, FuseKind, FuseMount, ServeOptions, ServerHandle, ViewFs};
 use lazyrun_fs::mount::OverlayOptions;
 use lazyrun_fs::mounter::Request;

@@ -1,8 +1,6 @@
 //! What single operations on a union promise, one test a promise. The comparison with overlayfs is
 //! `root_union_model`.
 
-mod union_support;
-
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::num::NonZeroUsize;
@@ -12,10 +10,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::union_support::{Mounted, Site, set_xattr, xattrs};
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 use nix::sys::mman::{MapFlags, MsFlags, ProtFlags, mmap, msync, munmap};
 use nix::sys::stat::{Mode, SFlag, mknod};
-use union_support::{Mounted, Site, set_xattr, xattrs};
 
 /// One lower layer and a union of it.
 struct Case {

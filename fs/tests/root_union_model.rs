@@ -1,8 +1,6 @@
 //! The union against its model, kernel overlayfs: random operations give the same answers, the same tree and an
 //! upper directory in the same format, which the other can take over.
 
-mod union_support;
-
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::OpenOptions;
@@ -11,10 +9,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::union_support::{Mounted, Seens, Site, differences, remove_xattr, set_xattr, walk};
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Gid, Uid, fchownat, linkat};
-use union_support::{Mounted, Seens, Site, differences, remove_xattr, set_xattr, walk};
 
 /// A small generator of numbers: splitmix64.
 struct Random(u64);

@@ -1,10 +1,8 @@
 //! Random layers against a naive model of the union: paths in a map, every rule by prefix.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::layer::{Item, TestLayer};
+use crate::common::layer::{Item, TestLayer};
 use lazyrun_fs::view::{Kind, View};
 use lazyrun_index::EntryKind;
 use proptest::prelude::*;

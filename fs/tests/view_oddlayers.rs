@@ -1,10 +1,8 @@
 //! Every case of the odd and hostile layers: indexed, merged, and compared with what containerd, umoci or GNU
 //! tar make of it.
 
-mod common;
-
-use common::oddlayers::{self, Case};
-use common::tree;
+use crate::common::oddlayers::{self, Case};
+use crate::common::tree;
 use lazyrun_fs::view::View;
 use lazyrun_index::LayerIndex;
 

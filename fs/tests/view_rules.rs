@@ -1,9 +1,7 @@
 //! The union rules of docs/SEMANTICS.md, one test each.
 
-mod common;
-
-use common::layer::{Files, Item, TestLayer};
-use common::tree;
+use crate::common::layer::{Files, Item, TestLayer};
+use crate::common::tree;
 use lazyrun_fs::view::{View, ViewError};
 use lazyrun_index::{EntryKind, Extent};
 

@@ -1,11 +1,9 @@
 //! Spans that follow what is read together.
 
-mod common;
-
 use std::ops::Range;
 
-use common::make::{archive, gzip, gzip_flushed};
-use common::{Indexed, index_blob, index_blob_along, prove, small_spans};
+use crate::common::make::{archive, gzip, gzip_flushed};
+use crate::common::{Indexed, index_blob, index_blob_along, prove, small_spans};
 use lazyrun_index::StreamOptions;
 use proptest::prelude::*;
 

@@ -1,9 +1,7 @@
 //! Indexes built from somebody else's table: what is given comes out, every span decodes, nonsense is refused.
 
-mod common;
-
-use common::hostile::seal;
-use common::make::{DEFAULT, archive, gzip, text, zstd};
+use crate::common::hostile::seal;
+use crate::common::make::{DEFAULT, archive, gzip, text, zstd};
 use lazyrun_index::{
     Compression, Digest, DigestOf, EntryKind, Extent, IndexBuilder, IndexError, LayerFacts, LayerId,
     LayerIndex, Layout, NewEntrance, NewEntry, NewSpan, Timestamp,
@@ -98,8 +96,8 @@ fn table_layers_with_padding_and_inner_offsets() {
         assert_eq!(layer.len() as u64, index.layer_size());
         assert_eq!(index.entry(0).path(), b"b/two");
         assert_eq!(index.entry(1).path(), b"b/one");
-        assert!(common::content(&layer, index.entry(0)) == two);
-        assert!(common::content(&layer, index.entry(1)) == one);
+        assert!(crate::common::content(&layer, index.entry(0)) == two);
+        assert!(crate::common::content(&layer, index.entry(1)) == one);
         assert_eq!(index.span(1).offset, 100_352);
         assert!(layer[100_000..100_352].iter().all(|&b| b == 0));
         assert_eq!(index.entry(0).mtime(), Timestamp { secs: -5, nanos: 7 });
@@ -282,7 +280,7 @@ fn version_one_is_read() {
     let tar = archive(60, 20_000, 1);
     let blob = gzip(&tar, 6, DEFAULT);
     let mut out = std::io::Cursor::new(Vec::new());
-    lazyrun_index::index_layer(&blob[..], &mut (), &mut out, &common::small_spans()).unwrap();
+    lazyrun_index::index_layer(&blob[..], &mut (), &mut out, &crate::common::small_spans()).unwrap();
     let mut bytes = out.into_inner();
     let opened = LayerIndex::from_bytes(bytes.clone()).unwrap();
     assert!(opened.span_count() > 1 && opened.span_count() < 1024);

@@ -1,13 +1,10 @@
 //! zstd:chunked layers, real and made up, become indexes by their table alone.
 
-mod common;
-mod tables_common;
-
 use std::collections::HashMap;
 
-use common::make::{text, zstd};
+use crate::common::make::{text, zstd};
+use crate::tables_common::{Times, bytes, claim, facts, fixture, header, padding, same_as_tar, skippable};
 use lazyrun_index::{Digest, DigestOf, LayerIndex, TableError, chunked, estargz};
-use tables_common::{Times, bytes, claim, facts, fixture, header, padding, same_as_tar, skippable};
 
 #[test]
 fn zeros_are_holes_where_they_are_long() {
@@ -110,7 +107,7 @@ fn proven((blob, annotations): &(Vec<u8>, HashMap<String, String>)) -> LayerInde
     let size = blob.len() as u64;
     let place = chunked::locate(|key| annotations.get(key).map(String::as_str), size).unwrap().unwrap();
     assert!(place.bound());
-    let tar = common::index_blob(blob, &common::small_spans()).unwrap();
+    let tar = crate::common::index_blob(blob, &crate::common::small_spans()).unwrap();
     let facts = facts(blob, tar.summary.diff_id);
     let index = claim(&place, bytes(blob, &place.range().unwrap()), &facts).unwrap();
     same_as_tar(&index, blob, Times::Exact);

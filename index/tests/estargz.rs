@@ -1,17 +1,14 @@
 //! eStargz layers, real and made up, become indexes by their table alone.
 
-mod common;
-mod tables_common;
-
-use common::make::{DEFAULT, gzip, text};
+use crate::common::make::{DEFAULT, gzip, text};
 use std::io::Cursor;
 
+use crate::tables_common::{
+    Times, claim, decode, facts, fixture, fixtures, footer, header, pack, padding, same_as_tar, stargz_footer,
+};
 use lazyrun_index::{
     Digest, DigestOf, IndexError, LayerIndex, StreamOptions, TableError, TocPlace, compare, estargz,
     prove_layer,
-};
-use tables_common::{
-    Times, claim, decode, facts, fixture, fixtures, footer, header, pack, padding, same_as_tar, stargz_footer,
 };
 
 #[test]
@@ -58,7 +55,8 @@ fn a_table_that_lies_about_its_layer_is_found_out() {
         let lie = Layer { data: true_layer.data.clone(), json: true_layer.json.replacen(from, to, 1) };
         assert_ne!(lie.json, true_layer.json, "{from}");
         let (place, packed, blob) = lie.with_footer(&end);
-        let diff_id = common::index_blob(&blob, &common::small_spans()).unwrap().summary.diff_id;
+        let diff_id =
+            crate::common::index_blob(&blob, &crate::common::small_spans()).unwrap().summary.diff_id;
         let index = claim(&place, &packed, &facts(&blob, diff_id)).unwrap();
         let out = Cursor::new(Vec::new());
         let found = prove_layer(&index, &blob[..], &mut (), out, &StreamOptions::default());
@@ -178,7 +176,7 @@ impl Layer {
         blob.extend(end);
         let size = blob.len() as u64;
         let digest = Some(Digest::of(self.json.as_bytes()));
-        let tail = tables_common::bytes(&blob, &estargz::tail_range(size));
+        let tail = crate::tables_common::bytes(&blob, &estargz::tail_range(size));
         let place = estargz::locate(tail, size, digest).unwrap().expect("a footer");
         (place, packed, blob)
     }
@@ -186,7 +184,7 @@ impl Layer {
     /// The index, proven by the tar.
     fn proven(&self, end: &[u8]) -> LayerIndex {
         let (place, packed, blob) = self.with_footer(end);
-        let tar = common::index_blob(&blob, &common::small_spans()).unwrap();
+        let tar = crate::common::index_blob(&blob, &crate::common::small_spans()).unwrap();
         let index = claim(&place, &packed, &facts(&blob, tar.summary.diff_id)).unwrap();
         same_as_tar(&index, &blob, Times::Rounded);
         index

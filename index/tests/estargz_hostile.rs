@@ -1,12 +1,9 @@
 //! Tables that lie about themselves: each is refused with a sentence that names the entry, in bounded memory.
 
-mod common;
-mod tables_common;
-
-use common::make::zstd;
+use crate::common::make::zstd;
+use crate::tables_common::{bytes, fixtures, pack, stargz_footer};
 use lazyrun_index::{Compression, Digest, LayerFacts, LayerIndex, TableError, TocPlace, chunked, estargz};
 use proptest::prelude::*;
-use tables_common::{bytes, fixtures, pack, stargz_footer};
 
 /// Where the made-up layers' contents end.
 const DATA: u64 = 100_000;
@@ -46,7 +43,7 @@ fn claim(
     compression: Compression,
 ) -> Result<LayerIndex, TableError> {
     let zero = Digest::from_bytes([0; 32]);
-    tables_common::claim(
+    crate::tables_common::claim(
         place,
         packed,
         &LayerFacts { blob_digest: zero, blob_size, diff_id: zero, compression },
@@ -294,15 +291,15 @@ fn damaged_packing_is_refused() {
         let mut place = estargz::locate(&stargz_footer(DATA as usize), size, None).unwrap().unwrap();
         assert!(claim(&place, packed, size, Compression::Gzip).is_err());
         // An external table has no length to compare with.
-        let external = tables_common::footer(b"SG\x11\0STARGZEXTERNALTOC");
+        let external = crate::tables_common::footer(b"SG\x11\0STARGZEXTERNALTOC");
         place = estargz::locate(&external, size, None).unwrap().unwrap();
         refused(claim(&place, packed, size, Compression::Gzip), &["cannot be unpacked"]);
     }
-    let external = tables_common::footer(b"SG\x11\0STARGZEXTERNALTOC");
+    let external = crate::tables_common::footer(b"SG\x11\0STARGZEXTERNALTOC");
     let place = estargz::locate(&external, 1000, None).unwrap().unwrap();
-    let other = common::make::gzip(&tables_common::header("other.json", 10), 6, 0);
+    let other = crate::common::make::gzip(&crate::tables_common::header("other.json", 10), 6, 0);
     refused(claim(&place, &other, 1000, Compression::Gzip), &["stargz.index.json"]);
-    let short = common::make::gzip(&tables_common::header("stargz.index.json", 10), 6, 0);
+    let short = crate::common::make::gzip(&crate::tables_common::header("stargz.index.json", 10), 6, 0);
     refused(claim(&place, &short, 1000, Compression::Gzip), &["EOF"]);
     refused(frames(b"not zstd at all", 10), &["cannot be unpacked"]);
     refused(frames(&zstd(json.as_bytes(), 3), 27), &["26 bytes instead of 27"]);
@@ -343,8 +340,9 @@ fn bombs_stop_early() {
     }
     refused(frames(&packed, 1 << 20), &["too large", "one entry"]);
     // A length in the tar header that nobody has to read to refuse it.
-    let place = estargz::locate(&tables_common::footer(b"SG\x11\0STARGZEXTERNALTOC"), 1000, None);
-    let header = common::make::gzip(&tables_common::header("stargz.index.json", 8_000_000_000), 6, 0);
+    let place = estargz::locate(&crate::tables_common::footer(b"SG\x11\0STARGZEXTERNALTOC"), 1000, None);
+    let header =
+        crate::common::make::gzip(&crate::tables_common::header("stargz.index.json", 8_000_000_000), 6, 0);
     refused(claim(&place.unwrap().unwrap(), &header, 1000, Compression::Gzip), &["too large", "268435456"]);
 }
 

@@ -1,13 +1,11 @@
 //! Blobs framed as the tools in the wild frame them.
 
-mod common;
-
-use common::make::{archive, gzip_flushed, gzip_member};
-use common::{index_blob, prove, small_spans};
+use crate::common::make::{archive, gzip_flushed, gzip_member};
+use crate::common::{index_blob, prove, small_spans};
 use lazyrun_index::{Compression, Digest, IndexError, StreamOptions};
 use libz_rs_sys as z;
 
-fn round(blob: &[u8], tar: &[u8]) -> common::Indexed {
+fn round(blob: &[u8], tar: &[u8]) -> crate::common::Indexed {
     let indexed = index_blob(blob, &small_spans()).unwrap();
     assert!(indexed.layer == tar);
     assert!(indexed.summary.spans > 3 && indexed.index.spans().all(|s| s.restartable));

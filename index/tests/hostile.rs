@@ -1,10 +1,8 @@
 //! Foreign bytes never cause a panic: mutated archives, mutated indexes.
 
-mod common;
-
-use common::hostile::{admit, seal, visit};
-use common::make::archive;
-use common::{index_blob, small_spans};
+use crate::common::hostile::{admit, seal, visit};
+use crate::common::make::archive;
+use crate::common::{index_blob, small_spans};
 use lazyrun_index::{
     Compression, Digest, DigestOf, EntryKind, IndexBuilder, IndexError, LayerFacts, LayerIndex, Layout,
     NewEntrance, NewEntry, NewSpan, Timestamp,
@@ -95,7 +93,7 @@ fn all_parts_of_a_large_index_are_checked() {
 
 #[test]
 fn damage_to_an_index_is_noticed() {
-    let index = index_bytes(&common::make::gzip(&archive(5, 5000, 1), 6, 0));
+    let index = index_bytes(&crate::common::make::gzip(&archive(5, 5000, 1), 6, 0));
     for at in 0..index.len() {
         let mut damaged = index.clone();
         damaged[at] ^= 0x40;
@@ -192,7 +190,7 @@ proptest! {
     ) {
         thread_local!(static INDEXES: Vec<[Vec<u8>; 2]> = seeds()
             .iter()
-            .map(|tar| [index_bytes(tar), index_bytes(&common::make::gzip(tar, 1, 0))])
+            .map(|tar| [index_bytes(tar), index_bytes(&crate::common::make::gzip(tar, 1, 0))])
             .collect());
         let mut index = INDEXES.with(|all| all[which.index(all.len())][usize::from(compressed)].clone());
         for (at, byte) in edits {

@@ -1,11 +1,9 @@
 //! The odd and hostile layers of tests/oddlayers at the root of the repository.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{index_blob, prove, small_spans};
+use crate::common::{index_blob, prove, small_spans};
 use lazyrun_index::{EntryKind, EntryRef, IndexError, LayerIndex};
 use serde_json::Value;
 

@@ -1,12 +1,10 @@
 //! A claimed index is proven by its layer, and every kind of lie in it is found.
 
-mod common;
-
 use std::io::{self, Cursor};
 
-use common::make::{DEFAULT, gzip, zoo, zstd};
-use common::told::{Claim, Told};
-use common::{Keep, index_blob, small_spans};
+use crate::common::make::{DEFAULT, gzip, zoo, zstd};
+use crate::common::told::{Claim, Told};
+use crate::common::{Keep, index_blob, small_spans};
 use lazyrun_index::{
     Digest, DigestOf, EntryKind, Extent, IndexError, LayerIndex, LayerSink, Mismatch, NewEntrance, SpanInfo,
     StreamSummary, compare, hydrate_layer, prove_layer,
@@ -307,7 +305,7 @@ fn a_damaged_blob_is_told_apart_from_a_lie() {
             assert!(!matches!(cut, Err(IndexError::Lie(_)) | Ok(_)), "{cut:?}");
         }
         // Another layer's blob, sound in itself.
-        let other = gzip(&common::make::archive(3, 100, 1), 6, DEFAULT);
+        let other = gzip(&crate::common::make::archive(3, 100, 1), 6, DEFAULT);
         let out = Cursor::new(Vec::new());
         let found = prove_layer(&truth.index(), &other[..], &mut Reports::default(), out, &small_spans());
         assert!(matches!(found, Err(IndexError::DigestMismatch { .. })), "{found:?}");

@@ -1,16 +1,14 @@
 //! Every span decodes to its slice of the whole, whatever wrote the blob; damaged blobs are refused.
 
-mod common;
-
-use common::make::{DEFAULT, FIXED, HUFFMAN_ONLY, archive, gzip, text, zstd};
-use common::{Keep, index_blob, prove, small_spans};
+use crate::common::make::{DEFAULT, FIXED, HUFFMAN_ONLY, archive, gzip, text, zstd};
+use crate::common::{Keep, index_blob, prove, small_spans};
 use lazyrun_index::{
     Compression, Digest, EntryKind, IndexError, LayerSink, SpanInfo, StreamOptions, hydrate_layer,
     index_layer,
 };
 
 /// Indexes, proves, and compares the layer file with what was compressed.
-fn round(blob: &[u8], tar: &[u8], compression: Compression) -> common::Indexed {
+fn round(blob: &[u8], tar: &[u8], compression: Compression) -> crate::common::Indexed {
     let indexed = index_blob(blob, &small_spans()).unwrap();
     assert_eq!(indexed.summary.compression, compression);
     assert!(indexed.layer == tar);

@@ -1,12 +1,10 @@
 //! zTOCs become indexes that say what their layers are; hostile ones become clear errors.
 
-mod common;
-
 use std::io::Cursor;
 
-use common::make::{DEFAULT, archive, gzip, zoo};
-use common::ztoc::{File, Ztoc, pack, pack_plain, points};
-use common::{Keep, index_blob, small_spans};
+use crate::common::make::{DEFAULT, archive, gzip, zoo};
+use crate::common::ztoc::{File, Ztoc, pack, pack_plain, points};
+use crate::common::{Keep, index_blob, small_spans};
 use lazyrun_index::soci::ztoc_to_index;
 use lazyrun_index::{
     Compression, Digest, DigestOf, EntryKind, IndexError, LayerFacts, LayerIndex, Layout, Mismatch, compare,
@@ -221,7 +219,7 @@ fn impossible_ones_are_refused() {
         convert(&ztoc, &blob, &tar).map(drop)
     };
     with(&|_| ()).unwrap();
-    let checkpoints = |edit: fn(&mut Vec<common::ztoc::Point>)| {
+    let checkpoints = |edit: fn(&mut Vec<crate::common::ztoc::Point>)| {
         let mut points = points(&blob, 20_000);
         edit(&mut points);
         with(&|z| z.checkpoints = pack(&points, 2)).map(drop)

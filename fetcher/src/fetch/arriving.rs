@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use bytes::Bytes;
 use lazyrun_index::{Digest, SpanInfo};
 
 use super::Inner;
+use super::progress::Progress;
 use crate::client::{BlobReader, PartsReader};
 use crate::error::FetchError;
 use crate::observe::Class;
@@ -44,7 +45,7 @@ pub(super) struct Arriving<'a> {
     inner: &'a Inner,
     class: Class,
     /// Is told how many bytes have come.
-    position: &'a AtomicU64,
+    progress: &'a Progress,
     reader: Reader,
     /// Pieces that follow each other, as the network gave them: a span may be large, and is copied once.
     pieces: VecDeque<Bytes>,
@@ -53,8 +54,8 @@ pub(super) struct Arriving<'a> {
 }
 
 impl<'a> Arriving<'a> {
-    pub(super) fn new(inner: &'a Inner, class: Class, position: &'a AtomicU64, reader: Reader) -> Self {
-        Arriving { inner, class, position, reader, pieces: VecDeque::new(), range: 0..0 }
+    pub(super) fn new(inner: &'a Inner, class: Class, progress: &'a Progress, reader: Reader) -> Self {
+        Arriving { inner, class, progress, reader, pieces: VecDeque::new(), range: 0..0 }
     }
 
     /// The compressed bytes of a span. Within a run spans are asked for in the order of their first bytes, and they may
@@ -122,7 +123,8 @@ impl<'a> Arriving<'a> {
             _ => &counters.background_bytes,
         };
         counter.fetch_add(bytes, Relaxed);
-        self.inner.scheduler.link.arrived(bytes, Instant::now());
-        self.position.fetch_add(bytes, Relaxed);
+        let now = Instant::now();
+        self.inner.scheduler.link.arrived(bytes, now);
+        self.progress.came(bytes, now);
     }
 }

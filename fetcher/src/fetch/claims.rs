@@ -5,13 +5,13 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lazyrun_index::SpanInfo;
 use tokio::sync::Notify;
 
+use super::progress::Progress;
 use super::window::Window;
 use crate::error::FetchError;
 use crate::observe::Class;
@@ -23,6 +23,9 @@ const WORTH_WAITING: u64 = 1 << 20;
 /// Spans that lie so near each other in the blob are fetched by one request, with what is in between: about what a
 /// request costs.
 const NEAR: u64 = 64 << 10;
+/// A fault does not wait for a background request that has brought nothing for so long: its registry may hang, or it
+/// waits for a turn that a fault need not wait for.
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The fetches of one layer.
 #[derive(Default)]
@@ -50,10 +53,9 @@ struct State {
 struct Claim {
     run: u64,
     class: Class,
-    /// Bytes that the request brings before the span.
-    before: u64,
-    /// Bytes that it has brought.
-    position: Arc<AtomicU64>,
+    /// Bytes that the request brings before the span, and until its end.
+    bytes: Range<u64>,
+    progress: Arc<Progress>,
 }
 
 /// Spans of neighbouring ranks claimed for one request. Dropping it gives back what has not come.
@@ -62,8 +64,8 @@ pub(super) struct Run {
     id: u64,
     pub(super) ranks: Range<usize>,
     pub(super) class: Class,
-    /// Bytes that the request has brought, of this run and of those before it in the same request.
-    pub(super) position: Arc<AtomicU64>,
+    /// How far the request has come, with this run and those before it in the same request.
+    pub(super) progress: Arc<Progress>,
 }
 
 /// What a fault has to start.
@@ -128,6 +130,7 @@ impl LayerState {
         let mut guard = self.lock();
         let state = &mut *guard;
         let mut plan = Plan { runs: Vec::new(), stream: false };
+        let now = Instant::now();
         let mut wanted = Vec::new();
         for number in need.filter(|&i| layer.lacks_span(i)) {
             let span = layer.index().span(number);
@@ -146,7 +149,7 @@ impl LayerState {
             {
                 return Err(error.clone());
             }
-            if state.claims.get(&rank).is_none_or(|claim| claim.yields(ahead.free)) {
+            if state.claims.get(&rank).is_none_or(|claim| claim.yields(ahead.free, now)) {
                 wanted.push(rank);
             }
         }
@@ -155,7 +158,7 @@ impl LayerState {
         if let Some(last) = runs.last_mut() {
             let blob = layer.index().blob_size();
             let bytes =
-                state.window.ahead(Instant::now(), last.ranks.start, last.bytes, blob, ahead.free, ahead.max);
+                state.window.ahead(now, last.ranks.start, last.bytes, blob, ahead.free, ahead.max);
             last.ranks.end = state.extend(layer, last.ranks.clone(), bytes);
             state.window.ended(last.ranks.end);
         }
@@ -196,14 +199,14 @@ impl LayerState {
             return Vec::new();
         }
         let (mut runs, mut before) = (Vec::new(), 0);
-        let position = Arc::new(AtomicU64::new(0));
+        let progress = Arc::new(Progress::new());
         for range in wanted {
             let free = range.clone().filter(|&rank| state.is_free(layer, rank)).collect();
             for run in together(layer, free) {
                 if runs.len() >= max_runs || (before >= max_bytes && !runs.is_empty()) {
                     return runs;
                 }
-                runs.push(state.claim_behind(self, layer, run.ranks, Class::Prefetch, before, &position));
+                runs.push(state.claim_behind(self, layer, run.ranks, Class::Prefetch, before, &progress));
                 before += run.bytes;
             }
         }
@@ -243,10 +246,10 @@ impl State {
     }
 
     fn claim(&mut self, owner: &Arc<LayerState>, layer: &Layer, ranks: Range<usize>, class: Class) -> Run {
-        self.claim_behind(owner, layer, ranks, class, 0, &Arc::default())
+        self.claim_behind(owner, layer, ranks, class, 0, &Arc::new(Progress::new()))
     }
 
-    /// Claims a run that comes after `before` bytes of a request that has come to `position`.
+    /// Claims a run that comes after `before` bytes of a request.
     fn claim_behind(
         &mut self,
         owner: &Arc<LayerState>,
@@ -254,16 +257,18 @@ impl State {
         ranks: Range<usize>,
         class: Class,
         before: u64,
-        position: &Arc<AtomicU64>,
+        progress: &Arc<Progress>,
     ) -> Run {
         self.next_run += 1;
         let id = self.next_run;
         let begin = layer.span_at(ranks.start).blob_offset;
         for rank in ranks.clone() {
-            let before = before + layer.span_at(rank).blob_offset.saturating_sub(begin);
-            self.claims.insert(rank, Claim { run: id, class, before, position: Arc::clone(position) });
+            let span = layer.span_at(rank);
+            let start = before.saturating_add(span.blob_offset.saturating_sub(begin));
+            let bytes = start..start.saturating_add(span.blob_len);
+            self.claims.insert(rank, Claim { run: id, class, bytes, progress: Arc::clone(progress) });
         }
-        Run { state: Arc::clone(owner), id, ranks, class, position: Arc::clone(position) }
+        Run { state: Arc::clone(owner), id, ranks, class, progress: Arc::clone(progress) }
     }
 }
 
@@ -308,9 +313,11 @@ fn is_near(span: &SpanInfo, end: u64) -> bool {
 impl Claim {
     /// Whether a fault for the span should not wait for this claim, on a link that carries `in_flight` bytes in a
     /// round trip.
-    fn yields(&self, in_flight: u64) -> bool {
-        let worth_waiting = WORTH_WAITING.max(in_flight);
-        self.class != Class::Fault && self.before > self.position.load(Relaxed).saturating_add(worth_waiting)
+    fn yields(&self, in_flight: u64, now: Instant) -> bool {
+        let came = self.progress.bytes();
+        let far = self.bytes.start > came.saturating_add(WORTH_WAITING.max(in_flight));
+        let stuck = self.bytes.end > came && self.progress.idle(now) > PATIENCE;
+        self.class != Class::Fault && (far || stuck)
     }
 }
 

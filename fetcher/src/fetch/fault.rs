@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::Bytes;
 
-use super::claims::Ahead;
+use super::claims::{Ahead, PATIENCE};
 use super::{Inner, blocking, hydrate, spans};
 use crate::error::FetchError;
 use crate::store::Layer;
@@ -117,7 +117,8 @@ async fn patiently(
         if plan.stream {
             hydrate::start_stream(inner, layer);
         }
-        changed.await;
+        // Nobody tells when a request that others began hangs.
+        let _ = tokio::time::timeout(PATIENCE, changed).await;
     }
 }
 

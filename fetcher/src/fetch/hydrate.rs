@@ -136,7 +136,7 @@ impl Paid {
 
     /// Gives back what did not come.
     fn settle(&self, inner: &Inner, run: &Run) {
-        let came = run.position.load(Relaxed);
+        let came = run.progress.bytes();
         inner.throttle.give_back(self.len.saturating_sub(came));
     }
 }

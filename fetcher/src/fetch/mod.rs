@@ -13,6 +13,7 @@ mod memory;
 mod overdue;
 mod parts;
 mod prefetch;
+mod progress;
 mod prove;
 mod pump;
 mod scheduler;

@@ -42,7 +42,7 @@ pub(super) async fn fetch(
 
 async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<(), FetchError> {
     let source = inner.sources(layer)?.swap_remove(0);
-    let Some(position) = runs.first().map(|run| Arc::clone(&run.position)) else { return Ok(()) };
+    let Some(progress) = runs.first().map(|run| Arc::clone(&run.progress)) else { return Ok(()) };
     let ranges: Vec<Range<u64>> =
         runs.iter().map(|run| spans::blob_range(layer, run.ranks.clone())).collect();
     inner.counters.background_requests.fetch_add(1, Relaxed);
@@ -52,7 +52,7 @@ async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, runs: Vec<Run>) -> Result<
     };
     inner.scheduler.link.answered(reader.first_byte());
     let witness = reader.witness().clone();
-    let arriving = Arriving::new(inner, Class::Prefetch, &position, Reader::Parts(reader));
+    let arriving = Arriving::new(inner, Class::Prefetch, &progress, Reader::Parts(reader));
     // Spans are decoded on all cores while others arrive.
     let mut decoding = JoinSet::new();
     let received = receive(inner, layer, runs, arriving, &mut decoding).await;

@@ -51,10 +51,10 @@ pub(super) fn start(inner: &Arc<Inner>, layer: &Arc<Layer>, run: Run) {
 /// Waits until a run has brought nothing for `limit`. Nobody waits for it any more then, and whoever comes next shall
 /// get a request of their own.
 async fn nothing_comes(run: &Run, limit: Duration) {
-    let mut before = run.position.load(Relaxed);
+    let mut before = run.progress.bytes();
     loop {
         tokio::time::sleep(limit).await;
-        let now = run.position.load(Relaxed);
+        let now = run.progress.bytes();
         if now == before {
             return;
         }
@@ -178,7 +178,7 @@ async fn read_spans(
     if let Some(waited) = reader.first_byte() {
         inner.scheduler.link.answered(waited);
     }
-    let mut arriving = Arriving::new(inner, run.class, &run.position, Reader::One(reader));
+    let mut arriving = Arriving::new(inner, run.class, &run.progress, Reader::One(reader));
     // One span is decoded while the next one arrives.
     let mut decoding: Option<Decoding> = None;
     for rank in *next..run.ranks.end {

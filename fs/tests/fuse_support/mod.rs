@@ -1,6 +1,6 @@
 //! What the root tests of mounts share: an isolated mount namespace, layer files in memory, children.
 
-#![allow(dead_code, unreachable_pub)] // Each test binary uses its part.
+#![allow(unreachable_pub)]
 
 #[path = "../../src/plan/tiny.rs"]
 mod tiny;

@@ -1,5 +1,4 @@
 //! Unions mounted side by side, by the kernel and by us, and what they show.
-#![allow(dead_code)]
 
 use std::collections::BTreeMap;
 use std::ffi::CString;

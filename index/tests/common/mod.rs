@@ -1,5 +1,5 @@
 //! What the integration tests and the fuzz targets share: indexing into memory, and the proof that an index is right.
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, reason = "each fuzz target uses its part")]
 
 pub(crate) mod hostile;
 pub(crate) mod make;

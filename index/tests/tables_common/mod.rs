@@ -1,5 +1,4 @@
 //! What the tests of foreign tables share: the real layers, a writer for made-up ones, and the proof by the tar.
-#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::collections::{BTreeMap, HashMap};
 
