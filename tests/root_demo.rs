@@ -14,7 +14,7 @@ fn the_demonstration_tells_four_phases() {
     let cache = tempfile::tempdir().unwrap();
     let options = DemoOptions {
         exe: EXE.into(),
-        shape: Shape { mbit: 400.0, rtt_ms: 5.0 },
+        shape: Shape { mbit: 100.0, rtt_ms: 5.0 },
         rounds: 1,
         cache: cache.path().to_owned(),
         image: HostImageOptions { compressed: 50 << 20, bulk_layers: 2 },

@@ -101,7 +101,8 @@ async fn many_readers_share_little_room() {
     for reader in readers {
         reader.await.unwrap();
     }
-    assert!(bench.fetcher.store().disk_bytes().unwrap() <= LIMIT);
+    let used = bench.fetcher.store().disk_bytes().unwrap();
+    assert!(used <= LIMIT, "the store takes {used} bytes");
     assert!(layers.iter().all(|layer| layer.check(false).unwrap().bad.is_empty()));
 }
 

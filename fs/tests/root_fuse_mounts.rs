@@ -194,11 +194,13 @@ fn a_server_ends_with_its_mount() {
 
 #[test]
 fn many_servers_fit_in_little_memory() {
-    let status = Command::new(std::env::current_exe().unwrap())
-        .args(child_args("child_memory"))
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(child_args("root_fuse_mounts::child_memory"))
         .env("LAZYRUN_TEST_DIR", "/")
-        .status();
-    assert!(status.unwrap().success(), "see child_memory");
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }
 
 /// Starts a server in another process that parks reads from `hold_from` on, and says so in `dir`.
@@ -207,7 +209,7 @@ fn start_child(dir: &Path, mount: &FuseMount, adopt: bool, hold_from: usize) -> 
         let _ = fs::remove_file(dir.join(mark));
     }
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(child_args("child_server"))
+        .args(child_args("root_fuse_mounts::child_server"))
         .env("LAZYRUN_TEST_DIR", dir)
         .env("LAZYRUN_TEST_HOLD", hold_from.to_string())
         .env("LAZYRUN_TEST_ADOPT", adopt.to_string())

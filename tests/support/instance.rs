@@ -170,7 +170,16 @@ impl Lazyrun {
 
     /// The daemon's process id, when one runs.
     pub fn daemon_pid(&self) -> Option<i32> {
-        let pid = self.info().get("daemon_pid").and_then(Value::as_i64)?;
+        let finished = self.run(&["info", "--format", "json"]);
+        // One that was killed a moment ago may still have taken the call.
+        if finished.code == Some(125)
+            && finished.stderr.contains("the connection to the lazyrun daemon broke")
+        {
+            return None;
+        }
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        let info: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+        let pid = info.get("daemon_pid").and_then(Value::as_i64)?;
         i32::try_from(pid).ok().filter(|pid| *pid > 0)
     }
 
