@@ -333,6 +333,22 @@ fn a_limit_is_kept_by_evicting_what_was_not_used_for_longest() {
 }
 
 #[test]
+fn writes_under_way_count_before_they_are_on_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_at(dir.path(), BOOT);
+    limit(&store, 1 << 20);
+    let room = &store.inner.room;
+    room.with_room(0, 700 << 10, Need::Reader, || {
+        // Nothing of it is on the disk yet, and all the rest of the limit was given back by a new look.
+        let other = room.with_room(0, 700 << 10, Need::Ahead, || Ok(()));
+        assert_eq!(other.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+        room.with_room(0, 200 << 10, Need::Ahead, || Ok(()))
+    })
+    .unwrap();
+    room.with_room(0, 700 << 10, Need::Ahead, || Ok(())).unwrap();
+}
+
+#[test]
 fn the_order_survives_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let store = store_at(dir.path(), BOOT);

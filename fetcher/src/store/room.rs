@@ -80,6 +80,21 @@ struct Account {
     limit_left: u64,
     /// Bytes until the next look at the disk.
     disk_left: u64,
+    /// Bytes that have their room and may not be on the disk yet.
+    writing: u64,
+}
+
+/// Room that was taken for a write, until that is over.
+struct Taken<'a> {
+    room: &'a Room,
+    bytes: u64,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut account = self.room.account();
+        account.writing = account.writing.saturating_sub(self.bytes);
+    }
 }
 
 /// The room of one store.
@@ -125,10 +140,10 @@ impl Room {
     /// Sets new limits; evicts at once what is beyond them, as far as it may go. Blocks on the disk.
     pub(crate) fn set_limits(&self, limits: CacheLimits) -> io::Result<()> {
         *self.limits.write().unwrap_or_else(PoisonError::into_inner) = limits;
-        *self.account() = Account::default();
+        self.close();
         match self.take(0, Need::Reader) {
             Err(e) if is_full(&e) => Ok(()),
-            result => result,
+            result => result.map(drop),
         }
     }
 
@@ -147,7 +162,7 @@ impl Room {
         if self.limits().limit.is_none() {
             return;
         }
-        *self.account() = Account::default();
+        self.close();
         if let Err(error) = self.take(0, Need::Ahead) {
             tracing::debug!(%error, "the cache is beyond its limit");
         }
@@ -172,12 +187,12 @@ impl Room {
     ) -> io::Result<T> {
         // As many blocks as it touches.
         let cost = (len as u64).saturating_add(offset % BLOCK).saturating_add(BLOCK - 1) / BLOCK * BLOCK;
-        self.take(cost, need)?;
+        let _taken = self.take(cost, need)?;
         match write() {
             Err(error) if is_full(&error) => {
                 let freed = {
                     let _turn = self.turn();
-                    *self.account() = Account::default();
+                    self.close();
                     self.evict(cost.saturating_add(LOOK_EVERY), need)
                 };
                 tracing::warn!(%error, freed, "the disk of the store is full, spans are evicted");
@@ -188,9 +203,10 @@ impl Room {
     }
 
     /// Room for `len` bytes, or an error of kind `StorageFull`.
-    pub(crate) fn take(&self, len: u64, need: Need) -> io::Result<()> {
+    fn take(&self, len: u64, need: Need) -> io::Result<Taken<'_>> {
+        let taken = || Taken { room: self, bytes: len };
         if len > 0 && self.spend(len) {
-            return Ok(());
+            return Ok(taken());
         }
         let began = Instant::now();
         let mut rounds = 0;
@@ -198,10 +214,10 @@ impl Room {
             let (reason, freed) = {
                 let _turn = self.turn();
                 if len > 0 && self.spend(len) {
-                    return Ok(());
+                    return Ok(taken());
                 }
                 match self.look_and_evict(len, need)? {
-                    Ok(()) => return Ok(()),
+                    Ok(()) => return Ok(taken()),
                     Err(failed) => failed,
                 }
             };
@@ -236,6 +252,7 @@ impl Room {
         let soon = look.slack(len);
         let left = |(used, limit): (u64, u64)| limit.saturating_sub(used).min(soon.max(len)) - len;
         account.limit_left = look.limited.map_or(u64::MAX, left);
+        account.writing = account.writing.saturating_add(len);
         Ok(Ok(()))
     }
 
@@ -256,22 +273,31 @@ impl Room {
         if enough {
             account.disk_left -= len;
             account.limit_left -= len;
+            account.writing = account.writing.saturating_add(len);
         }
         enough
     }
 
+    /// Nothing more is to be had without a look; returns what may not be on the disk yet.
+    fn close(&self) -> u64 {
+        let mut account = self.account();
+        (account.limit_left, account.disk_left) = (0, 0);
+        account.writing
+    }
+
     fn look(&self) -> io::Result<Look> {
         let limits = self.limits();
+        // Before the count: what is written meanwhile is counted twice rather than not at all.
+        let pending = self.close().saturating_add(self.promised.load(Relaxed));
         let disk = statvfs(&self.layers)?;
         let bytes = |blocks: u64| blocks.saturating_mul(disk.fragment_size());
         let size = bytes(disk.blocks());
         let limited = match limits.limit_on(size) {
-            Some(limit) => {
-                Some((used_below(&self.layers)?.saturating_add(self.promised.load(Relaxed)), limit))
-            }
+            Some(limit) => Some((used_below(&self.layers)?.saturating_add(pending), limit)),
             None => None,
         };
-        Ok(Look { free: bytes(disk.blocks_available()), reserve: limits.reserve_on(size), limited })
+        let free = bytes(disk.blocks_available()).saturating_sub(pending);
+        Ok(Look { free, reserve: limits.reserve_on(size), limited })
     }
 
     fn account(&self) -> MutexGuard<'_, Account> {
