@@ -15,6 +15,7 @@ pub mod network;
 pub mod paths;
 pub mod proc;
 pub mod registries;
+pub mod rootless;
 pub mod settings;
 pub mod snapshotter;
 pub mod units;

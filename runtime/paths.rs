@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use lazyrun_index::Digest;
 
+use crate::rootless;
+
 /// The default root directory of an instance that root runs.
 pub const DEFAULT_ROOT: &str = "/var/lib/lazyrun";
 
@@ -28,7 +30,7 @@ impl Paths {
         // The nearest directory that exists is resolved, so that two spellings of one root are one instance.
         let root = resolve_existing(&absolute);
         let hash = Digest::of(root.as_os_str().as_encoded_bytes()).hex();
-        Ok(Self { run: PathBuf::from("/run/lazyrun").join(&hash[..8]), root })
+        Ok(Self { run: rootless::run_base().join(&hash[..8]), root })
     }
 
     /// The root directory.
@@ -136,6 +138,7 @@ impl Paths {
         };
         make(&self.root)?;
         make(&self.run)?;
+        self.run.parent().map_or(Ok(()), rootless::check_run_base)?;
         for dir in
             [self.layers(), self.views(), self.profiles(), self.blobs(), self.containers(), self.mounts()]
         {

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::fixture::Fixture;
 use crate::support::instance::EXE;
 use crate::support::need_root;
 
@@ -109,6 +110,59 @@ fn a_union_of_a_user_with_fusermount() {
     let site = Site::new();
     let said = site.as_user(666, "", &CHANGES.replace("UNMOUNT", "fusermount3 -u merged"));
     site.judge(&said);
+}
+
+/// An image mounted by a user, under each plan that can be had, in a namespace that the script is run in.
+fn mounts_of_images(inside: &str) {
+    let (site, fixture) = (Site::new(), Fixture::new());
+    let image = fixture.image();
+    let script = format!(
+        "export XDG_DATA_HOME=$PWD/data XDG_RUNTIME_DIR=$PWD/run
+         for plan in fuse overlay; do
+             ./lazyrun mount --rw --union $plan {image} merged 2>> said
+             cat merged/data/last
+             echo changed > merged/data/last; rm merged/data/big.bin; mkdir merged/made
+             cat merged/data/last; ls merged/data | grep big || ls -d merged/made
+             ./lazyrun umount merged
+         done
+         ./lazyrun mount {image} merged; cat merged/data/last; ./lazyrun umount merged
+         ./lazyrun system reset --force; ls data run run/lazyrun"
+    );
+    fs::create_dir(site.path().join("run")).expect("a directory");
+    chown(site.path().join("run"), Some(USER), Some(USER)).expect("chown");
+    let said = site.as_user(666, inside, &script);
+    let last = "behind the big file\n";
+    let once = format!("{last}changed\nmerged/made\n");
+    assert_eq!(said, format!("{once}{once}{last}data:\n\nrun:\nlazyrun\n\nrun/lazyrun:\n"));
+}
+
+#[test]
+fn images_in_a_user_namespace() {
+    mounts_of_images("unshare --map-root-user --mount");
+}
+
+#[test]
+fn images_in_the_user_namespace_that_a_user_gets() {
+    mounts_of_images("./lazyrun unshare");
+}
+
+#[test]
+fn a_user_finds_the_way_to_mounts() {
+    let site = Site::new();
+    let said = site.as_user(
+        666,
+        "",
+        "export XDG_DATA_HOME=$PWD/data XDG_RUNTIME_DIR=$PWD
+         ./lazyrun mount some/image merged 2>&1 || echo \"exit $?\"
+         ./lazyrun unshare sh -c 'id -u; pwd' | grep -v $PWD
+         ./lazyrun unshare ./nothing 2>&1 || echo \"exit $?\"
+         ./lazyrun images -q; ./lazyrun unshare ./lazyrun unshare 2>&1 || echo \"exit $?\"",
+    );
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(lines[0].contains("lazyrun unshare") && lines[1] == "exit 125", "{said}");
+    assert_eq!(lines[2], "0");
+    assert!(lines[3].contains("./nothing can't be run") && lines[4] == "exit 127", "{said}");
+    assert!(lines[5].contains("may mount already") && lines[6] == "exit 125", "{said}");
 }
 
 #[test]

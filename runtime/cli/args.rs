@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -20,7 +21,8 @@ use crate::settings::Settings;
 #[derive(Debug, Parser)]
 #[command(name = "lazyrun", version, about, max_term_width = 110)]
 pub struct Cli {
-    /// Directory of the instance; each root is an instance of its own [default: /var/lib/lazyrun]
+    /// Directory of the instance; each root is an instance of its own [default: /var/lib/lazyrun, of a user
+    /// who is not root ~/.local/share/lazyrun]
     #[arg(long, global = true, env = "LAZYRUN_ROOT", value_name = "DIR")]
     pub root: Option<PathBuf>,
     /// How progress is shown on stderr
@@ -193,6 +195,12 @@ pub enum Command {
         /// The directory
         directory: PathBuf,
     },
+    /// Run a command, or a shell, in a user namespace in which users who are not root can mount images
+    Unshare {
+        /// The command with its arguments [default: $SHELL]
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
     /// Show why a start took what it took: where the time went, requests, and reads that waited
     Why {
         /// Which start, counted back from the last one
@@ -231,7 +239,7 @@ pub enum Command {
     Union {
         /// `-o lowerdir=A:B[,upperdir=U,workdir=W][,OPTION...] MOUNTPOINT`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
-        args: Vec<std::ffi::OsString>,
+        args: Vec<OsString>,
     },
     /// Show what this machine can do: kernel features, mount plans and why, networking
     Doctor {
@@ -268,6 +276,12 @@ pub enum Command {
     /// The daemon's parent.
     #[command(hide = true)]
     Keeper,
+    /// What `unshare` needs outside of its namespace.
+    #[command(hide = true)]
+    MapIds {
+        /// Whose namespace it is
+        pid: u32,
+    },
 }
 
 /// `lazyrun cache`

@@ -34,7 +34,8 @@ use crate::ipc::client::{Connection, Quiet};
 use crate::ipc::protocol::{IndexOptions, Request};
 use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
-use crate::paths::{DEFAULT_ROOT, Paths};
+use crate::paths::Paths;
+use crate::rootless;
 use crate::settings::Settings;
 use args::{Cli, Command, SystemCommand};
 
@@ -99,7 +100,7 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
-    let root = cli.root.unwrap_or_else(|| DEFAULT_ROOT.into());
+    let root = cli.root.unwrap_or_else(rootless::default_root);
     let paths = Paths::new(&root)
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
@@ -135,6 +136,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Logout { registry } => registry::logout(&registry)?,
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
         Command::Mount(args) => mounts::mount(context, &args)?,
+        Command::Unshare { command } => return mounts::unshare(context, command),
+        Command::MapIds { pid } => rootless::map_ids(pid).map_err(|e| Failure::daemon(e.to_string()))?,
         Command::Union { args } => return Ok(union::main(&args, false)),
         Command::Umount { directory } => mounts::unmount(context, &directory)?,
         Command::Metrics { openmetrics } => metrics::metrics(context, openmetrics)?,

@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::ipc::client::Connection;
 use crate::ipc::fds;
 use crate::paths::Paths;
+use crate::rootless;
 use crate::settings::Settings;
 
 /// What a daemon writes to its ready descriptor once it serves.
@@ -27,11 +28,7 @@ pub fn connect_or_start(paths: &Paths, settings: &Settings) -> Result<Connection
     if let Ok(connection) = Connection::open(&paths.control()) {
         return Ok(connection);
     }
-    if !nix::unistd::geteuid().is_root() {
-        return Err(Failure::daemon(
-            "lazyrun needs root to mount images and start containers; run it with sudo",
-        ));
-    }
+    rootless::need_mounts()?;
     let io_failure = |e: io::Error| Failure::daemon(format!("the lazyrun daemon can't be started: {e}"));
     paths.create().map_err(io_failure)?;
     let lock = std::fs::File::create(paths.start_lock()).map_err(io_failure)?;

@@ -372,9 +372,17 @@ impl Instance {
     /// Both at once: each mostly waits for the kernel's grace periods.
     fn remove_bridge_and_table(&self) -> Vec<NetworkError> {
         let (links, table) = thread::scope(|scope| {
-            let table = scope.spawn(|| {
-                nfnetlink::delete_table(&self.table)
-                    .map_err(|e| NetworkError::kernel(format!("remove the nftables table {}", self.table), e))
+            let table = scope.spawn(|| match nfnetlink::delete_table(&self.table) {
+                // Who may not make tables in this network, as in a user namespace, has made none.
+                Err(e)
+                    if e.kind() == std::io::ErrorKind::PermissionDenied
+                        && !self.root.join("network").is_dir() =>
+                {
+                    Ok(false)
+                }
+                result => result.map_err(|e| {
+                    NetworkError::kernel(format!("remove the nftables table {}", self.table), e)
+                }),
             });
             let links = link::with_netlink(async |nl| self.remove_links(nl).await);
             (links, table.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

@@ -40,9 +40,11 @@ pub async fn resolve_and_look(
 ) -> Result<(ResolvedImage, Beside), FetchError> {
     let found = client.find_image(reference, platform).await?;
     let manifest = Digest::of(&found.manifest);
-    let (image, beside) = tokio::join!(
-        client.with_config(reference, found),
-        within(options.limit, list(client, reference, manifest, options))
+    // The first takes the connection that is open: what lies beside is two answers away, the config one.
+    let (beside, image) = tokio::join!(
+        biased;
+        within(options.limit, list(client, reference, manifest, options)),
+        client.with_config(reference, found)
     );
     Ok((image?, Beside { found: beside }))
 }

@@ -40,7 +40,7 @@ pub const ATTR_NOEXEC: u64 = 0x8;
 pub struct OverlayOptions {
     /// Never sync the upper directory (`volatile`): faster, for containers that die with the host.
     pub volatile: bool,
-    /// Keep overlay's own attributes in `user.overlay.*`, as rootless mounts must (`userxattr`).
+    /// Keep overlay's own attributes in `user.overlay.*`, as mounts in a user namespace must and do anyway (`userxattr`).
     pub userxattr: bool,
     /// Force the composition of inode numbers on or off; the kernel's default otherwise (`xino`).
     pub xino: Option<bool>,
@@ -80,11 +80,19 @@ pub fn overlay(
     let work_dir = open_dir(work)?;
     let dirs = [lower.as_fd(), upper_dir.as_fd(), work_dir.as_fd()];
     let what = format!("an overlay on {}", upper.display());
-    match overlay_context(&what, dirs, options, true) {
+    let options = OverlayOptions { userxattr: options.userxattr || in_user_namespace(), ..*options };
+    match overlay_context(&what, dirs, &options, true) {
         Ok(ctx) => ctx.mount(options.attrs),
         // Before Linux 6.13 overlayfs takes no descriptors; names under /proc serve as well.
-        Err(_) => overlay_context(&what, dirs, options, false)?.mount(options.attrs),
+        Err(_) => overlay_context(&what, dirs, &options, false)?.mount(options.attrs),
     }
+}
+
+/// Whether this is another user namespace than the first one, which maps all ids to themselves: attributes under
+/// `trusted.` are out of reach here (user_namespaces(7)).
+fn in_user_namespace() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_ascii_whitespace().ne(["0", "0", "4294967295"]))
 }
 
 fn overlay_context(
