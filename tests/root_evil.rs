@@ -262,7 +262,7 @@ impl Scene {
         for line in finished.stdout.lines() {
             match line.split_once("  ").filter(|(sum, _)| sum.len() == 64) {
                 Some(said) if self.made.truth.iter().any(|(n, s)| said == (s.as_str(), n.as_str())) => {
-                    right += 1
+                    right += 1;
                 }
                 Some(_) => return Err(format!("WRONG BYTES: {line}")),
                 None => failures.push(line),
@@ -289,14 +289,14 @@ impl Scene {
         let lazyrun = self.instance();
         self.misbehave(faults);
         let came = self.cold_start(&lazyrun).and_then(|came| self.heard_elsewhere().map(|()| came));
-        is_wanted("a start", came, start)?;
+        is_wanted("a start", &came, start)?;
         audit(&lazyrun)?;
         let met = self.met(faults);
         // What this daemon has learnt about the registry is no longer so.
         self.misbehave(&[]);
         lazyrun.replace_daemon();
         let (came, again) = self.read_mount(&lazyrun, faults)?;
-        is_wanted("a mount", Ok(came), reads)?;
+        is_wanted("a mount", &Ok(came), reads)?;
         audit(&lazyrun)?;
         if met + again == 0 && start != Either && faults[0] != "nohead" {
             return Err("nothing met it, so nothing is shown".into());
@@ -305,8 +305,8 @@ impl Scene {
     }
 }
 
-fn is_wanted(situation: &str, came: Result<Came, String>, want: Want) -> Result<(), String> {
-    match (&came, want) {
+fn is_wanted(situation: &str, came: &Result<Came, String>, want: Want) -> Result<(), String> {
+    match (came, want) {
         (Ok(_), Either) | (Ok(Came::AllRight), Right) => Ok(()),
         (Ok(Came::Failed(words)), Fails(part)) if words.contains(part) => Ok(()),
         _ => Err(format!("{situation}: {came:?} instead of {want:?}")),

@@ -121,17 +121,17 @@ impl Service {
         let held = self.blocking(move |s| Ok(s.attached.get(id))).await?;
         let (held, start) = match (held, starts) {
             (Some(held), None) => (held, None),
-            (None, None) => (self.attach(id, &layers, None).await.map_err(unavailable)?, None),
+            (None, None) => (self.attach(id, &layers, None).await.map_err(|e| unavailable(&e))?, None),
             (held, Some(key)) => {
                 let image = self.snapshots.images.name_of(&layers, &self.snapshots.store).await;
-                let start = self.daemon.begin_snapshot(&image.map_err(unavailable)?, key);
+                let start = self.daemon.begin_snapshot(&image.map_err(|e| unavailable(&e))?, key);
                 let attached = self.attach(id, &layers, Some(&start));
                 let attached = match held {
                     None => start.watch(attached).await,
                     // What is attached works, whatever a registry says now.
                     Some(held) => attached.await.or(Ok(held)),
                 };
-                (attached.map_err(unavailable)?, Some(start))
+                (attached.map_err(|e| unavailable(&e))?, Some(start))
             }
         };
         let visible = self.blocking(move |_| visible_to(peer.0, &point)).await;
@@ -217,8 +217,8 @@ impl Service {
     }
 }
 
-fn unavailable(error: anyhow::Error) -> SnapshotError {
-    SnapshotError::Unavailable(sentence(&error))
+fn unavailable(error: &anyhow::Error) -> SnapshotError {
+    SnapshotError::Unavailable(sentence(error))
 }
 
 fn stage(s: &Snapshots, asked: &Asked, remote: Remote, image: &super::record::ImageRow) -> Result<Taken> {
