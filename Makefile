@@ -88,6 +88,7 @@ soak-fills:
 # Mixes of misbehaviours of a registry, SEEDS of them.
 evil:
 	EVIL_SEEDS=$(SEEDS) $(CARGO) test -p lazyrun-fetcher --test evil -- --ignored
+	EVIL_SEEDS=$(SEEDS) $(CARGO) test --test integration root_evil -- --ignored
 
 # Peak memory of the daemon while it hydrates an image of 1 GiB; 64 MiB is the bound.
 memory:

@@ -1,20 +1,39 @@
 //! Micro-benches of the steps between bytes and a mount.
 
-use std::io::{self, Cursor};
+use std::hint::black_box;
+use std::io::{self, Cursor, Read as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use lazyrun::daemon::layer_service::LayerService;
+use lazyrun::daemon::profile::{Recorder, Watched};
+use lazyrun::daemon::seen::Seen;
+use lazyrun::demo::layout::{Encoding, ImageSettings, LayerWriter, Layout};
+use lazyrun::demo::registry::Registry;
+use lazyrun::demo::shaper::Shape;
+use lazyrun::ipc::why::Started;
+use lazyrun_fetcher::observe::{FaultSeen, Observer as _};
+use lazyrun_fetcher::{
+    ClientOptions, FetchOptions, Fetcher, LayerStore, NoProgress, Platform, RegistryClient,
+};
 use lazyrun_fs::erofs::{self, DeviceSpec, LayerContent};
+use lazyrun_fs::fuse::{LayerFiles as _, ReadReply};
 use lazyrun_fs::view::View;
-use lazyrun_index::{LayerIndex, LayerSink, SpanInfo, StreamOptions, hydrate_layer, index_layer};
+use lazyrun_index::{
+    Digest, LayerId, LayerIndex, LayerSink, SpanInfo, StreamOptions, hydrate_layer, index_layer,
+};
+use tokio::runtime::Runtime;
 
 /// Takes everything and keeps nothing.
 struct Null;
 
 impl LayerSink for Null {
     fn data(&mut self, _offset: u64, bytes: &[u8]) -> io::Result<()> {
-        std::hint::black_box(bytes);
+        black_box(bytes);
         Ok(())
     }
 
@@ -124,5 +143,85 @@ fn views(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, layers, views);
+/// Takes what a read is answered with.
+struct Ignored;
+
+impl ReadReply for Ignored {
+    fn data(self: Box<Self>, bytes: &[u8]) {
+        black_box(bytes);
+    }
+
+    fn error(self: Box<Self>, errno: i32) {
+        panic!("a read failed with {errno}");
+    }
+}
+
+/// A layer of 8 MiB, all of it local, as the FUSE server reads it; with the number of its inode.
+fn local_layer(dir: &Path, runtime: &Runtime) -> (LayerService, u64, LayerId) {
+    let mut layout = Layout::create(&dir.join("layout")).expect("create a layout");
+    let mut tar = tar::Builder::new(layout.layer(Encoding::Gzip(1)).expect("start a layer"));
+    let mut header = tar::Header::new_ustar();
+    header.set_size(8 << 20);
+    tar.append_data(&mut header, "file", io::repeat(7).take(8 << 20)).expect("add a file");
+    let blob = tar.into_inner().and_then(LayerWriter::finish).expect("finish a layer");
+    layout.add_image("v1", &[blob], &ImageSettings::default()).expect("write the manifest");
+    let registry = Registry::serve(&dir.join("layout"), Shape::default()).expect("serve the image");
+    let store = LayerStore::open(dir).expect("open a store");
+    let fetcher = Fetcher::new(store, FetchOptions::default());
+    let layer = runtime.block_on(async {
+        let client = RegistryClient::new(ClientOptions::default()).expect("a client");
+        let name = registry.reference("app", "v1").parse().expect("a reference");
+        let image = client.resolve(&name, &Platform::host()).await.expect("the image");
+        let source = client.blobs(&image.reference);
+        fetcher.ingest(&image.layers[0], source, Arc::new(NoProgress)).await.expect("the layer")
+    });
+    let service = LayerService::new(fetcher, runtime.handle().clone());
+    let ino = service.by_name(layer.file_name().as_bytes()).expect("the layer's inode");
+    (service, ino, layer.id())
+}
+
+/// What is done beside each read of a layer file (recording what a start touches, counting) and beside each read that
+/// waited (telling whoever watches), and what such a read takes as a whole.
+fn reads(criterion: &mut Criterion) {
+    const FIRST_TOUCHES: u64 = 8192;
+    let (dir, runtime) = (tempfile::tempdir().expect("a directory"), Runtime::new().expect("a runtime"));
+    let (service, ino, id) = local_layer(dir.path(), &runtime);
+    let chain = Digest::of(b"a chain");
+    let watched = || vec![Watched::new(ino, id, 1 << 30)];
+    let mut group = criterion.benchmark_group("read");
+    let read = || service.read(ino, black_box(1 << 20), 4096, Box::new(Ignored));
+    let note = || service.recorder.note(black_box(ino), black_box(1 << 20), 4096);
+    group.bench_function("4 KiB, nobody records", |bencher| bencher.iter(read));
+    group.bench_function("note, nobody records", |bencher| bencher.iter(note));
+    service.recorder.start(chain, watched());
+    group.bench_function("4 KiB, a start is recorded", |bencher| bencher.iter(read));
+    group.bench_function("note, pages that were seen", |bencher| bencher.iter(note));
+    group.bench_function("count", |bencher| bencher.iter(|| service.served.answered(black_box(4096), true)));
+
+    let (seen, began) = (Seen::new(dir.path().into()), Instant::now());
+    let fault =
+        FaultSeen { layer: id, offset: 0, len: 4096, began, waited: Duration::from_millis(3), ok: true };
+    group.bench_function("a fault, nobody records", |bencher| bencher.iter(|| seen.fault(black_box(&fault))));
+    let _start = seen.starts.begin("registry.example/app:v1", Started::Mount);
+    group.bench_function("a fault, a start is recorded", |bencher| {
+        bencher.iter(|| seen.fault(black_box(&fault)));
+    });
+
+    group.throughput(Throughput::Elements(FIRST_TOUCHES));
+    group.bench_function("note, pages seen first, 8192 of them", |bencher| {
+        let recording = || {
+            let recorder = Recorder::default();
+            recorder.start(chain, watched());
+            recorder
+        };
+        let all = |recorder: Recorder| {
+            (0..FIRST_TOUCHES).for_each(|i| recorder.note(ino, i * 8192, 4096));
+            recorder
+        };
+        bencher.iter_batched(recording, all, criterion::BatchSize::LargeInput);
+    });
+    group.finish();
+}
+
+criterion_group!(benches, layers, views, reads);
 criterion_main!(benches);

@@ -40,14 +40,46 @@ impl From<anyhow::Error> for Failure {
             Ok(failure) => failure,
             Err(error) => match error.downcast::<crate::container::ContainerError>() {
                 Ok(error) => error.into(),
-                Err(error) => Self::daemon(format!("{error:#}")),
+                Err(error) => Self::daemon(sentence(&error)),
             },
         }
     }
 }
 
+/// What went wrong and why, each cause once: many errors say what caused them themselves.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if said.is_empty() {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
+}
+
 impl From<crate::container::ContainerError> for Failure {
     fn from(error: crate::container::ContainerError) -> Self {
         Self::new(error.exit_code(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the layer cannot be used: {source}")]
+    struct Outer {
+        source: std::io::Error,
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error = anyhow::Error::new(Outer { source: std::io::Error::other("bad data") });
+        let error = error.context("pulling the image");
+        assert_eq!(sentence(&error), "pulling the image: the layer cannot be used: bad data");
+        assert_eq!(Failure::from(error).message, "pulling the image: the layer cannot be used: bad data");
     }
 }

@@ -11,10 +11,12 @@ use lazyrun::demo::registry::Registry;
 use lazyrun::demo::shaper::{Shape, Shaper};
 use lazyrun::ipc::fds;
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::support::containerd::{Containerd, PROXY};
 use crate::support::docker_registry::DockerRegistry;
-use crate::support::fixture::{Fixture, TAG, big, sha256};
+use crate::support::fixture::{Fixture, READ_MIDDLE, TAG, big, sha256};
+use crate::support::indexed::Indexed;
 use crate::support::instance::{EXE, Lazyrun};
 use crate::support::server::Server;
 use crate::support::snapshotter::{Snapshotter, go_program, mounts_below, pull, try_pull};
@@ -96,6 +98,44 @@ fn an_indexed_image_starts_lazily() {
     assert!(fetched < fixture.compressed() * 3 / 4, "{fetched} of {} bytes", fixture.compressed());
     assert_eq!(layers_of_containerd(&containerd, &fixture), Vec::<String>::new());
     containerd.remove(&image);
+}
+
+#[test]
+fn a_start_tells_where_its_time_went() {
+    let indexed = Indexed::behind(SLOW);
+    let (image, snapshotter) = (&indexed.image, Snapshotter::start());
+    let (containerd, lazyrun) = (snapshotter.containerd(), &snapshotter.lazyrun);
+    pull(&containerd, image);
+    lazyrun.fails(1, &["why", image]);
+    run(&containerd, image, &READ_MIDDLE);
+
+    let told: Value = serde_json::from_str(&lazyrun.ok(&["why", "--format", "json", image])).expect("JSON");
+    let start = &told["start"];
+    assert_eq!((&start["what"]["snapshot"]["key"], &start["error"]), (&Value::from("once"), &Value::Null));
+    assert_eq!((start["image"].as_str(), start["plan"].as_str()), (Some(image.as_str()), Some("erofs")));
+    let list = |key: &str| start[key].as_array().expect("a list");
+    let names: Vec<&str> = list("phases").iter().filter_map(|phase| phase["name"].as_str()).collect();
+    assert_eq!(names, ["resolve", "index", "stream", "view", "run"]);
+    assert!(list("layers").iter().all(|l| l["index"] == "lazyrun index (repository)"), "{start:#}");
+    let of_big = list("reads").iter().find(|read| read["path"] == "data/big.bin");
+    assert!(of_big.is_some_and(|read| read["layer"] == 1 && read["ok"] == true), "{start:#}");
+    let by_range = |r: &&Value| r["class"] == "fault" && r["status"] == 206 && r["spans"].is_array();
+    assert!(list("requests").iter().any(|request| by_range(&request)), "{start:#}");
+    assert!(told["summary"]["blocked_ms"].as_f64().is_some_and(|ms| ms > 5.0), "{:#}", told["summary"]);
+    let text = lazyrun.ok(&["why", image]);
+    for part in ["snapshot once of containerd", "data/big.bin", "fault layer 1 span"] {
+        assert!(text.contains(part), "no {part:?} in\n{text}");
+    }
+
+    // Another start is another one, and both outlive the daemon.
+    run(&containerd, image, &["true"]);
+    let list = || lazyrun.ok(&["why", "--list", "--format", "{{.Number}} {{.What}}", image]);
+    assert_eq!(list(), "1 (snapshot) once\n2 (snapshot) once\n");
+    let starts = || fs::read_dir(lazyrun.root().join("starts")).map_or(0, Iterator::count);
+    wait_for("both to be kept", Duration::from_secs(20), || (starts() == 2).then_some(()));
+    snapshotter.kill_daemon();
+    assert_eq!(list(), "1 (snapshot) once\n2 (snapshot) once\n");
+    assert!(lazyrun.ok(&["why", "-n", "2", image]).contains("data/big.bin"));
 }
 
 #[test]

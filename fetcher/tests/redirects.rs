@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::common::pull::{base64, challenge, ingest, is_layer, logged_in, one_layer};
 use crate::common::server::{Server, blob_reply, full, serve, stalled, status, with_body};
-use crate::common::{Bench, TestImage};
+use crate::common::{Bench, TestImage, quick_client, quick_fetch};
 use hyper::Response;
-use lazyrun_fetcher::FetchError;
+use lazyrun_fetcher::{ClientOptions, FetchError};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redirects_lose_credentials_and_are_remembered_until_they_expire() {
@@ -100,26 +101,80 @@ async fn a_redirect_to_a_host_that_is_gone_is_forgotten() {
     assert!(first.log().len() > asked);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_request_asks_for_another_place() {
+    let image = one_layer(126);
+    let cdn_for = |image: &TestImage| {
+        let stored = image.clone();
+        Server::start(move |seen| {
+            blob_reply(seen, &stored.blob(seen.path.split('/').nth(1).unwrap()).unwrap())
+        })
+    };
+    let (first, second) = (cdn_for(&image).await, cdn_for(&image).await);
+    let silent = relay(first.address).await;
+    let place = Arc::new(std::sync::Mutex::new(silent.address));
+    let (served, leads_to) = (image.clone(), Arc::clone(&place));
+    let server = Server::start(move |seen| {
+        if !seen.is_blob() {
+            return serve(&served, seen);
+        }
+        let digest = seen.path.rsplit('/').next().unwrap();
+        let place = format!("http://{}/{digest}", leads_to.lock().unwrap());
+        Response::builder().status(307).header("location", place).body(full("")).unwrap()
+    })
+    .await;
+    let client = ClientOptions { stall_timeout: Duration::from_secs(60), ..quick_client() };
+    let bench = Bench::with(client, quick_fetch());
+    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
+    // As a host that drops all packets: it is up for whoever connects, and says nothing for longer than a fault may take.
+    *place.lock().unwrap() = second.address;
+    silent.fall_silent();
+    for _ in 0..2 {
+        layer.forget().unwrap();
+        let bytes = bench.fetcher.read(&layer, 900_000, 10).await.unwrap();
+        assert_eq!(bytes, image.layers[0].tar[900_000..900_010]);
+    }
+    assert_eq!(server.count(|s| is_layer(&image, s)), 2, "the new place is remembered");
+    assert_eq!((second.log().len(), bench.client.stats().hedges_won), (2, 1));
+}
+
 /// Passes connections on until it ends, and they with it.
 struct Relay {
     address: std::net::SocketAddr,
+    silent: Arc<tokio::sync::Notify>,
     task: tokio::task::JoinHandle<()>,
 }
 
 async fn relay(target: std::net::SocketAddr) -> Relay {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let silent = Arc::new(tokio::sync::Notify::new());
+    let told = Arc::clone(&silent);
     let task = tokio::spawn(async move {
         let mut connections = tokio::task::JoinSet::new();
-        while let Ok((mut from, _)) = listener.accept().await {
+        loop {
+            let (mut from, _) = tokio::select! {
+                accepted = listener.accept() => accepted.unwrap(),
+                () = told.notified() => break,
+            };
             let mut to = tokio::net::TcpStream::connect(target).await.unwrap();
             connections.spawn(async move { tokio::io::copy_bidirectional(&mut from, &mut to).await });
         }
+        drop(connections);
+        let mut held = Vec::new();
+        while let Ok(connection) = listener.accept().await {
+            held.push(connection);
+        }
     });
-    Relay { address, task }
+    Relay { address, silent, task }
 }
 
 impl Relay {
+    /// Ends all connections and takes new ones without a word.
+    fn fall_silent(&self) {
+        self.silent.notify_one();
+    }
+
     async fn end(self) {
         self.task.abort();
         let _ = self.task.await;

@@ -120,6 +120,36 @@ async fn tokens_good_for_one_request_are_got_for_each() {
     assert!((2..=8).contains(&tokens), "{tokens} tokens were asked for");
 }
 
+/// Where each hop of a redirect within the registry wants a token of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_good_for_one_request_outlast_a_redirect() {
+    let image = one_layer(107);
+    let served = image.clone();
+    let unused = std::sync::Mutex::new(std::collections::HashSet::new());
+    let server = Server::start(move |seen| {
+        let mut unused = unused.lock().unwrap();
+        if seen.path.starts_with("/token") {
+            let token = format!("t{}", seen.before);
+            unused.insert(format!("Bearer {token}"));
+            return Response::new(full(format!("{{\"token\":\"{token}\"}}")));
+        }
+        if !seen.header("authorization").is_some_and(|a| unused.remove(a)) {
+            let host = seen.header("host").unwrap();
+            return challenge(&format!("Bearer realm=\"http://{host}/token\",service=\"reg\""));
+        }
+        if seen.path.starts_with("/v2/app/blobs/") {
+            let there = seen.path.replace("/v2/app/", "/v2/moved/app/");
+            return Response::builder().status(307).header("location", there).body(full("")).unwrap();
+        }
+        serve(&served, seen)
+    })
+    .await;
+    let bench = Bench::new();
+    let layer = ingest(&bench, &server.name("app:v1")).await.unwrap();
+    layer.forget().unwrap();
+    assert_eq!(bench.fetcher.read(&layer, 700_000, 10).await.unwrap(), image.layers[0].tar[700_000..700_010]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_slow_token_service_holds_up_no_other_repository() {
     let image = one_layer(106);

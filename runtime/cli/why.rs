@@ -76,6 +76,7 @@ fn head(out: &mut String, start: &Start, summary: &Summary) {
     let what = match &start.what {
         Started::Container { id, name } => format!("container {name} ({id:.12})"),
         Started::Mount => "a mount".to_owned(),
+        Started::Snapshot { key } => format!("snapshot {key} of containerd"),
     };
     let _ = writeln!(out, "{} of {}, asked for at {}", what, start.image, start.began);
     let end = match (&start.error, &start.exit) {

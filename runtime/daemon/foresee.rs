@@ -37,7 +37,7 @@ impl Daemon {
         hydrate: HydrateMode,
         start: &Recorder,
     ) -> Result<Purpose> {
-        let (purpose, first) = self.first_needs(ready, Some(start));
+        let (purpose, first) = self.first_needs(ready, start);
         if let Some(first) = first {
             // Wanted from now on, so that a daemon that is killed during the start goes on with it.
             let key = match hydrate {
@@ -50,8 +50,8 @@ impl Daemon {
     }
 
     /// As [`Daemon::foresee`], for layers that are containerd's and no recorded image's.
-    pub(super) fn foresee_layers(self: &Arc<Self>, ready: &Ready) -> Purpose {
-        let (purpose, first) = self.first_needs(ready, None);
+    pub(super) fn foresee_layers(self: &Arc<Self>, ready: &Ready, start: &Recorder) -> Purpose {
+        let (purpose, first) = self.first_needs(ready, start);
         if let Some(first) = first {
             let (hydration, layers) = (Arc::clone(&self.hydration), ready.layers.clone());
             tokio::spawn(async move {
@@ -66,7 +66,7 @@ impl Daemon {
     fn first_needs(
         self: &Arc<Self>,
         ready: &Ready,
-        start: Option<&Recorder>,
+        start: &Recorder,
     ) -> (Purpose, Option<BoxFuture<'static, ()>>) {
         let layers = ready.layers.clone();
         let Some(chain) = chain_of(&layers) else { return (Purpose::Start, None) };
@@ -79,8 +79,8 @@ impl Daemon {
         if !missing {
             return (purpose, None);
         }
-        let start = start.map(Recorder::recording);
-        if let Some(start) = start.as_ref().filter(|_| own.is_some()) {
+        let start = start.recording();
+        if own.is_some() {
             start.profile(if ready.profile.is_some() { "registry" } else { "local" });
         }
         let (this, image) = (Arc::clone(self), ready.image.reference.clone());
@@ -90,9 +90,7 @@ impl Daemon {
                 None => this.profile_of_other_tag(image, chain, layers.clone()).await,
             };
             if let Some(profile) = profile {
-                if let Some(start) = start {
-                    start.profile_of_other_tag();
-                }
+                start.profile_of_other_tag();
                 prefetch(this.images.fetcher(), &layers, &profile).await;
             }
         };

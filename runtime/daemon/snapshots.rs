@@ -8,6 +8,8 @@ use lazyrun_index::Digest;
 use super::Daemon;
 use super::images::{Images, Ready};
 use super::views::{MountedView, Purpose, Views, chain_id};
+use super::why::Recorder;
+use crate::ipc::why::Started;
 use crate::snapshotter::Snapshots;
 use crate::snapshotter::attached::mount_table;
 use crate::snapshotter::record::Remote;
@@ -38,15 +40,28 @@ impl Daemon {
         Ok(snapshots.store.views(false)?.iter().map(|(_, layers)| diff_ids(layers)).collect())
     }
 
+    /// A container of containerd's is to start from this image; `key` is its snapshot.
+    pub(crate) fn begin_snapshot(&self, image: &str, key: &str) -> Recorder {
+        self.seen.starts.begin(image, Started::Snapshot { key: key.to_owned() })
+    }
+
     /// The view that snapshots on these layers need. When a container is to start from it, what its start will touch
     /// is fetched first; the rest follows in the background.
-    pub(crate) async fn view_of(self: &Arc<Self>, ready: Ready, starts: bool) -> Result<Arc<MountedView>> {
-        let purpose = if starts { self.foresee_layers(&ready) } else { Purpose::Use };
-        if !starts {
+    pub(crate) async fn view_of(
+        self: &Arc<Self>,
+        ready: Ready,
+        start: Option<&Recorder>,
+    ) -> Result<Arc<MountedView>> {
+        let Some(start) = start else {
             self.keep_profile(&ready);
             self.hydration.begin_layers(&ready.layers);
-        }
-        self.views.get(ready.layers, self.plan, purpose).await
+            return self.views.get(ready.layers, self.plan, Purpose::Use).await;
+        };
+        self.uses(start, &ready);
+        let purpose = self.foresee_layers(&ready, start);
+        let view = self.views.get(ready.layers, self.plan, purpose).await?;
+        self.seen.mounted(start, &view);
+        Ok(view)
     }
 
     /// Takes up the views that an earlier daemon attached for containerd.

@@ -111,6 +111,11 @@ pub enum Started {
     },
     /// A mount.
     Mount,
+    /// A snapshot for a container of containerd's.
+    Snapshot {
+        /// What the client calls it, which mostly is the container's id.
+        key: String,
+    },
 }
 
 /// The timeline of a start.

@@ -233,7 +233,8 @@ impl SnapshotImages {
         }
     }
 
-    async fn layers_of(&self, known: &Known, places: &[usize]) -> Result<Vec<Arc<Layer>>> {
+    /// Takes the indexes that lie beside an image, once.
+    async fn adopt(&self, known: &Known) -> Result<()> {
         let progress: Arc<dyn Progress> = Arc::new(lazyrun_fetcher::NoProgress);
         let images = &self.images;
         known
@@ -244,6 +245,13 @@ impl SnapshotImages {
                 images.adopt_found(image, registry, policy, beside.unwrap_or_default(), &progress)
             })
             .await?;
+        Ok(())
+    }
+
+    async fn layers_of(&self, known: &Known, places: &[usize]) -> Result<Vec<Arc<Layer>>> {
+        self.adopt(known).await?;
+        let progress: Arc<dyn Progress> = Arc::new(lazyrun_fetcher::NoProgress);
+        let images = &self.images;
         let source = images.client(&known.row.registry)?.blobs(&known.image.reference);
         let one = |place: &usize| {
             let layer = known.image.layers.get(*place).cloned();
@@ -254,6 +262,17 @@ impl SnapshotImages {
             }
         };
         try_join_all(places.iter().map(one)).await
+    }
+
+    /// The name under which the image was pulled whose topmost layer here is the last of these.
+    ///
+    /// # Errors
+    /// When its row can't be read.
+    pub async fn name_of(self: &Arc<Self>, layers: &[Remote], store: &Arc<Store>) -> Result<String> {
+        let key = layers.last().context("an image without layers")?.image.clone();
+        let (this, store) = (Arc::clone(self), Arc::clone(store));
+        let known = tokio::task::spawn_blocking(move || this.of_row(&key, &store));
+        Ok(known.await.context("reading the images of snapshots")??.row.reference.clone())
     }
 
     /// What a container needs to start from these layers, bottom first. Waits until each has an index.
@@ -268,6 +287,10 @@ impl SnapshotImages {
         });
         let owners = owners.await.context("reading the images of snapshots")??;
         let top = owners.last().context("an image without layers")?;
+        let resolved = Instant::now();
+        let adopted = try_join_all(owners.iter().map(|owner| self.adopt(owner))).await;
+        adopted.with_context(|| format!("looking for the indexes of {}", top.row.reference))?;
+        let indexed = Instant::now();
         let mut keys: Vec<&str> = layers.iter().map(|layer| layer.image.as_str()).collect();
         keys.sort_unstable();
         keys.dedup();
@@ -286,8 +309,7 @@ impl SnapshotImages {
         let profile = top.found.get().cloned().flatten();
         let mut image = top.image.clone();
         image.reference = top.row.reference.parse()?;
-        let now = std::time::Instant::now();
-        Ok(Ready { image, layers, profile, resolved: now, indexed: now })
+        Ok(Ready { image, layers, profile, resolved, indexed })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Slot>> {

@@ -61,12 +61,23 @@ pub fn wanted(labels: &Labels) -> Option<Wanted> {
 /// containerd's own metadata store makes keys as `NAMESPACE/NUMBER/KEY`, which nobody else has; its garbage collector
 /// later names the layer without saying a namespace. So the layer's name begins like the key.
 pub fn name_of_layer(namespace: &str, key: &str, target: &str) -> String {
-    let number = key.strip_prefix(namespace).and_then(|rest| rest.strip_prefix('/'));
-    let number = number.and_then(|rest| rest.split_once('/')).map(|(number, _)| number);
-    match number.filter(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) {
-        Some(number) => format!("{namespace}/{number}/{target}"),
+    match numbered(namespace, key) {
+        Some((number, _)) => format!("{namespace}/{number}/{target}"),
         None => target.to_owned(),
     }
+}
+
+/// The key of a snapshot as containerd's client knows it. containerd itself does not say the namespace.
+pub fn key_of_client(key: &str) -> &str {
+    let namespace = key.split('/').next().unwrap_or_default();
+    numbered(namespace, key).map_or(key, |(_, own)| own)
+}
+
+/// The number that containerd gave a key, and the client's own key behind it.
+fn numbered<'a>(namespace: &str, key: &'a str) -> Option<(&'a str, &'a str)> {
+    let (number, own) = key.strip_prefix(namespace)?.strip_prefix('/')?.split_once('/')?;
+    let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    is_number.then_some((number, own))
 }
 
 #[cfg(test)]
@@ -80,6 +91,9 @@ mod tests {
         for key in ["extract-1 T", "other/12/x", "default/x/y", "default//y", "default/12"] {
             assert_eq!(of("default", key), "T", "{key}");
         }
+        assert_eq!(key_of_client("default/12/a/b"), "a/b");
+        assert_eq!(key_of_client("default/a"), "default/a");
+        assert_eq!(key_of_client("a"), "a");
     }
 
     #[test]

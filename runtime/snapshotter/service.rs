@@ -16,6 +16,8 @@ use super::record::{Below, Chain, Kind, Labels, Moment, Named, Remote, Usage};
 use super::store::{Commit, New, TakenLayer};
 use super::{Snapshots, mounts};
 use crate::daemon::Daemon;
+use crate::daemon::why::Recorder;
+use crate::failure::sentence;
 
 /// The header that says containerd's namespace.
 const NAMESPACE: &str = "containerd-namespace";
@@ -80,10 +82,10 @@ impl Service {
         }
         let (namespace, parent) = (asked.namespace.clone(), asked.parent.clone());
         let below = self.blocking(move |s| s.store.below(&namespace, &parent)).await?;
-        let starts = kind == Kind::Active && !unpacks;
+        let starts = (kind == Kind::Active && !unpacks).then(|| labels::key_of_client(&asked.key).to_owned());
         // Held until the snapshot is there, which keeps the view from then on.
-        let _view = self.view(&below, starts, asked.peer).await?;
-        self.blocking(move |s| {
+        let (_view, start) = self.view(&below, starts.as_deref(), asked.peer).await?;
+        let made = self.blocking(move |s| {
             let like = below.first().filter(|below| below.remote.is_none()).map(|below| below.id);
             let new = New {
                 namespace: &asked.namespace,
@@ -95,32 +97,58 @@ impl Service {
             };
             let chain = s.store.create(new, |id| s.dirs.make(id, kind, like))?;
             Ok(mounts::of(&s.dirs, &chain))
-        })
-        .await
+        });
+        let made = made.await;
+        match (&made, start) {
+            (Ok(_), Some(start)) => start.started(),
+            (Err(error), Some(start)) => start.failed(&error.to_string()),
+            (_, None) => {}
+        }
+        made
     }
 
-    /// Has the view that a snapshot on `below` needs attached, if it needs one.
-    async fn view(&self, below: &[Below], starts: bool, peer: Peer) -> Result<Option<Arc<Held>>> {
+    /// Has the view that a snapshot on `below` needs attached, if it needs one. Where a container is to start, `starts`
+    /// is the key of its snapshot, and the start is recorded.
+    async fn view(
+        &self,
+        below: &[Below],
+        starts: Option<&str>,
+        peer: Peer,
+    ) -> Result<(Option<Arc<Held>>, Option<Recorder>)> {
         let chain = Chain { id: 0, kind: Kind::View, remote: None, below: below.to_vec() };
-        let Some((id, layers)) = chain.view() else { return Ok(None) };
+        let Some((id, layers)) = chain.view() else { return Ok((None, None)) };
         let point = self.snapshots.dirs.content(id);
         let held = self.blocking(move |s| Ok(s.attached.get(id))).await?;
-        let held = match held {
-            Some(held) if !starts => held,
-            held => {
-                let attach = self.attach(id, &layers, starts).await;
-                let attach = attach.map_err(|e| SnapshotError::Unavailable(format!("{e:#}")));
-                // What is attached works, whatever a registry says now.
-                held.map_or(attach, Ok)?
+        let (held, start) = match (held, starts) {
+            (Some(held), None) => (held, None),
+            (None, None) => (self.attach(id, &layers, None).await.map_err(|e| unavailable(&e))?, None),
+            (held, Some(key)) => {
+                let image = self.snapshots.images.name_of(&layers, &self.snapshots.store).await;
+                let start = self.daemon.begin_snapshot(&image.map_err(|e| unavailable(&e))?, key);
+                let attached = self.attach(id, &layers, Some(&start));
+                let attached = match held {
+                    None => start.watch(attached).await,
+                    // What is attached works, whatever a registry says now.
+                    Some(held) => attached.await.or(Ok(held)),
+                };
+                (attached.map_err(|e| unavailable(&e))?, Some(start))
             }
         };
-        self.blocking(move |_| visible_to(peer.0, &point)).await?;
-        Ok(Some(held))
+        let visible = self.blocking(move |_| visible_to(peer.0, &point)).await;
+        if let (Err(error), Some(start)) = (&visible, &start) {
+            start.failed(&error.to_string());
+        }
+        visible.map(|()| (Some(held), start))
     }
 
-    async fn attach(&self, id: u64, layers: &[Remote], starts: bool) -> anyhow::Result<Arc<Held>> {
+    async fn attach(
+        &self,
+        id: u64,
+        layers: &[Remote],
+        start: Option<&Recorder>,
+    ) -> anyhow::Result<Arc<Held>> {
         let ready = self.snapshots.images.ready(layers, &self.snapshots.store).await?;
-        let view = self.daemon.view_of(ready, starts).await?;
+        let view = self.daemon.view_of(ready, start).await?;
         let daemon = Arc::clone(&self.daemon);
         Ok(self.blocking(move |s| s.attached.attach(id, view, daemon.views())).await?)
     }
@@ -187,6 +215,10 @@ impl Service {
         self.snapshots.images.begin(&known);
         Ok(taken)
     }
+}
+
+fn unavailable(error: &anyhow::Error) -> SnapshotError {
+    SnapshotError::Unavailable(sentence(error))
 }
 
 fn stage(s: &Snapshots, asked: &Asked, remote: Remote, image: &super::record::ImageRow) -> Result<Taken> {
@@ -270,7 +302,7 @@ impl api::snapshots_server::Snapshots for Service {
         let key = request.into_inner().key;
         let chain = self.blocking(move |s| s.store.chain(namespace.as_deref(), &key)).await?;
         // After a reboot nothing is attached any more.
-        let _view = Self::view(self, &chain.below, false, peer).await?;
+        let _view = Self::view(self, &chain.below, None, peer).await?;
         Ok(Response::new(api::MountsResponse { mounts: mounts::of(&self.snapshots.dirs, &chain) }))
     }
 

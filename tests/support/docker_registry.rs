@@ -78,6 +78,13 @@ impl DockerRegistry {
         self.addr
     }
 
+    /// The bytes of a blob or manifest that it has.
+    pub fn blob(&self, digest: &str) -> Vec<u8> {
+        let hex = digest.trim_start_matches("sha256:");
+        let blobs = self.dir.path().join("storage/docker/registry/v2/blobs/sha256");
+        fs::read(blobs.join(&hex[..2]).join(hex).join("data")).expect("a blob of the registry")
+    }
+
     /// Pushes one tag of an OCI layout and returns the reference, `127.0.0.1:PORT/NAME:TAG`.
     pub fn push(&self, layout: &Path, tag: &str, name: &str) -> String {
         self.push_as(layout, tag, name, tag)

@@ -114,6 +114,21 @@ fn image() -> (TempDir, Vec<LayerBlob>) {
     (dir, layers)
 }
 
+/// The layout of an image of busybox and a layer with these files in `/data`, under [`TAG`].
+pub fn with_files(files: &[(String, Vec<u8>)]) -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory for the image");
+    let mut layout = Layout::create(dir.path()).expect("create a layout");
+    let lower = write_layer(&layout, base, Encoding::Gzip(6));
+    let mut upper = Layer { tar: tar::Builder::new(layout.layer(Encoding::Gzip(4)).expect("start a layer")) };
+    upper.dir("data", 0o755).expect("write a layer");
+    for (name, content) in files {
+        upper.file(&format!("data/{name}"), 0o644, content).expect("write a layer");
+    }
+    let upper = upper.tar.into_inner().and_then(LayerWriter::finish).expect("finish a layer");
+    layout.add_image(TAG, &[lower, upper], &settings()).expect("write the manifest");
+    dir
+}
+
 /// The layout of both versions of the image.
 pub fn two_versions() -> TempDir {
     let dir = tempfile::tempdir().expect("a directory for the images");

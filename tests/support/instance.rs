@@ -95,6 +95,11 @@ impl Lazyrun {
         finish(&mut self.command(args), args)
     }
 
+    /// Runs a command that may hang: killed, and nothing, when it does not end within `limit`.
+    pub fn run_within(&self, limit: Duration, args: &[&str]) -> Option<Finished> {
+        finish_within(&mut self.command(args), limit)
+    }
+
     /// Runs a command with this standard input.
     pub fn run_with_input(&self, args: &[&str], input: &str) -> Finished {
         let path = self.scratch("input").join("stdin");
@@ -260,7 +265,7 @@ impl Running {
 
     /// Waits for its end; the exit code and what it wrote.
     pub fn wait(mut self) -> (Option<i32>, String) {
-        let code = wait(&mut self.child, &["(spawned)"]);
+        let code = wait(&mut self.child, LIMIT).unwrap_or_else(|| panic!("no end within {LIMIT:?}"));
         (code, self.output())
     }
 }
@@ -273,27 +278,37 @@ impl Drop for Running {
 }
 
 fn finish(command: &mut Command, args: &[&str]) -> Finished {
+    let finished = finish_within(command, LIMIT);
+    finished.unwrap_or_else(|| panic!("lazyrun {args:?} did not end within {LIMIT:?}"))
+}
+
+/// Runs a command to its end, unless that takes longer than `limit`.
+pub fn finish_within(command: &mut Command, limit: Duration) -> Option<Finished> {
     // Files, not pipes: a daemon left behind may hold them open, and nobody must wait for it.
     let (stdout, stderr) = (tempfile::tempfile().expect("a file"), tempfile::tempfile().expect("a file"));
     let mut child = command
         .stdout(stdout.try_clone().expect("share a file"))
         .stderr(stderr.try_clone().expect("share a file"))
         .spawn()
-        .expect("start lazyrun");
-    let code = wait(&mut child, args);
-    Finished { code, stdout: read_back(&stdout), stderr: read_back(&stderr) }
+        .expect("start a command");
+    let code = wait(&mut child, limit)?;
+    Some(Finished { code, stdout: read_back(&stdout), stderr: read_back(&stderr) })
 }
 
-fn wait(child: &mut Child, args: &[&str]) -> Option<i32> {
+/// The exit code, if there is one; nothing when the process had to be killed.
+fn wait(child: &mut Child, limit: Duration) -> Option<Option<i32>> {
     let start = Instant::now();
     loop {
-        if let Some(status) = child.try_wait().expect("wait for lazyrun") {
-            return status.code();
+        if let Some(status) = child.try_wait().expect("wait for a command") {
+            return Some(status.code());
         }
-        if start.elapsed() > LIMIT {
+        if start.elapsed() > limit {
             let _ = child.kill();
-            let _ = child.wait();
-            panic!("lazyrun {args:?} did not end within {LIMIT:?}");
+            // Not for ever: what hangs in the kernel can't be killed.
+            while start.elapsed() < limit + Duration::from_secs(5) && matches!(child.try_wait(), Ok(None)) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            return None;
         }
         std::thread::sleep(Duration::from_millis(5));
     }

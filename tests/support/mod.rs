@@ -6,6 +6,8 @@
 pub mod bulk;
 pub mod containerd;
 pub mod docker_registry;
+#[path = "../../fetcher/tests/common/evil.rs"]
+pub mod evil;
 pub mod fixture;
 pub mod indexed;
 pub mod instance;

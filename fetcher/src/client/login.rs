@@ -3,8 +3,9 @@
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use reqwest::{Response, StatusCode, Url};
 
+use super::answer::{MAX_SMALL_BODY, denied};
 use super::retry::retry_after;
-use super::transport::{Call, MAX_SMALL_BODY, Transport, denied, host_of, sensitive};
+use super::transport::{Call, Transport, host_of, sensitive};
 use crate::auth::{self, Authorization, Challenge};
 use crate::error::FetchError;
 use crate::hosts::Endpoint;

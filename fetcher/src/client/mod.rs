@@ -1,6 +1,7 @@
 //! The registry client: distribution-spec over HTTP. Images are only read; artifacts that refer to them are
 //! also written.
 
+mod answer;
 mod ask;
 mod blob;
 mod call;

@@ -7,8 +7,9 @@ use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use super::RegistryClient;
+use super::answer::denied;
 use super::call::{Call, Repository};
-use super::transport::{denied, sensitive};
+use super::transport::sensitive;
 use crate::auth::{self, Challenge, Credential};
 use crate::error::FetchError;
 use crate::hosts::{Endpoint, Role};

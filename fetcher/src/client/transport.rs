@@ -5,12 +5,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use reqwest::header::{CONTENT_TYPE, LOCATION};
+use reqwest::header::LOCATION;
 use reqwest::{Response, StatusCode, Url};
-use serde::Deserialize;
 
 use super::ClientOptions;
+use super::answer::denied;
 use super::call::UploadProgress;
 pub(crate) use super::call::{Call, Repository};
 use super::classify::{classify, is_turned_away};
@@ -20,16 +19,12 @@ use super::login::Share;
 use super::parts::PartRefusals;
 use super::pools::{Pools, Way};
 use super::redirect::{MAX_HOPS, RedirectCache, next_hop, same_origin};
-use super::retry::{Retrier, RetryPolicy, retry_after};
+use super::retry::{Retrier, RetryPolicy};
 use crate::auth::{Authorization, CredentialStore, TokenCache};
 use crate::error::FetchError;
 use crate::hosts::{Endpoint, Health, Hosts, Role, TlsSettings, is_loopback};
-use crate::manifest::printable;
 use crate::observe::Exchange;
 use crate::stats::ClientCounters;
-
-/// Largest token answer or error body that is read, in bytes.
-pub(super) const MAX_SMALL_BODY: u64 = 256 << 10;
 
 /// How often one call answers a 401. Tokens are shared, and some are good for few requests.
 const MAX_ANSWERS: usize = 3;
@@ -93,14 +88,18 @@ impl Transport {
 
     /// Sends a call to a host, answers a 401, follows redirects; the answer's status is 200 or 206 (or 416).
     pub(crate) async fn send(&self, call: &Call<'_>, at: &Endpoint) -> Result<Response, FetchError> {
-        if let Some(response) = self.send_to_known_place(call, at).await? {
+        // Who asks beside a request that stands still asks for another place: that one may be why.
+        if !call.apart
+            && let Some(response) = self.send_to_known_place(call, at).await?
+        {
             return Ok(response);
         }
         let key = call.token_key(at);
         let mut authorization = self.tokens.get(&key);
+        let mut place = call.place.clone();
         for answered in 0..=MAX_ANSWERS {
             let base = self.base_url(at).await?;
-            let response = self.follow(&base, call, at, authorization.as_ref()).await?;
+            let response = self.follow(&base, place, call, at, authorization.as_ref()).await?;
             if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), &base) {
                 if answered > 1 {
                     self.tokens.note_churn(&key);
@@ -118,6 +117,8 @@ impl Transport {
                 };
                 return Err(denied(call, at, self.error_detail(response).await.as_deref().unwrap_or(reason)));
             }
+            // On from where it was asked for: a token that is good for one request is used up on the way there.
+            place = Some(response.url().clone());
             let share = if answered > 0 { Share::Own } else { Share::WithOthers };
             authorization = Some(self.answer_challenge(call, at, response, authorization, share).await?);
         }
@@ -158,18 +159,19 @@ impl Transport {
         }
     }
 
-    /// Sends to the call's place and wherever it redirects; the authorization goes only to `base`, the
+    /// Sends to a place, or where the call's resource is, and wherever that redirects; the authorization goes only to `base`, the
     /// registry. What writes is not sent anew somewhere else unless the status says so (307, 308).
     async fn follow(
         &self,
         base: &Url,
+        place: Option<Url>,
         call: &Call<'_>,
         at: &Endpoint,
         authorization: Option<&Authorization>,
     ) -> Result<Response, FetchError> {
         let fail = |reason: &str| self.protocol(&host_of(base), call, reason);
-        let mut url = match &call.place {
-            Some(place) => place.clone(),
+        let mut url = match place {
+            Some(place) => place,
             None => call.url(base, at).map_err(|e| fail(&e))?,
         };
         for _ in 0..=MAX_HOPS {
@@ -293,132 +295,6 @@ impl Transport {
         }
     }
 
-    /// The next piece of a body; `None` at its end.
-    pub(crate) async fn next_chunk(
-        &self,
-        response: &mut Response,
-        what: &str,
-    ) -> Result<Option<Bytes>, FetchError> {
-        let limit = self.options.stall_timeout;
-        let host = host_of(response.url());
-        let piece = match tokio::time::timeout(limit, response.chunk()).await {
-            Ok(Ok(chunk)) => {
-                let len = chunk.as_ref().map_or(0, |c| c.len() as u64);
-                self.counters.bytes.fetch_add(len, Relaxed);
-                Ok(chunk)
-            }
-            Ok(Err(error)) => Err(classify(&host, what, error)),
-            Err(_) => Err(FetchError::Stalled { host, what: what.to_owned(), after: limit }),
-        };
-        Exchange::piece(response, &piece);
-        piece
-    }
-
-    /// A whole body of at most `limit` bytes.
-    pub(crate) async fn body(
-        &self,
-        mut response: Response,
-        what: &str,
-        limit: u64,
-    ) -> Result<Bytes, FetchError> {
-        let host = host_of(response.url());
-        let too_large = || FetchError::TooLarge { host: host.clone(), what: what.to_owned(), limit };
-        if response.content_length().is_some_and(|l| l > limit) {
-            return Err(too_large());
-        }
-        let mut out = BytesMut::new();
-        while let Some(chunk) = self.next_chunk(&mut response, what).await? {
-            if out.len() as u64 + chunk.len() as u64 > limit {
-                return Err(too_large());
-            }
-            out.extend_from_slice(&chunk);
-        }
-        Ok(out.freeze())
-    }
-
-    /// Turns an error status into an error.
-    async fn check(
-        &self,
-        response: Response,
-        call: &Call<'_>,
-        at: &Endpoint,
-    ) -> Result<Response, FetchError> {
-        let status = response.status();
-        let host = host_of(response.url());
-        match status {
-            _ if call.action.writes() && status.is_success() => Ok(response),
-            StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
-                let html = response
-                    .headers()
-                    .get(CONTENT_TYPE)
-                    .is_some_and(|v| v.as_bytes().starts_with(b"text/html"));
-                if html && status == StatusCode::OK {
-                    return Err(self.protocol(
-                        &host,
-                        call,
-                        "it sent a web page; is there a captive portal or a proxy?",
-                    ));
-                }
-                Ok(response)
-            }
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                let detail = self.error_detail(response).await;
-                Err(denied(call, at, detail.as_deref().unwrap_or("no permission")))
-            }
-            // Without the registry's words a refused manifest would be a riddle.
-            _ if call.action.writes()
-                && status.is_client_error()
-                && status != StatusCode::TOO_MANY_REQUESTS =>
-            {
-                let reason =
-                    self.error_detail(response).await.unwrap_or_else(|| "it gives no reason".to_owned());
-                Err(FetchError::Rejected {
-                    host,
-                    status: status.as_u16(),
-                    what: call.resource.clone(),
-                    reason,
-                })
-            }
-            StatusCode::NOT_FOUND | StatusCode::GONE => match call.blob {
-                Some(digest) => Err(FetchError::BlobNotFound { host, digest }),
-                None => Err(FetchError::Server {
-                    host,
-                    status: 404,
-                    what: call.resource.clone(),
-                    retry_after: None,
-                }),
-            },
-            StatusCode::TOO_MANY_REQUESTS => {
-                Err(FetchError::RateLimited { host, retry_after: retry_after(response.headers()) })
-            }
-            _ => Err(FetchError::Server {
-                host,
-                status: status.as_u16(),
-                what: call.resource.clone(),
-                retry_after: retry_after(response.headers()),
-            }),
-        }
-    }
-
-    /// The first message of a registry's JSON error.
-    pub(super) async fn error_detail(&self, response: Response) -> Option<String> {
-        #[derive(Deserialize)]
-        struct Errors {
-            #[serde(default)]
-            errors: Vec<OneError>,
-            details: Option<String>,
-        }
-        #[derive(Deserialize)]
-        struct OneError {
-            #[serde(default)]
-            message: String,
-        }
-        let body = self.body(response, "an error", MAX_SMALL_BODY).await.ok()?;
-        let errors: Errors = serde_json::from_slice(&body).ok()?;
-        let first = errors.errors.into_iter().map(|e| e.message).find(|m| !m.is_empty()).or(errors.details)?;
-        Some(printable(&first))
-    }
-
     /// The root of a host's API; learns whether an insecure one speaks only plain http.
     pub(super) async fn base_url(&self, at: &Endpoint) -> Result<Url, FetchError> {
         if !at.may_be_plain {
@@ -486,14 +362,6 @@ async fn while_it_leaves<T>(
             Err(_) if progress.last() + limit > deadline => {}
             Err(_) => return None,
         }
-    }
-}
-
-pub(super) fn denied(call: &Call<'_>, at: &Endpoint, reason: &str) -> FetchError {
-    FetchError::Denied {
-        image: call.repository.name(),
-        host: at.credential_name.clone(),
-        reason: reason.to_owned(),
     }
 }
 

@@ -1,17 +1,16 @@
-//! The registry that misbehaves (`tests/tools/evil_registry.py`), serving test images.
+//! The registry that misbehaves (`tests/tools/evil_registry.py`), serving an OCI layout. The tests of the whole program
+//! use this file, too.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use lazyrun_index::Digest;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::TestImage;
-
-const PROGRAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/tools/evil_registry.py");
+/// Below the workspace's root, wherever in it the tests are that use this file.
+const PROGRAM: &str = "tests/tools/evil_registry.py";
 
 /// A running one; killed when dropped.
 pub struct Evil {
@@ -21,6 +20,11 @@ pub struct Evil {
     pub storage: u16,
     http: reqwest::Client,
     _dir: tempfile::TempDir,
+}
+
+fn program() -> PathBuf {
+    let dirs = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().take(2);
+    dirs.map(|dir| dir.join(PROGRAM)).find(|path| path.exists()).expect("the registry's program")
 }
 
 /// What it counted since the last change of its faults.
@@ -41,22 +45,31 @@ pub struct EvilRequest {
 
 impl Evil {
     /// All faults that the program knows.
-    pub fn faults() -> Vec<String> {
-        let output = Command::new("python3").args([PROGRAM, "--list-faults"]).output();
+    fn faults() -> Vec<String> {
+        let output = Command::new("python3").arg(program()).arg("--list-faults").output();
         let output = output.unwrap_or_else(|e| panic!("python3 is needed by this test: {e}"));
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
     }
 
-    /// Serves the first image under the tag `v1`; the others are there too.
-    pub async fn start(images: &[TestImage]) -> Evil {
+    /// The faults that no case of a table begins with.
+    pub fn missing_in<'a>(table: impl IntoIterator<Item = &'a str>) -> Vec<String> {
+        let firsts: Vec<&str> = table.into_iter().filter_map(|faults| faults.split(' ').next()).collect();
+        let has = |fault: &str| {
+            let mut rests = firsts.iter().filter_map(|first| first.strip_prefix(fault));
+            rests.any(|rest| rest.is_empty() || rest.starts_with([':', ',']))
+        };
+        Evil::faults().into_iter().filter(|fault| !has(fault)).collect()
+    }
+
+    /// Serves a layout under any name of a repository.
+    pub async fn serve(layout: &Path) -> Evil {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = tempfile::tempdir().unwrap();
-        write_layout(dir.path(), images);
         let ports = dir.path().join("ports");
         let child = Command::new("python3")
-            .arg(PROGRAM)
-            .arg(dir.path())
+            .arg(program())
+            .arg(layout)
             .args(["--quiet", "--port", "0", "--portfile"])
             .arg(&ports)
             .stdin(Stdio::null())
@@ -112,21 +125,4 @@ impl Drop for Evil {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn write_layout(dir: &Path, images: &[TestImage]) {
-    let blobs = dir.join("blobs/sha256");
-    std::fs::create_dir_all(&blobs).unwrap();
-    let put = |bytes: &[u8]| std::fs::write(blobs.join(Digest::of(bytes).hex()), bytes).unwrap();
-    let mut manifests = Vec::new();
-    for (i, image) in images.iter().enumerate() {
-        put(&image.manifest);
-        put(&image.config);
-        image.layers.iter().for_each(|layer| put(&layer.blob));
-        manifests.push(json!({"mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "digest": image.digest().to_string(), "size": image.manifest.len(),
-            "annotations": {"org.opencontainers.image.ref.name": format!("v{}", i + 1)}}));
-    }
-    let index = json!({"schemaVersion": 2, "manifests": manifests});
-    std::fs::write(dir.join("index.json"), index.to_string()).unwrap();
 }

@@ -99,6 +99,26 @@ impl TestImage {
     }
 }
 
+/// An OCI layout of images; the first has the tag `v1`, the second `v2`.
+pub fn layout(images: &[TestImage]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = dir.path().join("blobs/sha256");
+    std::fs::create_dir_all(&blobs).unwrap();
+    let put = |bytes: &[u8]| std::fs::write(blobs.join(Digest::of(bytes).hex()), bytes).unwrap();
+    let mut manifests = Vec::new();
+    for (i, image) in images.iter().enumerate() {
+        put(&image.manifest);
+        put(&image.config);
+        image.layers.iter().for_each(|layer| put(&layer.blob));
+        manifests.push(json!({"mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": image.digest().to_string(), "size": image.manifest.len(),
+            "annotations": {"org.opencontainers.image.ref.name": format!("v{}", i + 1)}}));
+    }
+    let index = json!({"schemaVersion": 2, "manifests": manifests});
+    std::fs::write(dir.path().join("index.json"), index.to_string()).unwrap();
+    dir
+}
+
 /// A tar of `files` files of `size` bytes each, half random and half text, the same for the same seed.
 pub fn tar(seed: u64, files: usize, size: usize) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());

@@ -22,7 +22,7 @@ pub(super) struct Kept {
     dir: PathBuf,
 }
 
-/// What the name of a file says: `IMAGE-NUMBER-ID-NAME.json`, the last two empty for a mount.
+/// What the name of a file says: `IMAGE-NUMBER-ID-NAME.json`, the last two empty for what is no container of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Name {
     /// A part of the digest of the image's reference.
@@ -58,7 +58,7 @@ impl Kept {
     pub(super) fn save(&self, reference: &str, number: u64, start: &Start) -> Result<()> {
         let (id, name) = match &start.what {
             Started::Container { id, name } => (id.clone(), name.clone()),
-            Started::Mount => (String::new(), String::new()),
+            Started::Mount | Started::Snapshot { .. } => (String::new(), String::new()),
         };
         let path = self.dir.join(Name { image: key(reference), number, id, name }.file());
         let write = || -> Result<()> {

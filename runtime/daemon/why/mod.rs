@@ -270,6 +270,7 @@ fn line(number: usize, start: &Start) -> StartSummary {
         what: match &start.what {
             Started::Container { name, .. } => name.clone(),
             Started::Mount => "(mount)".to_owned(),
+            Started::Snapshot { key } => format!("(snapshot) {key}"),
         },
         total_ms: sums.total_ms,
         requests: sums.requests,

@@ -14,6 +14,7 @@ use crate::clock;
 use crate::daemon::images::Ready;
 use crate::daemon::metrics::layers::short;
 use crate::daemon::views::MountedView;
+use crate::failure::sentence;
 use crate::ipc::why::{Decode, Dropped, Exit, LayerOf, Phase, ReadOf, RequestOf, Start, Started, VERSION};
 
 /// Requests that are kept of one start.
@@ -109,7 +110,7 @@ impl Recording {
             tracing::info_span!("start", image = self.familiar, container = self.container().map(|c| c.1));
         let result = starting.instrument(span).await;
         if let Err(error) = &result {
-            self.failed(&format!("{error:#}"));
+            self.failed(&sentence(error));
         }
         result
     }
@@ -118,7 +119,7 @@ impl Recording {
     pub fn container(&self) -> Option<(&str, &str)> {
         match &self.what {
             Started::Container { id, name } => Some((id, name)),
-            Started::Mount => None,
+            Started::Mount | Started::Snapshot { .. } => None,
         }
     }
 
