@@ -224,8 +224,6 @@ fn origin() -> Origin {
 struct Claimed {
     bench: Bench,
     _servers: [Server; 2],
-    /// The layer that is whole.
-    private: Arc<Layer>,
     made: Members,
     secret: Vec<u8>,
 }
@@ -243,11 +241,11 @@ impl Claimed {
         let bench = Bench::new();
         let [private, public] = [private, public].map(|image| Server::start(move |seen| serve(&image, seen)));
         let servers = [private.await, public.await];
-        let private = ingest(&bench, &servers[0].name("private:v1")).await.unwrap();
+        ingest(&bench, &servers[0].name("private:v1")).await.unwrap();
         let image = bench.resolve(&servers[1].name("public:v1")).await;
         let blobs = bench.client.blobs(&image.reference);
         bench.fetcher.add_source(image.layers[0].diff_id, image.layers[0].clone(), blobs);
-        Claimed { bench, _servers: servers, private, made, secret }
+        Claimed { bench, _servers: servers, made, secret }
     }
 
     fn adopt(&self, claim: &Claim) -> Arc<Layer> {
@@ -271,21 +269,6 @@ async fn a_claimed_index_gets_nothing_by_naming_a_digest() {
     let error = s.bench.fetcher.hydrate(&layer, no_progress()).await.unwrap_err();
     assert!(matches!(error, lazyrun_fetcher::FetchError::Lie { .. }), "{error}");
     assert!(layer.lie().is_some() && s.bench.fetcher.read(&layer, at, 10).await.is_err());
-    assert_eq!(s.bench.fetcher.stats().shared_bytes, 0);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_taken_from_a_layer_that_only_claims_to_have_it() {
-    let s = Claimed::new().await;
-    let claim = Claim { named: Some(Digest::of(&s.secret)), ..Claim::tar(DigestOf::Blob) };
-    let liar = s.adopt(&claim);
-    let at = claim.place_of(&s.made, &s.made.files[3].0);
-    // Its spans are right, so the bytes that are said to be the secret are local.
-    assert!(s.bench.fetcher.read(&liar, at, SIZE).await.unwrap() == s.made.files[3].1);
-    s.private.forget().unwrap();
-    let before = s.bench.client.stats().requests;
-    assert!(s.bench.fetcher.read(&s.private, 512, SIZE).await.unwrap() == s.secret);
-    assert!(s.bench.client.stats().requests > before);
     assert_eq!(s.bench.fetcher.stats().shared_bytes, 0);
 }
 

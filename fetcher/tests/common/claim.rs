@@ -93,7 +93,7 @@ pub struct Claim {
     pub wrong_span: bool,
     /// File 3 is all hole.
     pub hole: bool,
-    /// File 3 has this digest, and so has the span that it is where those are of decoded bytes.
+    /// File 3 and the span that it is have this digest.
     pub named: Option<Digest>,
 }
 
@@ -169,8 +169,7 @@ impl Claim {
                 DigestOf::Blob => Digest::of(&made.layer.blob[member.blob.0..member.blob.1]),
                 DigestOf::Nothing => Digest::from_bytes([0; 32]),
             };
-            let decoded = self.digest_of == DigestOf::Decoded;
-            if let Some(named) = self.named.filter(|_| decoded && i == 7) {
+            if let Some(named) = self.named.filter(|_| i == 7) {
                 digest = named;
             }
             if self.wrong_span && i == 7 {
