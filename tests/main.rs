@@ -24,6 +24,7 @@ mod root_snapshotter_api;
 mod root_start;
 mod root_support;
 mod root_trees;
+mod root_twins;
 mod root_why;
 
 /// A test file that is not named above would never run.

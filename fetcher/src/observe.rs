@@ -125,6 +125,15 @@ pub struct DecodeSeen {
     pub took: Duration,
 }
 
+/// Missing bytes that came from files of other layers with the same content.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedSeen {
+    /// The layer file that missed them.
+    pub layer: LayerId,
+    /// How many.
+    pub bytes: u64,
+}
+
 /// Hears what happens.
 pub trait Observer: fmt::Debug + Send + Sync {
     /// A request is over.
@@ -138,6 +147,10 @@ pub trait Observer: fmt::Debug + Send + Sync {
     /// A span has been decoded.
     fn decoded(&self, decode: &DecodeSeen) {
         let _ = decode;
+    }
+    /// Bytes came from another layer.
+    fn shared(&self, shared: &SharedSeen) {
+        let _ = shared;
     }
 }
 
@@ -164,6 +177,14 @@ impl Watch {
         tracing::debug!(%layer, span, bytes, ?took, "span decoded");
         if let Some(observer) = &self.0 {
             observer.decoded(decode);
+        }
+    }
+
+    pub(crate) fn shared(&self, shared: &SharedSeen) {
+        let SharedSeen { layer, bytes } = *shared;
+        tracing::debug!(%layer, bytes, "bytes of another layer");
+        if let Some(observer) = &self.0 {
+            observer.shared(shared);
         }
     }
 

@@ -77,6 +77,8 @@ pub struct FetchStats {
     pub decoded_bytes: u64,
     /// Time that cores spent on decoding, verifying and storing spans, in nanoseconds.
     pub decode_nanos: u64,
+    /// Bytes of layer files that were missing and came from files of other layers with the same content.
+    pub shared_bytes: u64,
 }
 
 #[derive(Default)]
@@ -160,6 +162,7 @@ pub(crate) struct FetchCounters {
     pub(crate) corrupt_spans: AtomicU64,
     pub(crate) decoded_bytes: AtomicU64,
     pub(crate) decode_nanos: AtomicU64,
+    pub(crate) shared_bytes: AtomicU64,
     pub(crate) fault_latency: Histogram,
 }
 
@@ -196,6 +199,7 @@ impl FetchCounters {
             corrupt_spans: self.corrupt_spans.load(Relaxed),
             decoded_bytes: self.decoded_bytes.load(Relaxed),
             decode_nanos: self.decode_nanos.load(Relaxed),
+            shared_bytes: self.shared_bytes.load(Relaxed),
         }
     }
 }

@@ -19,6 +19,7 @@ mod secured;
 mod soci;
 mod tables;
 mod tokens;
+mod twins;
 
 /// A test file that is not named above would never run.
 #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lazyrun_fetcher::Reference;
-use lazyrun_fetcher::observe::{DecodeSeen, FaultSeen, Observer, RequestSeen};
+use lazyrun_fetcher::observe::{DecodeSeen, FaultSeen, Observer, RequestSeen, SharedSeen};
 
 use super::Daemon;
 use super::images::Ready;
@@ -71,5 +71,9 @@ impl Observer for Seen {
 
     fn decoded(&self, decode: &DecodeSeen) {
         self.starts.decoded(decode);
+    }
+
+    fn shared(&self, shared: &SharedSeen) {
+        self.faults.note_shared(shared);
     }
 }

@@ -7,7 +7,7 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::Bytes;
 
 use super::claims::{Ahead, PATIENCE};
-use super::{Inner, blocking, hydrate, spans};
+use super::{Inner, blocking, hydrate, spans, twins};
 use crate::error::FetchError;
 use crate::store::Layer;
 
@@ -79,6 +79,11 @@ async fn patiently(
     let state = inner.state(layer.id());
     let need = layer.index().spans_covering(offset, len as u64);
     let _wanted = layer.want(need.clone());
+    if need.clone().any(|i| layer.lacks_span(i))
+        && let Some(bytes) = twins::read(inner, layer, offset, len).await
+    {
+        return Ok(bytes);
+    }
     let waits = ExponentialBuilder::default().with_min_delay(FIRST_WAIT).with_max_delay(LONGEST_WAIT);
     let mut waits = waits.without_max_times().with_jitter().build();
     let mut since = state.generation();

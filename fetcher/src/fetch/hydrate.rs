@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 
 use super::claims::{LayerState, Run};
 use super::pump::{Failure, Pace, pump};
-use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans};
+use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans, twins};
 use crate::error::FetchError;
 use crate::observe::Class;
 use crate::store::Layer;
@@ -61,6 +61,7 @@ pub(super) async fn run(
     if !layer.is_proven() {
         stream(inner, layer, progress).await?;
     }
+    twins::fill_all(inner, layer).await;
     let (mut streams, mut asked) = (0, 0);
     // Dropping the set aborts what is in it, and the runs give their claims back.
     let mut requests: JoinSet<Result<(), FetchError>> = JoinSet::new();

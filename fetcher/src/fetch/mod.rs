@@ -21,6 +21,7 @@ mod sink;
 mod spans;
 mod table;
 mod throttle;
+mod twins;
 mod verify;
 mod window;
 

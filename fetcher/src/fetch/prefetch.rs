@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::claims::LayerState;
-use super::{Inner, parts, spans};
+use super::{Inner, parts, spans, twins};
 use crate::client::MAX_PARTS;
 use crate::error::FetchError;
 use crate::store::Layer;
@@ -27,11 +27,22 @@ pub(super) async fn run(
     layer: &Arc<Layer>,
     wanted: &[Range<usize>],
 ) -> Result<(), FetchError> {
-    let state = inner.state(layer.id());
     let count = layer.index().span_count();
-    for range in wanted {
-        layer.touch_spans(range.start.min(count)..range.end.min(count));
+    let wanted: Vec<Range<usize>> = wanted.iter().map(|r| r.start.min(count)..r.end.min(count)).collect();
+    for range in &wanted {
+        layer.touch_spans(range.clone());
     }
+    let (fillable, others) = twins::part(inner, layer, wanted).await;
+    let filling = twins::fill(inner, layer, &fillable);
+    let ((), asked) = tokio::join!(filling, ask(inner, layer, &others));
+    asked?;
+    // What could not be filled after all.
+    ask(inner, layer, &fillable).await
+}
+
+/// Fetches what is missing of ranges of spans from the registry.
+async fn ask(inner: &Arc<Inner>, layer: &Arc<Layer>, wanted: &[Range<usize>]) -> Result<(), FetchError> {
+    let state = inner.state(layer.id());
     let wanted = ranks_of(layer, wanted);
     let mut tries = PARTS_TRIES;
     while tries > 0 && wanted.len() > 1 && parts::are_possible(inner, layer) {

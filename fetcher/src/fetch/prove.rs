@@ -70,7 +70,11 @@ async fn tar(inner: &Arc<Inner>, layer: &Arc<Layer>, progress: &Arc<dyn Progress
                 format!("span {span} decodes to other bytes by its checkpoint than by the whole blob");
             return Err(inner.store.condemn(layer, &reason));
         }
-        stored.and_then(|()| layer.prove()).map_err(|e| FetchError::store("writing", &layer.data_path(), e))
+        stored
+            .and_then(|()| layer.prove())
+            .map_err(|e| FetchError::store("writing", &layer.data_path(), e))?;
+        inner.store.know_contents(layer);
+        Ok(())
     })
     .await
 }

@@ -403,6 +403,14 @@ impl Layer {
         self.standing.condemn(reason)
     }
 
+    /// What a span's bytes are known to have as their digest.
+    pub(crate) fn digest_of_bytes(&self, span: &SpanInfo) -> Option<Digest> {
+        match span.digest_of {
+            DigestOf::Decoded => (span.pad == 0).then_some(span.digest),
+            DigestOf::Blob | DigestOf::Nothing => self.learnt_digest(span.index as usize),
+        }
+    }
+
     pub(super) fn learnt_digest(&self, span: usize) -> Option<Digest> {
         self.learnt.as_ref()?.get(span)
     }

@@ -1,5 +1,6 @@
 //! The store of layer files on disk.
 
+mod contents;
 mod distrusted;
 mod evict;
 mod intact;
@@ -14,6 +15,7 @@ mod span_map;
 mod staging;
 mod standing;
 mod touched;
+mod twins;
 mod usage;
 mod victims;
 
@@ -25,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use lazyrun_index::{Digest, LayerId, LayerIndex, Layout};
 
+pub(crate) use contents::PlainFile;
 pub use intact::Checked;
 pub use layer::Layer;
 pub use limits::{CacheLimit, CacheLimits, ParseLimitError, parse_bytes};
@@ -32,6 +35,7 @@ pub use pins::LayerPin;
 pub use room::EvictionStats;
 pub(crate) use room::{Need, NoRoom, Room, is_full};
 pub(crate) use staging::Staging;
+pub(crate) use twins::{Search, Twin};
 pub use victims::{InUse, LayerUsers};
 
 use crate::bounds::check_expansion;
@@ -39,6 +43,7 @@ use crate::error::FetchError;
 use crate::trust::Origin;
 use distrusted::Distrusted;
 use standing::Standing;
+use twins::Twins;
 
 /// Names inside a layer's directory.
 pub(crate) const DATA: &str = "data";
@@ -68,6 +73,7 @@ struct Inner {
     open: Mutex<HashMap<LayerId, Weak<Layer>>>,
     distrusted: Distrusted,
     room: Arc<Room>,
+    twins: Twins,
 }
 
 impl Inner {
@@ -152,6 +158,7 @@ impl LayerStore {
             boot_id,
             open: Mutex::default(),
             distrusted,
+            twins: Twins::default(),
         });
         Ok(LayerStore { inner })
     }
@@ -263,9 +270,13 @@ impl LayerStore {
     /// # Errors
     /// When the directory cannot be moved away.
     pub fn remove(&self, id: LayerId) -> Result<(), FetchError> {
-        let mut open = self.open_layers();
-        open.remove(&id);
-        staging::discard(&self.inner.layers, &self.path_of(id))
+        {
+            let mut open = self.open_layers();
+            open.remove(&id);
+            staging::discard(&self.inner.layers, &self.path_of(id))?;
+        }
+        self.inner.twins.changed();
+        Ok(())
     }
 
     /// Removes what nothing new would be started from and `in_use` does not name: table layer files beside a
@@ -411,14 +422,27 @@ impl LayerStore {
         present: &[u64],
         replace: bool,
     ) -> Result<Arc<Layer>, FetchError> {
+        let layer = self.publish_in(&mut self.open_layers(), staging, spans, present, replace)?;
+        self.inner.twins.changed();
+        self.know_contents(&layer);
+        Ok(layer)
+    }
+
+    fn publish_in(
+        &self,
+        open: &mut HashMap<LayerId, Weak<Layer>>,
+        staging: Staging,
+        spans: usize,
+        present: &[u64],
+        replace: bool,
+    ) -> Result<Arc<Layer>, FetchError> {
         let id = staging.id();
-        let mut open = self.open_layers();
-        if self.inner.open_in(&mut open, id)?.is_some_and(|old| replace || old.lie().is_some()) {
+        if self.inner.open_in(open, id)?.is_some_and(|old| replace || old.lie().is_some()) {
             open.remove(&id);
             staging::discard(&self.inner.layers, &self.path_of(id))?;
         }
         staging.publish(&self.path_of(id), spans, present, self.inner.boot_id)?;
-        self.inner.open_in(&mut open, id)?.ok_or(FetchError::Interrupted { what: "publishing a layer" })
+        self.inner.open_in(open, id)?.ok_or(FetchError::Interrupted { what: "publishing a layer" })
     }
 
     fn path_of(&self, id: LayerId) -> PathBuf {
@@ -438,4 +462,4 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod evict_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

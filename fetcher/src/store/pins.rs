@@ -60,6 +60,13 @@ pub struct LayerPin {
     hold: Hold,
 }
 
+impl LayerPin {
+    /// Whether it holds this layer.
+    pub(crate) fn is_of(&self, layer: &Arc<Layer>) -> bool {
+        Arc::ptr_eq(&self.layer, layer)
+    }
+}
+
 impl Drop for LayerPin {
     fn drop(&mut self) {
         self.layer.pins.counter(self.hold).fetch_sub(1, Ordering::AcqRel);

@@ -36,7 +36,7 @@ pub(super) fn tar() -> Vec<u8> {
 }
 
 /// Builds and publishes the layer as a stream would.
-pub(super) fn publish(store: &LayerStore, tar: &[u8]) -> Arc<Layer> {
+pub(crate) fn publish(store: &LayerStore, tar: &[u8]) -> Arc<Layer> {
     let staging = store.stage(LayerId::tar(Digest::of(tar))).unwrap();
     let data = staging.create(&staging.data_path()).unwrap();
     let out = staging.create(&staging.index_path()).unwrap();

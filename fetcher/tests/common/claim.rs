@@ -93,6 +93,8 @@ pub struct Claim {
     pub wrong_span: bool,
     /// File 3 is all hole.
     pub hole: bool,
+    /// File 3 and the span that it is have this digest.
+    pub named: Option<Digest>,
 }
 
 impl Claim {
@@ -108,6 +110,7 @@ impl Claim {
             swapped: false,
             wrong_span: false,
             hole: false,
+            named: None,
         }
     }
 
@@ -166,6 +169,9 @@ impl Claim {
                 DigestOf::Blob => Digest::of(&made.layer.blob[member.blob.0..member.blob.1]),
                 DigestOf::Nothing => Digest::from_bytes([0; 32]),
             };
+            if let Some(named) = self.named.filter(|_| i == 7) {
+                digest = named;
+            }
             if self.wrong_span && i == 7 {
                 digest = Digest::of(b"something else");
             }
@@ -201,6 +207,9 @@ impl Claim {
             }
             if self.content && lied {
                 told.content = Some(Digest::of(b"other"));
+            }
+            if lied && self.named.is_some() {
+                told.content = self.named;
             }
             builder.entry(&told).unwrap();
         }

@@ -41,6 +41,11 @@ impl Daemon {
         for layer in &by_layer {
             times.histogram(&[("image", &layer.image), ("layer", &layer.layer)], &layer.faults);
         }
+        let help = "Missing bytes that came from files of other layers with the same content.";
+        let mut shared = out.counters("lazyrun_shared_bytes", help);
+        for layer in &by_layer {
+            shared.sample(&[("image", &layer.image), ("layer", &layer.layer)], layer.shared);
+        }
         out.counter("lazyrun_spans_decoded", "Spans decoded and verified.", stats.spans);
         let help = "Bytes of layer files that decoding spans gave.";
         out.counter("lazyrun_decoded_bytes", help, stats.decoded_bytes);

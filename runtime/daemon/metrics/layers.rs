@@ -2,10 +2,11 @@
 //! or were lately, and for a bounded number of them; what others had is counted together.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
-use lazyrun_fetcher::observe::FaultSeen;
+use lazyrun_fetcher::observe::{FaultSeen, SharedSeen};
 use lazyrun_fetcher::{Histogram, HistogramSnapshot, Layer};
 use lazyrun_index::LayerId;
 
@@ -21,21 +22,28 @@ const MAX_IMAGES: usize = 32;
 pub struct FaultsByLayer {
     state: RwLock<State>,
     /// Of layers that belong to no image that is known, or not any more.
-    others: Histogram,
+    others: Counts,
 }
 
 #[derive(Debug, Default)]
 struct State {
     images: HashMap<String, Image>,
     /// Where faults of a layer are counted: for the image that was the last to be started from it.
-    layers: HashMap<LayerId, Arc<Histogram>>,
+    layers: HashMap<LayerId, Arc<Counts>>,
 }
 
 #[derive(Debug)]
 struct Image {
     used: Instant,
     views: Vec<Weak<MountedView>>,
-    layers: Vec<(LayerId, Weak<Layer>, Arc<Histogram>)>,
+    layers: Vec<(LayerId, Weak<Layer>, Arc<Counts>)>,
+}
+
+/// What is counted of a layer.
+#[derive(Debug, Default)]
+struct Counts {
+    faults: Histogram,
+    shared: AtomicU64,
 }
 
 /// What is told of a layer of an image.
@@ -47,6 +55,8 @@ pub struct LayerFaults {
     pub layer: String,
     /// Its faults.
     pub faults: HistogramSnapshot,
+    /// Bytes that it missed and other layers had.
+    pub shared: u64,
 }
 
 /// How far an image is.
@@ -73,9 +83,16 @@ impl FaultsByLayer {
     /// A fault is over. This is on the path that a reader waits for: a look-up and two additions.
     pub fn note(&self, fault: &FaultSeen) {
         match self.read().layers.get(&fault.layer) {
-            Some(faults) => faults.observe(fault.waited),
-            None => self.others.observe(fault.waited),
+            Some(counts) => counts.faults.observe(fault.waited),
+            None => self.others.faults.observe(fault.waited),
         }
+    }
+
+    /// A layer got bytes from others.
+    pub fn note_shared(&self, shared: &SharedSeen) {
+        let state = self.read();
+        let counts = state.layers.get(&shared.layer).map_or(&self.others, |counts| counts);
+        counts.shared.fetch_add(shared.bytes, Relaxed);
     }
 
     /// Something starts from this image.
@@ -92,18 +109,18 @@ impl FaultsByLayer {
         known.used = Instant::now();
         for layer in layers {
             let id = layer.id();
-            let faults = match known.layers.iter_mut().find(|(known, ..)| *known == id) {
-                Some((_, file, faults)) => {
+            let counts = match known.layers.iter_mut().find(|(known, ..)| *known == id) {
+                Some((_, file, counts)) => {
                     *file = Arc::downgrade(layer);
-                    Arc::clone(faults)
+                    Arc::clone(counts)
                 }
                 None => {
-                    let faults = Arc::<Histogram>::default();
-                    known.layers.push((id, Arc::downgrade(layer), Arc::clone(&faults)));
-                    faults
+                    let counts = Arc::<Counts>::default();
+                    known.layers.push((id, Arc::downgrade(layer), Arc::clone(&counts)));
+                    counts
                 }
             };
-            state.layers.insert(id, faults);
+            state.layers.insert(id, counts);
         }
         state.images.insert(image.to_owned(), known);
     }
@@ -127,14 +144,12 @@ impl FaultsByLayer {
         let state = self.read();
         let mut all = Vec::new();
         for (image, known) in &state.images {
-            for (id, _, faults) in &known.layers {
-                let (image, layer) = (image.clone(), short(*id));
-                all.push(LayerFaults { image, layer, faults: faults.snapshot() });
+            for (id, _, counts) in &known.layers {
+                all.push(counts.told(image.clone(), short(*id)));
             }
         }
         all.sort_by(|a, b| (&a.image, &a.layer).cmp(&(&b.image, &b.layer)));
-        let (image, layer) = ("other".to_owned(), "other".to_owned());
-        all.push(LayerFaults { image, layer, faults: self.others.snapshot() });
+        all.push(self.others.told("other".to_owned(), "other".to_owned()));
         all
     }
 
@@ -170,11 +185,12 @@ impl FaultsByLayer {
 
     // Counts go to the others, so that the sum over all labels never shrinks.
     fn drop_image(&self, state: &mut State, image: &str) {
-        for (id, _, faults) in state.images.remove(image).into_iter().flat_map(|known| known.layers) {
-            if state.layers.get(&id).is_some_and(|current| Arc::ptr_eq(current, &faults)) {
+        for (id, _, counts) in state.images.remove(image).into_iter().flat_map(|known| known.layers) {
+            if state.layers.get(&id).is_some_and(|current| Arc::ptr_eq(current, &counts)) {
                 state.layers.remove(&id);
             }
-            self.others.add(&faults.snapshot());
+            self.others.faults.add(&counts.faults.snapshot());
+            self.others.shared.fetch_add(counts.shared.load(Relaxed), Relaxed);
         }
     }
 
@@ -184,6 +200,12 @@ impl FaultsByLayer {
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counts {
+    fn told(&self, image: String, layer: String) -> LayerFaults {
+        LayerFaults { image, layer, faults: self.faults.snapshot(), shared: self.shared.load(Relaxed) }
     }
 }
 
