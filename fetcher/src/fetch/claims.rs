@@ -157,8 +157,7 @@ impl LayerState {
         let mut runs = together(layer, wanted);
         if let Some(last) = runs.last_mut() {
             let blob = layer.index().blob_size();
-            let bytes =
-                state.window.ahead(now, last.ranks.start, last.bytes, blob, ahead.free, ahead.max);
+            let bytes = state.window.ahead(now, last.ranks.start, last.bytes, blob, ahead.free, ahead.max);
             last.ranks.end = state.extend(layer, last.ranks.clone(), bytes);
             state.window.ended(last.ranks.end);
         }
