@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cli;
 pub mod clock;
 pub mod container;
+pub mod containerd;
 pub mod daemon;
 pub mod demo;
 pub mod failure;

@@ -4,6 +4,7 @@ mod support;
 
 mod root_cache;
 mod root_demo;
+mod root_diffs;
 mod root_evil;
 mod root_faults;
 mod root_hydrate;

@@ -272,6 +272,10 @@ pub enum Command {
         /// /run/lazyrun/snapshotter.sock]
         #[arg(long, value_name = "SOCKET")]
         address: Option<PathBuf>,
+        /// Unix socket of containerd itself, where layers of commits are stored [default:
+        /// /run/containerd/containerd.sock]
+        #[arg(long, env = "CONTAINERD_ADDRESS", value_name = "SOCKET")]
+        containerd_address: Option<PathBuf>,
     },
     /// The daemon's parent.
     #[command(hide = true)]

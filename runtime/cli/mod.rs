@@ -114,7 +114,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Daemon { kept, snapshotter } => {
             return system::daemon(context, kept, snapshotter.as_deref());
         }
-        Command::Snapshotter { address } => return snapshotter::serve(context, address),
+        Command::Snapshotter { address, containerd_address } => {
+            return snapshotter::serve(context, address, containerd_address);
+        }
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,

@@ -20,14 +20,18 @@ use crate::snapshotter::SnapshotterOptions;
 /// Where containerd finds the snapshotter unless it was told.
 const DEFAULT_ADDRESS: &str = "/run/lazyrun/snapshotter.sock";
 
-pub(super) fn serve(context: &Context, address: Option<PathBuf>) -> Result<ExitCode, Failure> {
+pub(super) fn serve(
+    context: &Context,
+    address: Option<PathBuf>,
+    containerd: Option<PathBuf>,
+) -> Result<ExitCode, Failure> {
     system::log_to_stderr(context);
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::daemon("the snapshotter mounts images, which needs root; run it with sudo"));
     }
     // No name of an image: only the settings of this process are wanted.
     let registry = context.image("", PullPolicy::Missing).registry;
-    let options = SnapshotterOptions { registry, index: context.index.clone() };
+    let options = SnapshotterOptions { registry, index: context.index.clone(), containerd };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
     let (listener, bound) = match passed_socket()? {
         Some(listener) => (listener, None),

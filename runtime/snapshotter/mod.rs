@@ -5,10 +5,12 @@
 //! even fetched: containerd is told that it is there already and downloads nothing. The first container on such
 //! layers gets the image's view ([`attached`]) below its own directory.
 //!
-//! The snapshotter never calls containerd: that holds locks while it waits for an answer.
+//! The snapshotter never calls containerd: that holds locks while it waits for an answer. Only the diff service ([`diff`])
+//! does, for which containerd holds none.
 
 pub mod attached;
 mod collect;
+mod diff;
 mod dirs;
 pub mod error;
 pub mod filter;
@@ -21,6 +23,7 @@ mod server;
 mod service;
 pub mod store;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
@@ -44,6 +47,9 @@ pub struct SnapshotterOptions {
     pub registry: RegistryOptions,
     /// Whose indexes are used.
     pub index: IndexOptions,
+    /// Where containerd itself listens, if not where it does by default.
+    #[serde(default)]
+    pub containerd: Option<PathBuf>,
 }
 
 /// The snapshots of an instance.
@@ -54,6 +60,8 @@ pub struct Snapshots {
     pub attached: Attached,
     /// The images whose layers are snapshots.
     pub images: Arc<SnapshotImages>,
+    /// Where containerd listens.
+    pub containerd: PathBuf,
     dirs: Dirs,
     // diffIDs of layers that were removed since what they leave was deleted.
     removed: Mutex<Vec<Vec<Digest>>>,
@@ -76,11 +84,13 @@ impl Snapshots {
         let dirs = Dirs::new(paths.snapshots())?;
         let store = Store::open(&database).with_context(|| format!("opening {}", database.display()))?;
         let options = options.cloned().unwrap_or_default();
+        let containerd = options.containerd.unwrap_or_else(|| crate::containerd::DEFAULT_ADDRESS.into());
         let images = SnapshotImages::new(Arc::clone(images), options.registry, options.index);
         Ok(Some(Self {
             store: Arc::new(store),
             attached: Attached::new(dirs.clone()),
             images: Arc::new(images),
+            containerd,
             dirs,
             removed: Mutex::default(),
         }))

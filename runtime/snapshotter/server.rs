@@ -14,8 +14,11 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tonic::codegen::Service as _;
 
+use super::diff::DiffService;
+use super::proto::services::diff::v1::diff_server::{self, DiffServer};
 use super::proto::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use super::service::{Peer, Service};
+use crate::containerd::Containerd;
 use crate::daemon::Daemon;
 
 /// Most connections at a time; containerd has one.
@@ -32,11 +35,22 @@ pub fn serve(daemon: &Arc<Daemon>, listener: OwnedFd) -> Result<JoinHandle<()>> 
     listener.set_nonblocking(true).context("using the socket for containerd")?;
     let listener = UnixListener::from_std(listener).context("using the socket for containerd")?;
     let snapshots = daemon.snapshots().context("the snapshots are not open")?;
-    let service = SnapshotsServer::new(Service::new(Arc::clone(daemon), Arc::clone(snapshots)));
-    Ok(tokio::spawn(accept(listener, service)))
+    let containerd = Containerd::at(&snapshots.containerd).context("finding containerd")?;
+    let services = Services {
+        snapshots: SnapshotsServer::new(Service::new(Arc::clone(daemon), Arc::clone(snapshots))),
+        diff: DiffServer::new(DiffService::new(Arc::clone(snapshots), containerd)),
+    };
+    Ok(tokio::spawn(accept(listener, services)))
 }
 
-async fn accept(listener: UnixListener, service: SnapshotsServer<Service>) {
+/// What is served at the socket.
+#[derive(Clone)]
+struct Services {
+    snapshots: SnapshotsServer<Service>,
+    diff: DiffServer<DiffService>,
+}
+
+async fn accept(listener: UnixListener, services: Services) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Ends them all when this task ends.
     let mut open = tokio::task::JoinSet::new();
@@ -44,10 +58,10 @@ async fn accept(listener: UnixListener, service: SnapshotsServer<Service>) {
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let service = service.clone();
+                let services = services.clone();
                 open.spawn(async move {
                     let _permit = permit;
-                    if let Err(error) = answer(stream, service).await {
+                    if let Err(error) = answer(stream, services).await {
                         tracing::debug!(%error, "a connection of containerd's broke");
                     }
                 });
@@ -61,12 +75,19 @@ async fn accept(listener: UnixListener, service: SnapshotsServer<Service>) {
     }
 }
 
-async fn answer(stream: UnixStream, service: SnapshotsServer<Service>) -> hyper::Result<()> {
+async fn answer(stream: UnixStream, services: Services) -> hyper::Result<()> {
     let peer = Peer(stream.peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid > 0));
     let answer = service_fn(move |mut request: hyper::Request<Incoming>| {
-        let mut service = service.clone();
+        let Services { mut snapshots, mut diff } = services.clone();
         request.extensions_mut().insert(peer);
-        async move { Ok::<_, Infallible>(service.call(request).await.unwrap_or_else(|never| match never {})) }
+        async move {
+            let service = request.uri().path().split('/').nth(1);
+            let answer = match service == Some(diff_server::SERVICE_NAME) {
+                true => diff.call(request).await,
+                false => snapshots.call(request).await,
+            };
+            Ok::<_, Infallible>(answer.unwrap_or_else(|never| match never {}))
+        }
     });
     http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(MAX_REQUESTS)

@@ -15,12 +15,11 @@ use super::proto::types::Mount;
 use super::record::{Below, Chain, Kind, Labels, Moment, Named, Remote, Usage};
 use super::store::{Commit, New, TakenLayer};
 use super::{Snapshots, mounts};
+use crate::containerd::NAMESPACE;
 use crate::daemon::Daemon;
 use crate::daemon::why::Recorder;
 use crate::failure::sentence;
 
-/// The header that says containerd's namespace.
-const NAMESPACE: &str = "containerd-namespace";
 /// Snapshots in one message of a list.
 const LIST_CHUNK: usize = 100;
 

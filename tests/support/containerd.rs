@@ -50,14 +50,22 @@ impl Containerd {
 
     /// As [`Containerd::with_snapshotter`], started by another command, such as `unshare … containerd`.
     pub fn with_snapshotter_as(command: fn() -> Command, address: &Path) -> Containerd {
-        let proxy = format!("[proxy_plugins.{PROXY}]\ntype = \"snapshot\"\naddress = {address:?}\n");
-        Containerd::start_as(command, &proxy)
+        Containerd::start_as(command, &proxy(address))
+    }
+
+    /// As [`Containerd::with_snapshotter`], with its own socket at `socket`.
+    pub fn with_snapshotter_at(address: &Path, socket: &Path) -> Containerd {
+        Containerd::start_at(|| Command::new("containerd"), &proxy(address), Some(socket))
     }
 
     fn start_as(command: fn() -> Command, more: &str) -> Containerd {
+        Containerd::start_at(command, more, None)
+    }
+
+    fn start_at(command: fn() -> Command, more: &str, socket: Option<&Path>) -> Containerd {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let dir = tempfile::tempdir().expect("a directory for containerd");
-        let socket = dir.path().join("sock");
+        let socket = socket.map_or_else(|| dir.path().join("sock"), Path::to_owned);
         let text = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {DISABLED:?}\n\
              [grpc]\naddress = {socket:?}\n[ttrpc]\naddress = {:?}\n{more}",
@@ -161,6 +169,10 @@ impl Containerd {
     pub fn remove(&self, reference: &str) {
         self.run(["images", "remove", "--sync", reference]);
     }
+}
+
+fn proxy(address: &Path) -> String {
+    format!("[proxy_plugins.{PROXY}]\ntype = \"snapshot\"\naddress = {address:?}\n")
 }
 
 impl Drop for Containerd {

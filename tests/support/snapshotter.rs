@@ -101,6 +101,11 @@ impl Snapshotter {
         Containerd::with_snapshotter(&self.socket)
     }
 
+    /// A containerd that uses it, at the socket where it expects one to take its layers.
+    pub fn containerd_with_diffs(&self) -> Containerd {
+        Containerd::with_snapshotter_at(&self.socket, &containerd_socket(&self.lazyrun))
+    }
+
     /// What is mounted below its root.
     pub fn mounts(&self) -> Vec<String> {
         mounts_below(self.lazyrun.root())
@@ -114,10 +119,15 @@ pub fn mounts_below(dir: &Path) -> Vec<String> {
     points.filter(|point| Path::new(point).starts_with(dir)).map(str::to_owned).collect()
 }
 
+/// Where the containerd listens that it stores layers in.
+fn containerd_socket(lazyrun: &Lazyrun) -> PathBuf {
+    lazyrun.scratch("containerd").join("s")
+}
+
 fn spawn(lazyrun: &Lazyrun, options: &[String], env: &[(String, PathBuf)], socket: &Path) -> Server {
     let mut command = Command::new(EXE);
     command.arg("--root").arg(lazyrun.root()).args(options).arg("snapshotter").arg("--address").arg(socket);
-    command.envs(env.iter().cloned());
+    command.arg("--containerd-address").arg(containerd_socket(lazyrun)).envs(env.iter().cloned());
     Server::start(&mut command, &lazyrun.scratch("log").join("snapshotter"))
 }
 

@@ -1,0 +1,133 @@
+//! A client of containerd's own services: its content store and its leases.
+
+mod content;
+mod lease;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
+
+pub use content::{Info, Upload};
+pub use lease::{Lease, unique};
+
+/// Where containerd listens unless it was told.
+pub const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
+/// The header that says containerd's namespace.
+pub const NAMESPACE: &str = "containerd-namespace";
+/// The header that says which lease holds what a request makes.
+pub const LEASE: &str = "containerd-lease";
+/// How long containerd may take to answer one message.
+const ANSWER: Duration = Duration::from_secs(60);
+
+/// Why containerd did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerdError {
+    /// There is nobody at the address, or something else than containerd.
+    #[error("containerd does not answer at {address}: {why} (--containerd-address says where it listens)")]
+    Unreachable {
+        /// The socket.
+        address: String,
+        /// What happened.
+        why: String,
+    },
+    /// It refused.
+    #[error("containerd can't {what}: {}", .status.message())]
+    Refused {
+        /// What it was asked for.
+        what: String,
+        /// Its answer.
+        status: Status,
+    },
+}
+
+impl ContainerdError {
+    /// containerd's class of the error.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Unreachable { .. } => Code::Unavailable,
+            Self::Refused { status, .. } => status.code(),
+        }
+    }
+}
+
+/// A containerd, at its socket. Connected to when it is first asked, and again after it was restarted.
+#[derive(Debug, Clone)]
+pub struct Containerd {
+    address: PathBuf,
+    channel: Channel,
+}
+
+/// On whose behalf containerd is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// What keeps new content from its garbage collector.
+    pub lease: Option<String>,
+}
+
+impl Scope {
+    /// A request with the headers that say so.
+    ///
+    /// # Errors
+    /// When namespace or lease have signs that no header carries.
+    fn request<T>(&self, message: T) -> Result<Request<T>, Status> {
+        let mut request = Request::new(message);
+        let header = |text: &str| {
+            text.parse()
+                .map_err(|_| Status::invalid_argument(format!("{text:?} is no name that containerd has")))
+        };
+        request.metadata_mut().insert(NAMESPACE, header(&self.namespace)?);
+        if let Some(lease) = &self.lease {
+            request.metadata_mut().insert(LEASE, header(lease)?);
+        }
+        Ok(request)
+    }
+}
+
+impl Containerd {
+    /// The one at this socket. To be called where tasks can be spawned.
+    ///
+    /// # Errors
+    /// When the path can't be an address.
+    pub fn at(address: &Path) -> Result<Self, ContainerdError> {
+        let endpoint = address
+            .to_str()
+            .filter(|path| path.starts_with('/'))
+            .ok_or_else(|| "it is no absolute path in UTF-8".to_owned())
+            .and_then(|path| Endpoint::from_shared(format!("unix://{path}")).map_err(|e| e.to_string()))
+            .map_err(|why| ContainerdError::Unreachable { address: address.display().to_string(), why })?;
+        let channel = endpoint.connect_timeout(Duration::from_secs(5)).connect_lazy();
+        Ok(Self { address: address.to_owned(), channel })
+    }
+
+    // Waits for an answer, and says which request failed.
+    async fn answer<T>(
+        &self,
+        what: impl FnOnce() -> String,
+        asked: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, ContainerdError> {
+        let unreachable =
+            |why: String| ContainerdError::Unreachable { address: self.address.display().to_string(), why };
+        match tokio::time::timeout(ANSWER, asked).await {
+            Ok(Ok(answer)) => Ok(answer),
+            // A status that was made here, not by containerd, has what happened to the connection as its source.
+            Ok(Err(status)) if std::error::Error::source(&status).is_some() => {
+                Err(unreachable(reason(&status)))
+            }
+            Ok(Err(status)) => Err(ContainerdError::Refused { what: what(), status }),
+            Err(_) => Err(unreachable(format!("no answer in {} s", ANSWER.as_secs()))),
+        }
+    }
+}
+
+// The last of an error's causes: what the kernel said.
+fn reason(status: &Status) -> String {
+    let mut error: &dyn std::error::Error = status;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
