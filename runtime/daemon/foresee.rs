@@ -20,6 +20,9 @@ use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
+/// Hydration begins when a start that was foreseen has had so long: until then it would only take the link and the
+/// processors from it. As long as earlier starts touched something new, within these bounds.
+const SETTLES: std::ops::RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(5);
 /// After this time a container counts as started, and what it reads is no longer recorded.
 const START: Duration = Duration::from_secs(30);
 
@@ -84,6 +87,7 @@ impl Daemon {
             start.profile(if ready.profile.is_some() { "registry" } else { "local" });
         }
         let (this, image) = (Arc::clone(self), ready.image.reference.clone());
+        let began = tokio::time::Instant::now();
         let first = async move {
             let profile = match own {
                 Some(profile) => Some(profile),
@@ -92,6 +96,8 @@ impl Daemon {
             if let Some(profile) = profile {
                 start.profile_of_other_tag();
                 prefetch(this.images.fetcher(), &layers, &profile).await;
+                let settles = profile.duration().clamp(*SETTLES.start(), *SETTLES.end());
+                tokio::time::sleep_until(began + settles).await;
             }
         };
         (purpose, Some(Box::pin(first)))

@@ -16,6 +16,7 @@ use lazyrun_index::{LayerSink, Layout, SpanInfo, hydrate_layer};
 use tokio::task::JoinSet;
 
 use super::claims::{LayerState, Run};
+use super::polite::Polite;
 use super::pump::{Failure, Pace, pump};
 use super::{Inner, NoProgress, Progress, blocking, ingest, prove, spans, twins};
 use crate::error::FetchError;
@@ -247,6 +248,7 @@ async fn stream_from_any(
             progress: Arc::clone(progress),
         };
         let worker = blocking("streaming a layer", move || {
+            let _polite = Polite::now();
             let layer = Arc::clone(&sink.layer);
             let result = hydrate_layer(layer.index(), reader, &mut sink);
             let _ = layer.save_map();

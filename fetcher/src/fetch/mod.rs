@@ -12,6 +12,7 @@ mod link;
 mod memory;
 mod overdue;
 mod parts;
+mod polite;
 mod prefetch;
 mod progress;
 mod prove;

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::arriving::{Arriving, Reader};
 use super::claims::Run;
+use super::polite::Polite;
 use super::{Inner, spans};
 use crate::client::BlobSource;
 use crate::error::FetchError;
@@ -91,6 +92,7 @@ async fn receive(
             let permit = inner.scheduler.decode().await?;
             let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(&run));
             decoding.spawn_blocking(move || {
+                let _polite = Polite::for_class(run.class);
                 let result = spans::store(&inner, &layer, &run, rank, &span, &compressed);
                 drop((permit, compressed, room));
                 result

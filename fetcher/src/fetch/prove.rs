@@ -13,6 +13,7 @@ use lazyrun_index::{Digest, DigestOf, Hasher, IndexError, LayerSink, Layout, Spa
 use tracing::Instrument as _;
 
 use super::claims::LayerState;
+use super::polite::Polite;
 use super::pump::{Failure, Pace, PumpReader, pump};
 use super::{Inner, Progress, blocking, ingest, table};
 use crate::error::FetchError;
@@ -100,7 +101,10 @@ pub(super) async fn pass<T: Send + 'static>(
             let problem = Failure::default();
             let (feeder, reader) = pump(problem.clone());
             let work = Arc::clone(&work);
-            let worker = blocking("proving a layer", move || work(reader, &problem));
+            let worker = blocking("proving a layer", move || {
+                let _polite = Polite::now();
+                work(reader, &problem)
+            });
             inner.counters.background_requests.fetch_add(1, Relaxed);
             let blob = source.reader(digest, 0..size, Some(size)).for_class(Class::Hydrate);
             let witness = blob.witness();

@@ -13,6 +13,7 @@ use tracing::Instrument as _;
 use super::Inner;
 use super::arriving::{Arriving, Reader};
 use super::claims::Run;
+use super::polite::Polite;
 use crate::client::{BlobReader, BlobSource};
 use crate::error::FetchError;
 use crate::observe::{Class, DecodeSeen};
@@ -204,7 +205,7 @@ async fn read_spans(
         let (inner, layer, run) = (Arc::clone(inner), Arc::clone(layer), Arc::clone(run));
         let fetching = tracing::Span::current();
         let task = tokio::task::spawn_blocking(move || {
-            let _of = fetching.enter();
+            let (_of, _polite) = (fetching.enter(), Polite::for_class(run.class));
             let result = store(&inner, &layer, &run, rank, &span, &compressed);
             drop((permit, compressed, room));
             result

@@ -15,6 +15,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use lazyrun_fetcher::Layer;
@@ -129,6 +130,11 @@ impl Profile {
     /// The touches, in order.
     pub fn touches(&self) -> &[Touch] {
         &self.touches
+    }
+
+    /// When the last page was first touched, after the start.
+    pub fn duration(&self) -> Duration {
+        Duration::from_millis(self.touches.iter().map(|touch| u64::from(touch.at_ms)).max().unwrap_or(0))
     }
 
     /// Whether it is about these layer files. A page of a tar says nothing about a table.
