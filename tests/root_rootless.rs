@@ -6,8 +6,12 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::process::Command;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::support::fixture::Fixture;
 use crate::support::instance::EXE;
+use crate::support::leaks::processes;
 use crate::support::need_root;
 
 /// The user `nobody`, and its group: fusermount3 wants one that has a name.
@@ -15,6 +19,15 @@ const USER: u32 = 65_534;
 
 /// A place that belongs to the user, with the program in it.
 struct Site(tempfile::TempDir);
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // A script that failed leaves its daemon, and nobody else ends it.
+        for (pid, _) in processes(&self.path().display().to_string()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
 
 impl Site {
     fn new() -> Site {
