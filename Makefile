@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-micro soak soak-fills evil proto memory
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-micro soak soak-fills evil proto memory
 
 build:
 	$(CARGO) build --workspace
@@ -43,7 +43,7 @@ install-deps deps:
 
 # Figures: medians of interleaved rounds, ratios against the reference in the same run. Each takes minutes and
 # wants an otherwise idle machine.
-bench: bench-micro bench-index bench-view bench-spans bench-union bench-warm bench-cold bench-start
+bench: bench-micro bench-index bench-view bench-spans bench-union bench-fault bench-warm bench-cold bench-start
 
 bench-warm:
 	@tests/tools/deps.sh all
@@ -67,6 +67,11 @@ bench-spans:
 bench-union:
 	@tests/tools/deps.sh all
 	$(CARGO) bench --bench union
+
+# A single fault beside what network and decoder ask of it.
+bench-fault:
+	@tests/tools/deps.sh test
+	$(CARGO) bench --bench fault
 
 bench-view:
 	@tests/tools/deps.sh test
