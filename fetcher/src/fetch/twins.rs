@@ -28,40 +28,32 @@ struct Piece {
     guess: bool,
 }
 
-/// A span that is missing, and what it can be put together from.
-type Planned = (usize, Vec<Piece>);
-
 /// Answers a read from other layers' files, if all that is missing of it is there.
 pub(super) async fn read(inner: &Arc<Inner>, layer: &Arc<Layer>, offset: u64, len: usize) -> Option<Bytes> {
     if !layer.has_proven_contents() {
         return None;
     }
-    let planned = on_thread(inner, layer, move |_, layer, search| {
+    let answer = on_thread(inner, layer, move |inner, layer, search| {
         let missing = layer.index().spans_covering(offset, len as u64).filter(|i| layer.lacks_span(*i));
-        missing.filter_map(|i| Some((i, plan(layer, search, i)?))).collect::<Vec<Planned>>()
+        let fill = |i| plan(layer, search, i).is_some_and(|p| fill_span(inner, layer, i, &p, Need::Reader));
+        let filled = missing.map(fill).fold(false, |any, done| any | done);
+        (filled, answer(inner, layer, search, offset, len))
     });
-    let planned = planned.await?;
-    let room = match planned.len() {
-        0 => None,
-        _ => Some(inner.scheduler.decode().await.ok()?),
-    };
-    let bytes = on_thread(inner, layer, move |inner, layer, search| {
-        let any = !planned.is_empty();
-        for (number, pieces) in planned {
-            fill_span(inner, layer, number, &pieces, Need::Reader);
-        }
-        drop(room);
-        let mut buffer = vec![0; len];
-        if any && layer.read_local(offset, &mut buffer).ok()? == Some(len) {
-            return Some(Bytes::from(buffer));
-        }
-        let taken = compose(layer, search, offset, &mut buffer)?;
-        shared(inner, layer, taken);
-        Some(buffer.into())
-    });
-    let bytes = bytes.await.flatten();
-    filled(inner, layer);
+    let (any, bytes) = answer.await?;
+    if any {
+        filled(inner, layer);
+    }
     bytes
+}
+
+/// The bytes of a read of which all was filled that can be.
+fn answer(inner: &Inner, layer: &Layer, search: &mut Search<'_>, offset: u64, len: usize) -> Option<Bytes> {
+    let mut buffer = vec![0; len];
+    let taken = compose(layer, search, offset, &mut buffer)?;
+    if taken > 0 {
+        shared(inner, layer, taken);
+    }
+    Some(buffer.into())
 }
 
 /// Looks for twins of a layer's files on a thread that may block; `None` when there can be none.

@@ -68,27 +68,20 @@ impl Contents {
     pub(super) fn write(dir: &Path, index: &LayerIndex) -> io::Result<()> {
         let new = dir.join(NEW);
         let mut out = BufWriter::new(File::create(&new)?);
-        let files = |number: usize| PlainFile::of(index, number);
-        let numbered = (0..index.entry_count()).filter_map(|i| Some((key(&files(i)?.content), i)));
-        let mut files_by_key: Vec<(u64, u32)> =
-            numbered.filter_map(|(key, i)| Some((key, u32::try_from(i).ok()?))).take(MOST).collect();
+        let row = |number: usize| {
+            let file = PlainFile::of(index, number)?;
+            Some((key(&file.content), u32::try_from(number).ok()?, file.offset))
+        };
+        let mut rows: Vec<(u64, u32, u64)> = (0..index.entry_count()).filter_map(row).take(MOST).collect();
         out.write_all(&MAGIC)?;
         out.write_all(&VERSION.to_le_bytes())?;
         out.write_all(&[0; 4])?;
-        out.write_all(&(files_by_key.len() as u64).to_le_bytes())?;
-        files_by_key.sort_unstable();
-        for (key, _) in &files_by_key {
-            out.write_all(&key.to_le_bytes())?;
-        }
-        for (_, number) in &files_by_key {
-            out.write_all(&number.to_le_bytes())?;
-        }
-        files_by_key.sort_unstable_by_key(|(_, number)| {
-            (PlainFile::of(index, *number as usize).map(|file| file.offset), *number)
-        });
-        for (_, number) in &files_by_key {
-            out.write_all(&number.to_le_bytes())?;
-        }
+        out.write_all(&(rows.len() as u64).to_le_bytes())?;
+        rows.sort_unstable();
+        rows.iter().try_for_each(|(key, ..)| out.write_all(&key.to_le_bytes()))?;
+        rows.iter().try_for_each(|(_, number, _)| out.write_all(&number.to_le_bytes()))?;
+        rows.sort_unstable_by_key(|(_, number, offset)| (*offset, *number));
+        rows.iter().try_for_each(|(_, number, _)| out.write_all(&number.to_le_bytes()))?;
         out.into_inner().map_err(io::IntoInnerError::into_error)?;
         fs::rename(new, dir.join(CONTENTS))
     }

@@ -8,6 +8,7 @@ use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use lazyrun_index::{LayerId, Layout};
 
@@ -113,8 +114,13 @@ impl LayerStore {
         if !self.inner.twins.lock().tried.insert(layer.id()) {
             return;
         }
+        let began = Instant::now();
         match Contents::write(&self.inner.path_of(layer.id()), layer.index()) {
-            Ok(()) => self.inner.twins.lock().tables = None,
+            Ok(()) => {
+                self.inner.twins.lock().tables = None;
+                let entries = layer.index().entry_count();
+                tracing::debug!(layer = %layer.id(), entries, took = ?began.elapsed(), "contents written down");
+            }
             Err(error) => {
                 tracing::debug!(layer = %layer.id(), %error, "a layer's contents can't be written down");
             }
