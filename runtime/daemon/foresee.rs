@@ -22,7 +22,8 @@ use crate::ipc::protocol::ImageRequest;
 
 /// Hydration begins when a start that was foreseen has had so long: until then it would only take the link and the
 /// processors from it. As long as earlier starts touched something new, within these bounds.
-const SETTLES: std::ops::RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(5);
+const SETTLES_AFTER: Duration = Duration::from_millis(500);
+const SETTLES_BEFORE: Duration = Duration::from_secs(5);
 /// After this time a container counts as started, and what it reads is no longer recorded.
 const START: Duration = Duration::from_secs(30);
 
@@ -96,7 +97,7 @@ impl Daemon {
             if let Some(profile) = profile {
                 start.profile_of_other_tag();
                 prefetch(this.images.fetcher(), &layers, &profile).await;
-                let settles = profile.duration().clamp(*SETTLES.start(), *SETTLES.end());
+                let settles = profile.duration().clamp(SETTLES_AFTER, SETTLES_BEFORE);
                 tokio::time::sleep_until(began + settles).await;
             }
         };

@@ -159,8 +159,8 @@ impl Transport {
         }
     }
 
-    /// Sends to a place, or where the call's resource is, and wherever that redirects; the authorization goes only to `base`, the
-    /// registry. What writes is not sent anew somewhere else unless the status says so (307, 308).
+    /// Sends to a place, or where the call's resource is, and wherever that redirects; the authorization goes only to
+    /// `base`, the registry. What writes is not sent anew somewhere else unless the status says so (307, 308).
     async fn follow(
         &self,
         base: &Url,

@@ -140,7 +140,6 @@ impl Room {
     /// Sets new limits; evicts at once what is beyond them, as far as it may go. Blocks on the disk.
     pub(crate) fn set_limits(&self, limits: CacheLimits) -> io::Result<()> {
         *self.limits.write().unwrap_or_else(PoisonError::into_inner) = limits;
-        self.close();
         match self.take(0, Need::Reader) {
             Err(e) if is_full(&e) => Ok(()),
             result => result.map(drop),
@@ -162,7 +161,6 @@ impl Room {
         if self.limits().limit.is_none() {
             return;
         }
-        self.close();
         if let Err(error) = self.take(0, Need::Ahead) {
             tracing::debug!(%error, "the cache is beyond its limit");
         }
