@@ -69,8 +69,13 @@ pub fn name_of_layer(namespace: &str, key: &str, target: &str) -> String {
 
 /// The key of a snapshot as containerd's client knows it. containerd itself does not say the namespace.
 pub fn key_of_client(key: &str) -> &str {
-    let namespace = key.split('/').next().unwrap_or_default();
-    numbered(namespace, key).map_or(key, |(_, own)| own)
+    namespace_of(key).and_then(|namespace| numbered(namespace, key)).map_or(key, |(_, own)| own)
+}
+
+/// The namespace that a key begins with, if containerd's metadata store made it.
+pub fn namespace_of(key: &str) -> Option<&str> {
+    let (namespace, _) = key.split_once('/')?;
+    (!namespace.is_empty() && numbered(namespace, key).is_some()).then_some(namespace)
 }
 
 /// The number that containerd gave a key, and the client's own key behind it.
@@ -94,6 +99,10 @@ mod tests {
         assert_eq!(key_of_client("default/12/a/b"), "a/b");
         assert_eq!(key_of_client("default/a"), "default/a");
         assert_eq!(key_of_client("a"), "a");
+        assert_eq!(namespace_of("k8s.io/12/a/b"), Some("k8s.io"));
+        for key in ["active", "a/b", "a/b/c", "/1/x", "a//x"] {
+            assert_eq!(namespace_of(key), None, "{key}");
+        }
     }
 
     #[test]

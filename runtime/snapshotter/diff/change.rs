@@ -4,6 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::error::DiffError;
 use crate::snapshotter::Snapshots;
+use crate::snapshotter::labels;
 use crate::snapshotter::proto::types::Mount;
 use crate::snapshotter::record::{Kind, Named};
 
@@ -43,15 +44,7 @@ pub(super) fn find(snapshots: &Snapshots, left: &[Mount], right: &[Mount]) -> Re
     let Some(ours) = ours else {
         return Err(DiffError::not_ours("the right side is no snapshot with files of its own"));
     };
-    Ok(Change { directory: top.clone(), namespace: namespace_of(&ours.name) })
-}
-
-/// The namespace in a key that containerd's metadata store has made: `NAMESPACE/NUMBER/KEY`.
-fn namespace_of(key: &str) -> Option<String> {
-    let (namespace, rest) = key.split_once('/')?;
-    let (number, _) = rest.split_once('/')?;
-    let ours = !namespace.is_empty() && !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
-    ours.then(|| namespace.to_owned())
+    Ok(Change { directory: top.clone(), namespace: labels::namespace_of(&ours.name).map(str::to_owned) })
 }
 
 /// The directories that a snapshot's mounts name, topmost first; `None` for mounts that lazyrun does not make.
@@ -107,13 +100,5 @@ mod tests {
         }
         assert_eq!(of("ext4", "/dev/x", &[]), None);
         assert_eq!(names(&[]), None);
-    }
-
-    #[test]
-    fn keys_of_containerd_say_the_namespace() {
-        assert_eq!(namespace_of("k8s.io/12/a/b").as_deref(), Some("k8s.io"));
-        for key in ["active", "a/b", "a/b/c", "/1/x", "a//x"] {
-            assert_eq!(namespace_of(key), None, "{key}");
-        }
     }
 }
