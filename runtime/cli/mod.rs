@@ -21,6 +21,7 @@ mod system;
 mod system_disk;
 mod template;
 pub mod union;
+mod unshare;
 mod why;
 
 use std::path::PathBuf;
@@ -138,7 +139,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Logout { registry } => registry::logout(&registry)?,
         Command::Cache { command: args::CacheCommand::Drop { image } } => images::cache_drop(context, image)?,
         Command::Mount(args) => mounts::mount(context, &args)?,
-        Command::Unshare { command } => return mounts::unshare(context, command),
+        Command::Unshare { command } => return unshare::unshare(context, command),
         Command::MapIds { pid } => rootless::map_ids(pid).map_err(|e| Failure::daemon(e.to_string()))?,
         Command::Union { args } => return Ok(union::main(&args, false)),
         Command::Umount { directory } => mounts::unmount(context, &directory)?,
