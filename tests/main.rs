@@ -1,5 +1,7 @@
 //! The integration tests: one binary, real registries, real mounts, a real containerd. They need root.
 
+#[path = "../index/tests/common/listed.rs"]
+mod listed;
 mod support;
 
 mod root_cache;
@@ -28,15 +30,7 @@ mod root_trees;
 mod root_twins;
 mod root_why;
 
-/// A test file that is not named above would never run.
 #[test]
 fn every_test_file_is_in_this_binary() {
-    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
-    let text = std::fs::read_to_string(format!("{dir}/main.rs")).expect("read this file");
-    for entry in std::fs::read_dir(dir).expect("list the tests").flatten() {
-        let name = entry.file_name().into_string().expect("a name in UTF-8");
-        if let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") {
-            assert!(text.contains(&format!("\nmod {module};")), "tests/{name} is not named in tests/main.rs");
-        }
-    }
+    listed::assert_all_named(concat!(env!("CARGO_MANIFEST_DIR"), "/tests"), &[]);
 }

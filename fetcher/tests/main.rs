@@ -1,6 +1,8 @@
 //! The tests of this crate in one binary, which links once. `evil` stands apart: it measures its process.
 
 mod common;
+#[path = "../../index/tests/common/listed.rs"]
+mod listed;
 
 mod adopted;
 mod artifacts;
@@ -21,15 +23,7 @@ mod tables;
 mod tokens;
 mod twins;
 
-/// A test file that is not named above would never run.
 #[test]
 fn every_test_file_is_in_this_binary() {
-    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
-    let text = std::fs::read_to_string(format!("{dir}/main.rs")).expect("read this file");
-    for entry in std::fs::read_dir(dir).expect("list the tests").flatten() {
-        let name = entry.file_name().into_string().expect("a name in UTF-8");
-        if let Some(module) = name.strip_suffix(".rs").filter(|module| !matches!(*module, "main" | "evil")) {
-            assert!(text.contains(&format!("\nmod {module};")), "tests/{name} is not named in tests/main.rs");
-        }
-    }
+    listed::assert_all_named(concat!(env!("CARGO_MANIFEST_DIR"), "/tests"), &["evil"]);
 }

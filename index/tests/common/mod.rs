@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each fuzz target uses its part")]
 
 pub(crate) mod hostile;
+pub(crate) mod listed;
 pub(crate) mod make;
 pub(crate) mod told;
 pub(crate) mod ztoc;
