@@ -20,8 +20,8 @@ use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
-/// Hydration begins when a start that was foreseen has had so long: until then it would only take the link and the
-/// processors from it. As long as earlier starts touched something new, within these bounds.
+/// Hydration begins when a start has had so long with all that was foreseen: until then it would only take the link and
+/// the processors from it. As long as earlier starts touched something new, within these bounds.
 const SETTLES_AFTER: Duration = Duration::from_millis(500);
 const SETTLES_BEFORE: Duration = Duration::from_secs(5);
 /// After this time a container counts as started, and what it reads is no longer recorded.
@@ -88,7 +88,6 @@ impl Daemon {
             start.profile(if ready.profile.is_some() { "registry" } else { "local" });
         }
         let (this, image) = (Arc::clone(self), ready.image.reference.clone());
-        let began = tokio::time::Instant::now();
         let first = async move {
             let profile = match own {
                 Some(profile) => Some(profile),
@@ -98,7 +97,7 @@ impl Daemon {
                 start.profile_of_other_tag();
                 prefetch(this.images.fetcher(), &layers, &profile).await;
                 let settles = profile.duration().clamp(SETTLES_AFTER, SETTLES_BEFORE);
-                tokio::time::sleep_until(began + settles).await;
+                tokio::time::sleep(settles).await;
             }
         };
         (purpose, Some(Box::pin(first)))
