@@ -23,7 +23,8 @@ use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
 /// Hydration begins when a start has had so long with all that was foreseen: until then it would only take the link and
-/// the processors from it. As long as earlier starts touched something new, within these bounds.
+/// the processors from it. As long as earlier starts touched something new, or where nobody knows, as this one waits for
+/// bytes; within these bounds.
 const SETTLES_AFTER: Duration = Duration::from_millis(500);
 const SETTLES_BEFORE: Duration = Duration::from_secs(5);
 /// After this time a container counts as started, and what it reads is no longer recorded.
@@ -103,9 +104,12 @@ impl Daemon {
                 prefetch(this.images.fetcher(), &layers, &profile).await;
                 let settles = profile.duration().clamp(SETTLES_AFTER, SETTLES_BEFORE);
                 tokio::time::sleep(settles).await;
-            } else if let Some(command) = command {
+                return;
+            }
+            if let Some(command) = command {
                 loading::fetch(this.images.fetcher(), &this.views, &layers, command).await;
             }
+            this.images.fetcher().settled(SETTLES_AFTER, SETTLES_BEFORE).await;
         };
         (purpose, Some(Box::pin(first)))
     }

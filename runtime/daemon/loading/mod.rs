@@ -45,7 +45,7 @@ struct File {
 }
 
 /// Fetches what the command will load, before anybody asks for it.
-pub async fn fetch(fetcher: &Fetcher, views: &Arc<Views>, layers: &[Arc<Layer>], command: Command) {
+pub(super) async fn fetch(fetcher: &Fetcher, views: &Arc<Views>, layers: &[Arc<Layer>], command: Command) {
     let (views, all) = (Arc::clone(views), layers.to_vec());
     let looked = tokio::task::spawn_blocking(move || {
         let view = views.tree(&all).ok()?;
@@ -150,3 +150,6 @@ impl elf::Bytes for Local<'_> {
         Some(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests;
