@@ -13,8 +13,11 @@ const SHELLS: [&str; 6] = ["sh", "bash", "dash", "ash", "zsh", "ksh"];
 const BEFORE_COMMANDS: [&str; 14] = [
     "if", "then", "else", "elif", "while", "until", "do", "!", "{", "exec", "env", "command", "nohup", "time",
 ];
-/// Programs that shells are themselves.
-const BUILTINS: [&str; 10] = ["echo", "printf", "test", "[", "true", "false", "kill", "pwd", "read", "cd"];
+/// Words at the place of a command that shells know themselves.
+const BUILTINS: [&str; 15] = [
+    "echo", "printf", "test", "[", "true", "false", "kill", "pwd", "read", "cd", "set", "exit", "fi", "done",
+    "esac",
+];
 
 /// The files that the command names, in order: `entrypoint.sh nginx` is two, `sh -c 'a && b'` three.
 pub(super) fn programs(view: &View, command: &Command) -> Vec<File> {
@@ -129,7 +132,7 @@ mod tests {
         let script = "redis-server --save '' >/dev/null; until redis-cli ping; do :; done";
         assert_eq!(commands_of(script), ["redis-server", "redis-cli"]);
         let script = "#!/bin/sh\nset -e\n# run it\nA=1 B=\"$(id -u)\" exec /opt/x \"$@\"\n\nif ! x=y find / ; then sort; fi";
-        assert_eq!(commands_of(script), ["set", "id", "/opt/x", "find", "sort", "fi"]);
+        assert_eq!(commands_of(script), ["id", "/opt/x", "find", "sort"]);
         assert_eq!(commands_of(""), Vec::<&str>::new());
         assert_eq!(commands_of("ä ö; \u{7f}|é"), Vec::<&str>::new());
     }

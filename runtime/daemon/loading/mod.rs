@@ -89,10 +89,9 @@ impl Image {
     fn touches(&self, file: &File) -> Vec<Touch> {
         let inode = self.view.inode(file.ino);
         let whole = if file.named { WHOLE_PROGRAM } else { WHOLE };
-        let parts = match inode.size {
-            size if size <= whole => vec![0..size],
-            size => vec![0..END, size - END..size],
-        };
+        let (first, last) =
+            if inode.size <= whole { (inode.size, inode.size) } else { (END, inode.size - END) };
+        let parts = [0..first, last..inode.size];
         let touch = |part: std::ops::Range<u64>| {
             inode.extents.iter().filter_map(move |extent| {
                 let in_layer = lazyrun_index::Extent {

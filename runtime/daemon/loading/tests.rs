@@ -9,7 +9,7 @@ use crate::container::spec::Command;
 use crate::elf::Needs;
 use layer::{Item, TestLayer};
 
-#[expect(dead_code, reason = "of what the tests of views use, this needs a part")]
+#[expect(dead_code, unreachable_pub, reason = "of what the tests of views use, this needs a part")]
 #[path = "../../../fs/tests/common/layer.rs"]
 mod layer;
 
