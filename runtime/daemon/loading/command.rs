@@ -95,7 +95,7 @@ fn commands_of(script: &str) -> Vec<&str> {
             }
             let len = words.find(is_delimiter).unwrap_or(words.len());
             if len == 0 {
-                expected |= words.starts_with([';', '&', '|', '(', '`']);
+                expected |= words.starts_with([';', '&', '|', '(', ')', '`']);
                 words = &words[1..];
                 continue;
             }
