@@ -7,6 +7,7 @@ pub mod container;
 pub mod containerd;
 pub mod daemon;
 pub mod demo;
+mod elf;
 pub mod failure;
 pub mod ipc;
 pub mod keeper;

@@ -12,6 +12,7 @@ mod root_faults;
 mod root_hydrate;
 mod root_index;
 mod root_input;
+mod root_loading;
 mod root_machine;
 mod root_manage;
 mod root_metrics;

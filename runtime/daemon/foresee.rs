@@ -7,28 +7,31 @@ use anyhow::{Context, Result};
 use futures_util::future::BoxFuture;
 use lazyrun_fetcher::{Layer, Progress, Reference, ResolvedImage};
 use lazyrun_index::Digest;
+use oci_spec::image::ImageConfiguration;
 use serde_json::Value;
 
-use super::Daemon;
 use super::images::Ready;
 use super::layer_service::inode_of;
 use super::profile::{PathTouches, Profile, Watched, paths_of, prefetch, translate};
 use super::views::{Purpose, chain_id};
 use super::why::Recorder;
+use super::{Daemon, loading};
+use crate::container::spec::{Command, RunOptions};
 use crate::failure::Failure;
 use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
 /// Hydration begins when a start has had so long with all that was foreseen: until then it would only take the link and
-/// the processors from it. As long as earlier starts touched something new, within these bounds.
+/// the processors from it. As long as earlier starts touched something new, or where nobody knows, as this one waits for
+/// bytes; within these bounds.
 const SETTLES_AFTER: Duration = Duration::from_millis(500);
 const SETTLES_BEFORE: Duration = Duration::from_secs(5);
 /// After this time a container counts as started, and what it reads is no longer recorded.
 const START: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    /// Has what earlier starts touched fetched first, and the rest after it unless the image is to stay lazy, and records
+    /// Has what earlier starts touched, or else what the command will load, fetched first, and the rest after it unless the image is to stay lazy, and records
     /// what this one touches. It is recorded even if all contents are local as long as there is no profile of this
     /// image.
     ///
@@ -37,11 +40,12 @@ impl Daemon {
     pub(super) fn foresee(
         self: &Arc<Self>,
         ready: &Ready,
+        command: Option<Command>,
         request: &ImageRequest,
         hydrate: HydrateMode,
         start: &Recorder,
     ) -> Result<Purpose> {
-        let (purpose, first) = self.first_needs(ready, start);
+        let (purpose, first) = self.first_needs(ready, command, start);
         if let Some(first) = first {
             // Wanted from now on, so that a daemon that is killed during the start goes on with it.
             let key = match hydrate {
@@ -55,7 +59,8 @@ impl Daemon {
 
     /// As [`Daemon::foresee`], for layers that are containerd's and no recorded image's.
     pub(super) fn foresee_layers(self: &Arc<Self>, ready: &Ready, start: &Recorder) -> Purpose {
-        let (purpose, first) = self.first_needs(ready, start);
+        let (purpose, first) =
+            self.first_needs(ready, command_of(&ready.image, &RunOptions::default()), start);
         if let Some(first) = first {
             let (hydration, layers) = (Arc::clone(&self.hydration), ready.layers.clone());
             tokio::spawn(async move {
@@ -70,6 +75,7 @@ impl Daemon {
     fn first_needs(
         self: &Arc<Self>,
         ready: &Ready,
+        command: Option<Command>,
         start: &Recorder,
     ) -> (Purpose, Option<BoxFuture<'static, ()>>) {
         let layers = ready.layers.clone();
@@ -98,7 +104,12 @@ impl Daemon {
                 prefetch(this.images.fetcher(), &layers, &profile).await;
                 let settles = profile.duration().clamp(SETTLES_AFTER, SETTLES_BEFORE);
                 tokio::time::sleep(settles).await;
+                return;
             }
+            if let Some(command) = command {
+                loading::fetch(this.images.fetcher(), &this.views, &layers, command).await;
+            }
+            this.images.fetcher().settled(SETTLES_AFTER, SETTLES_BEFORE).await;
         };
         (purpose, Some(Box::pin(first)))
     }
@@ -238,6 +249,12 @@ impl Daemon {
 pub(super) fn no_profile(image: &Reference) -> Failure {
     let name = image.familiar();
     Failure::new(1, format!("there is no profile of {name} here; `lazyrun profile build {name}` makes one"))
+}
+
+/// What the image and the options have executed; `None` when they do not say.
+pub(super) fn command_of(image: &ResolvedImage, options: &RunOptions) -> Option<Command> {
+    let config = ImageConfiguration::from_reader(image.config.as_ref()).ok()?;
+    Command::of(&config, options, None).ok()
 }
 
 fn chain_of(layers: &[Arc<Layer>]) -> Option<Digest> {

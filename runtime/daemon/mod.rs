@@ -9,6 +9,7 @@ mod indexes;
 pub mod layer_service;
 pub mod lies;
 mod lifecycle;
+mod loading;
 mod memory;
 pub mod meta;
 pub mod metrics;

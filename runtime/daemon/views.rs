@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result, bail};
 use lazyrun_fetcher::{Fetcher, Layer, LayerPin};
@@ -71,6 +71,8 @@ pub struct Views {
     mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
     pub(super) building: tokio::sync::Mutex<()>,
+    // The merged tree that somebody looked at last: several may want one at the same time.
+    tree: Mutex<(Option<ViewId>, Weak<View>)>,
     // Of all servers of plan `overlay` together.
     requests: Arc<Requests>,
     counted: Counted,
@@ -88,7 +90,8 @@ impl Views {
     ) -> Self {
         let building = tokio::sync::Mutex::new(());
         let (mounted, requests, counted) = (Mutex::default(), Arc::default(), Counted::default());
-        Self { dir, mounter, fetcher, service, flat, kept, mounted, building, requests, counted }
+        let tree = Mutex::default();
+        Self { dir, mounter, fetcher, service, flat, kept, mounted, building, tree, requests, counted }
     }
 
     /// Requests of the kernel to the servers of views.
@@ -183,6 +186,23 @@ impl Views {
         self.lock().insert((view.id.clone(), plan), Arc::clone(&view));
         self.counted.view_mounts.observe(began.elapsed());
         Ok(view)
+    }
+
+    /// The merged tree of these layers. Blocks for some milliseconds, for a big image for some hundred.
+    ///
+    /// # Errors
+    /// When the layers don't merge.
+    pub fn tree(&self, layers: &[Arc<Layer>]) -> Result<Arc<View>> {
+        let id = ViewId::of(layers);
+        // Held while it is merged: who comes second waits for the first instead of merging as well.
+        let mut last = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tree) = last.1.upgrade().filter(|_| last.0.as_ref() == Some(&id)) {
+            return Ok(tree);
+        }
+        let indexes: Vec<_> = layers.iter().map(|l| l.index()).collect();
+        let tree = Arc::new(View::merge(&indexes).context("merging the image's layers")?);
+        *last = (Some(id), Arc::downgrade(&tree));
+        Ok(tree)
     }
 
     // A view nobody uses is mounted anew once its layers are whole: then without FUSE.
@@ -327,9 +347,9 @@ impl Views {
         dev: OwnedFd,
         adopt: bool,
     ) -> Result<ServerHandle> {
-        let view = merge(layers)?;
+        let view = self.tree(layers)?;
         let inodes = layers.iter().map(|l| inode_of(l.file_name())).collect();
-        let server = fuse::ViewFs::new(Arc::new(view), Arc::clone(&self.service), inodes);
+        let server = fuse::ViewFs::new(view, Arc::clone(&self.service), inodes);
         let server = server.counting_in(Arc::clone(&self.requests));
         Ok(fuse::serve(server, tree.as_fd(), dev, ServeOptions { adopt, ..ServeOptions::default() })?)
     }
@@ -342,7 +362,7 @@ impl Views {
         runtime: &tokio::runtime::Handle,
     ) -> Result<()> {
         let started = std::time::Instant::now();
-        let view = merge(layers)?;
+        let view = self.tree(layers)?;
         let devices: Vec<DeviceSpec> =
             layers.iter().map(|l| DeviceSpec::layer(l.file_name(), l.index().layer_size())).collect();
         let content = Content { layers, fetcher: &self.fetcher, runtime };
@@ -406,11 +426,6 @@ impl Views {
 
 fn pin(layers: &[Arc<Layer>]) -> Vec<LayerPin> {
     layers.iter().map(Layer::pin_direct).collect()
-}
-
-fn merge(layers: &[Arc<Layer>]) -> Result<View> {
-    let indexes: Vec<_> = layers.iter().map(|l| l.index()).collect();
-    View::merge(&indexes).context("merging the image's layers")
 }
 
 struct Content<'a> {

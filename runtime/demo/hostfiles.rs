@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-use super::elf;
+use crate::elf;
 
 /// Larger files are never looked into for shared libraries.
 const MAX_ELF: u64 = 256 << 20;
@@ -90,7 +90,8 @@ impl HostFiles {
     }
 
     fn needs_of(&mut self, path: &Path) -> Vec<PathBuf> {
-        let Some(needs) = read_elf(path).ok().flatten().and_then(|bytes| elf::needs(&bytes)) else {
+        let Some(needs) = read_elf(path).ok().flatten().and_then(|bytes| elf::needs(&bytes.as_slice()))
+        else {
             return Vec::new();
         };
         let origin = path.parent().unwrap_or(Path::new("/"));

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-mod elf;
 mod hostfiles;
 pub mod image;
 pub mod layout;

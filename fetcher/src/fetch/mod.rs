@@ -275,6 +275,12 @@ impl Fetcher {
         prefetch::run(&self.inner, layer, spans).await
     }
 
+    /// Waits until no read had to wait for its bytes for as long as `quiet`, counted from now, but at most as long as
+    /// `most`: a program that starts has what it needs then.
+    pub async fn settled(&self, quiet: Duration, most: Duration) {
+        self.inner.scheduler.settled(quiet, most).await;
+    }
+
     /// Compressed bytes that the link to the registries carries during one round trip, as far as the traffic so far
     /// tells.
     pub fn in_flight(&self) -> Option<u64> {

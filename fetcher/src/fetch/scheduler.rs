@@ -128,6 +128,22 @@ impl Scheduler {
         }
     }
 
+    /// Waits until no fault came for as long as `quiet`, from now on, but not longer than `most`.
+    pub(super) async fn settled(&self, quiet: Duration, most: Duration) {
+        let began = Instant::now();
+        loop {
+            let elapsed = began.elapsed();
+            let idle = match self.faults.load(Relaxed) {
+                0 => self.since_fault().map_or(elapsed, |since| since.min(elapsed)),
+                _ => Duration::ZERO,
+            };
+            if idle >= quiet || elapsed >= most {
+                return;
+            }
+            tokio::time::sleep((quiet - idle).min(most - elapsed)).await;
+        }
+    }
+
     /// Bytes for the next background request.
     pub(super) fn background_bytes(&self) -> u64 {
         let turn = if self.is_calm() { CALM_TURN } else { BUSY_TURN };
@@ -174,6 +190,8 @@ async fn permit(slots: &Arc<Semaphore>, count: u32) -> Result<OwnedSemaphorePerm
 mod tests {
     use super::*;
 
+    const MS: Duration = Duration::from_millis(1);
+
     fn over(rate: u64, round_trip: Duration) -> Arc<Scheduler> {
         let scheduler = Scheduler::new(&FetchOptions::default());
         scheduler.link.pretend(rate, round_trip);
@@ -205,6 +223,25 @@ mod tests {
         let unknown = Scheduler::new(&FetchOptions::default());
         let _fault = unknown.fault();
         tokio::time::timeout(Duration::from_secs(1), unknown.quiet()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_start_has_settled_when_faults_have_ended_or_last_too_long() {
+        let (scheduler, quiet) = (Arc::new(Scheduler::new(&FetchOptions::default())), 60 * MS);
+        let began = Instant::now();
+        scheduler.settled(quiet, 1000 * MS).await;
+        assert!(began.elapsed() >= quiet, "{:?}", began.elapsed());
+        let (began, fault) = (Instant::now(), scheduler.fault());
+        scheduler.settled(quiet, 200 * MS).await;
+        assert!(began.elapsed() >= 200 * MS, "{:?}", began.elapsed());
+        let other = Arc::clone(&scheduler);
+        let waiter = tokio::spawn(async move { other.settled(quiet, 60_000 * MS).await });
+        tokio::time::sleep(2 * quiet).await;
+        assert!(!waiter.is_finished());
+        drop(fault);
+        let ended = Instant::now();
+        waiter.await.unwrap();
+        assert!(ended.elapsed() + 2 * MS >= quiet, "{:?}", ended.elapsed());
     }
 
     #[test]

@@ -30,6 +30,33 @@ pub struct BundlePaths {
     pub cgroup: Option<String>,
 }
 
+/// What is executed in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// The program and its arguments; there is at least the program.
+    pub args: Vec<String>,
+    /// The environment, as `NAME=value`.
+    pub env: Vec<String>,
+    /// The absolute working directory.
+    pub workdir: String,
+}
+
+impl Command {
+    /// What image and options say together.
+    ///
+    /// # Errors
+    /// Neither of them names a command, or the working directory that the options ask for is not absolute.
+    pub fn of(image: &ImageConfiguration, run: &RunOptions, hostname: Option<&str>) -> Result<Command> {
+        let none = Config::default();
+        let config = image.config().as_ref().unwrap_or(&none);
+        Ok(Command {
+            args: arguments(config, run)?,
+            env: environment(config, run, hostname),
+            workdir: workdir(config, run)?,
+        })
+    }
+}
+
 /// Makes the spec.
 ///
 /// The user stays a name in the annotation [`user::USER_ANNOTATION`]: only the shim sees the root it must be
@@ -42,12 +69,13 @@ pub fn generate(image: &ImageConfiguration, run: &RunOptions, paths: &BundlePath
     let config = image.config().as_ref().unwrap_or(&none);
     let capabilities = defaults::capabilities(&run.cap_add, &run.cap_drop, run.privileged)?;
     let hostname = run.hostname.clone();
+    let Command { args, env, workdir } = Command::of(image, run, hostname.as_deref())?;
     let mut process = json!({
         "terminal": run.tty,
         "user": {"uid": 0, "gid": 0, "additionalGids": run.group_add},
-        "args": command(config, run)?,
-        "env": environment(config, run, hostname.as_deref()),
-        "cwd": workdir(config, run)?,
+        "args": args,
+        "env": env,
+        "cwd": workdir,
         "noNewPrivileges": run.no_new_privileges,
         "oomScoreAdj": run.oom_score_adj.unwrap_or(0),
     });
@@ -84,7 +112,7 @@ pub fn generate(image: &ImageConfiguration, run: &RunOptions, paths: &BundlePath
 }
 
 /// Entrypoint and arguments, combined as docker does.
-fn command(config: &Config, run: &RunOptions) -> Result<Vec<String>> {
+fn arguments(config: &Config, run: &RunOptions) -> Result<Vec<String>> {
     let image_entrypoint = config.entrypoint().clone().unwrap_or_default();
     let image_cmd = config.cmd().clone().unwrap_or_default();
     let (mut command, default_args) = match &run.entrypoint {

@@ -27,6 +27,7 @@ pub use paths::paths_of;
 pub use prefetch::prefetch;
 pub use readahead::{Devices, ShortReadahead};
 pub use recorder::{Recorder, Watched};
+pub(in crate::daemon) use translate::touch_in;
 pub use translate::{Sources, translate};
 
 /// Version of the format. Versions 1 and 2 had blocks instead of touches, and version 1 named no layer files: they

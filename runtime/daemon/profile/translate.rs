@@ -76,7 +76,13 @@ impl<'a> Sources<'a> {
 }
 
 /// The pages of the layer file that hold the bytes `start..end` of a file, as far as they are in one extent.
-fn touch_in(layer: u16, extent: &Extent, start: u64, end: u64, at_ms: u32) -> Option<Touch> {
+pub(in crate::daemon) fn touch_in(
+    layer: u16,
+    extent: &Extent,
+    start: u64,
+    end: u64,
+    at_ms: u32,
+) -> Option<Touch> {
     let (start, end) =
         (start.max(extent.file_offset), end.min(extent.file_offset.saturating_add(extent.len)));
     if start >= end {
