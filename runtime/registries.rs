@@ -105,12 +105,17 @@ pub async fn with_hint(
 }
 
 fn docker_config() -> Option<PathBuf> {
-    let dir = set("DOCKER_CONFIG").or_else(|| Some(set("HOME")?.join(".docker")))?;
+    let dir = set("DOCKER_CONFIG").or_else(|| Some(home()?.join(".docker")))?;
     Some(dir.join("config.json"))
 }
 
 fn config_home() -> Option<PathBuf> {
-    set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")))
+    set("XDG_CONFIG_HOME").or_else(|| Some(home()?.join(".config")))
+}
+
+/// The user's home. systemd gives no `HOME` to the services of root.
+pub(crate) fn home() -> Option<PathBuf> {
+    set("HOME").or_else(|| Some(nix::unistd::User::from_uid(nix::unistd::geteuid()).ok()??.dir))
 }
 
 fn set(name: &str) -> Option<PathBuf> {
