@@ -40,7 +40,7 @@ pub use discover::{
 };
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, Haste, NoProgress, Progress};
-pub use hosts::HostFiles;
+pub use hosts::{CheckedFile, HostFiles, check_settings};
 pub use manifest::{LayerDescriptor, ResolvedImage};
 pub use observe::Class;
 pub use platform::Platform;

@@ -1,6 +1,10 @@
 //! The command line: what can be typed, and which module does it.
 
 pub mod args;
+mod bench_args;
+mod completion;
+mod config;
+mod config_args;
 mod container_args;
 mod containers;
 mod hydrate;
@@ -150,6 +154,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,
         Command::Doctor { format } => return system::doctor(context, format.as_deref()),
+        Command::Config { command } => return config::config(context, command),
+        Command::Completion { shell } => completion::completion(shell)?,
         Command::System { command } => return system_command(context, command),
         Command::Demo(args) => return system::demo(&args),
         Command::Bench(args) => return system::bench(context, &args),

@@ -164,10 +164,15 @@ pub(super) fn problem(registry: &str, reason: String) -> FetchError {
 }
 
 async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
-    let shown = path.display().to_string();
     let file = path.to_owned();
-    let read = tokio::task::spawn_blocking(move || crate::hosts::read_small(&file)).await;
-    match read.unwrap_or_else(|_| Err(io::Error::other("reading it was interrupted"))) {
+    let read = tokio::task::spawn_blocking(move || parse(&file)).await;
+    read.unwrap_or_else(|_| Err(format!("{}: reading it was interrupted", path.display())))
+}
+
+/// Reads a file (blocking); `None` if there is none.
+fn parse(path: &Path) -> Result<Option<ConfigFile>, String> {
+    let shown = path.display();
+    match crate::hosts::read_small(path) {
         // serde_json's message quotes what it found, which could be a secret: only the place is told.
         Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
             format!("{shown} is not a docker configuration (line {}, column {})", e.line(), e.column())
@@ -177,6 +182,41 @@ async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
         }
         Err(error) => Err(format!("{shown}: {error}")),
     }
+}
+
+/// What a file with credentials holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Summary {
+    /// Names with a credential in the file itself, sorted.
+    pub(crate) names: Vec<String>,
+    /// Names whose entry can't be used, sorted.
+    pub(crate) useless: Vec<String>,
+    /// Programs that it leaves credentials to, sorted.
+    pub(crate) helpers: Vec<String>,
+}
+
+/// What a file holds, without a secret (blocking); `None` if there is none.
+///
+/// # Errors
+/// When it can't be read or is malformed, without its text.
+pub(crate) fn summary(path: &Path) -> Result<Option<Summary>, String> {
+    let Some(config) = parse(path)? else { return Ok(None) };
+    let mut summary = Summary::default();
+    for (name, entry) in &config.auths {
+        if from_entry(entry).is_some() {
+            summary.names.push(name.clone());
+        } else if [&entry.auth, &entry.username, &entry.password].iter().any(|part| part.is_some()) {
+            // Docker leaves empty entries for what a helper keeps: those are as they should be.
+            summary.useless.push(name.clone());
+        }
+    }
+    let helpers = config.creds_store.iter().chain(config.cred_helpers.values());
+    summary.helpers = helpers.filter(|name| !name.is_empty()).map(|name| helper::program(name)).collect();
+    for list in [&mut summary.names, &mut summary.useless, &mut summary.helpers] {
+        list.sort();
+        list.dedup();
+    }
+    Ok(Some(summary))
 }
 
 fn from_entry(entry: &AuthEntry) -> Option<Credential> {

@@ -12,7 +12,7 @@ mod token;
 pub(crate) use challenge::{Challenge, parse as parse_challenges};
 #[cfg(fuzzing)]
 pub(crate) use config::holds;
-pub(crate) use config::{Credential, CredentialStore, Found};
+pub(crate) use config::{Credential, CredentialStore, Found, Summary, summary};
 pub use save::{Kept, erase_login, save_login};
 pub(crate) use token::{
     Access, Authorization, TokenCache, TokenKey, TokenRequest, parse_answer, request as token_request,
