@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lazyrun_fetcher::{FetchError, HostFiles, Proxies, Reference, RegistryClient};
+use lazyrun_fetcher::{FetchError, HostFiles, ProviderFiles, Proxies, Reference, RegistryClient};
 
 /// Directories with a directory for each registry that count for everybody.
 const HOSTS_DIRS: [&str; 4] =
@@ -69,6 +69,12 @@ pub fn more_credential_files() -> Vec<PathBuf> {
         }
     }
     files
+}
+
+/// The kubelet's credential providers, wherever the daemon works.
+pub fn provider_files(config: &Path, bin_dir: &Path) -> ProviderFiles {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    ProviderFiles { config: absolute(config), bin_dir: absolute(bin_dir) }
 }
 
 /// The proxies of this process's environment.

@@ -37,6 +37,24 @@ pub struct Cli {
     /// [default: /etc/{lazyrun,containerd,docker,containers}/certs.d, or LAZYRUN_HOSTS_DIR]
     #[arg(long, global = true, value_name = "DIR")]
     pub hosts_dir: Vec<PathBuf>,
+    /// The kubelet's configuration of credential providers: plugins that are asked for credentials when no file has any
+    #[arg(
+        long,
+        global = true,
+        env = "LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_CONFIG",
+        value_name = "FILE",
+        requires = "image_credential_provider_bin_dir"
+    )]
+    pub image_credential_provider_config: Option<PathBuf>,
+    /// Directory with the programs of those plugins
+    #[arg(
+        long,
+        global = true,
+        env = "LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_BIN_DIR",
+        value_name = "DIR",
+        requires = "image_credential_provider_config"
+    )]
+    pub image_credential_provider_bin_dir: Option<PathBuf>,
     /// Which indexes made elsewhere may be used: proven, bound or repository [default: repository for references by
     /// tag, bound for references by digest]
     #[arg(long, global = true, value_name = "MODE")]

@@ -32,6 +32,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use lazyrun_fetcher::ProviderFiles;
 use serde::de::DeserializeOwned;
 
 use crate::failure::{EXIT_LAZYRUN, Failure};
@@ -40,6 +41,7 @@ use crate::ipc::protocol::{IndexOptions, Request};
 use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
 use crate::paths::Paths;
+use crate::registries;
 use crate::rootless;
 use crate::settings::Settings;
 use args::{Cli, Command, SystemCommand};
@@ -51,6 +53,7 @@ pub struct Context {
     progress: progress::Style,
     insecure: Vec<String>,
     hosts_dirs: Vec<PathBuf>,
+    providers: Option<ProviderFiles>,
     index: IndexOptions,
     limits: LimitChange,
     settings: Settings,
@@ -110,9 +113,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
     let (insecure, hosts_dirs) = (cli.insecure_registry, cli.hosts_dir);
+    let plugins = cli.image_credential_provider_config.zip(cli.image_credential_provider_bin_dir);
+    let providers = plugins.map(|(config, bin_dir)| registries::provider_files(&config, &bin_dir));
     let limits = LimitChange { limit: cli.cache_limit, reserve: cli.disk_reserve };
     let (progress, settings) = (cli.progress, cli.settings);
-    let context = Context { paths, progress, insecure, hosts_dirs, index, limits, settings };
+    let context = Context { paths, progress, insecure, hosts_dirs, providers, index, limits, settings };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),

@@ -209,6 +209,7 @@ fn client(settings: &RegistryOptions) -> Result<RegistryClient, Failure> {
     let options = ClientOptions {
         insecure_registries: settings.insecure.clone(),
         credential_files: settings.docker_config.iter().chain(&settings.auth_files).cloned().collect(),
+        credential_providers: settings.providers.as_deref().cloned(),
         hosts: settings.hosts.clone(),
         proxies: registries::proxies(),
         ..ClientOptions::default()

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lazyrun_fetcher::{HostFiles, check_settings};
+use lazyrun_fetcher::{HostFiles, check_providers, check_settings};
 use toml::Value;
 
 use super::{ContainerdConfig, Rows, find_program};
@@ -25,7 +25,8 @@ const VARIABLES: [&str; 7] = [
 pub(super) fn check(registry: &RegistryOptions, rows: &mut Rows) {
     let credentials: Vec<PathBuf> =
         registry.docker_config.iter().chain(&registry.auth_files).cloned().collect();
-    let files = check_settings(&registry.hosts, &credentials);
+    let mut files = check_settings(&registry.hosts, &credentials);
+    files.extend(registry.providers.as_deref().map(check_providers));
     if files.is_empty() {
         rows.ok("registries", "no settings: registries are asked themselves, without credentials");
     }

@@ -10,6 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 
 use super::helper;
+use super::provider::{ProviderFiles, Providers};
 use crate::error::FetchError;
 
 /// Key under which docker stores what belongs to Docker Hub.
@@ -62,12 +63,19 @@ pub(crate) struct Found {
 #[derive(Debug, Default)]
 pub(crate) struct CredentialStore {
     files: Vec<PathBuf>,
+    /// Asked when no file has a credential.
+    providers: Option<Providers>,
 }
 
 impl CredentialStore {
     /// Files in the order in which they are looked at.
     pub(crate) fn new(files: Vec<PathBuf>) -> Self {
-        CredentialStore { files }
+        CredentialStore { files, providers: None }
+    }
+
+    /// With the kubelet's plugins, which are asked after the files.
+    pub(crate) fn with_providers(self, providers: Option<ProviderFiles>) -> Self {
+        CredentialStore { providers: providers.map(Providers::new), ..self }
     }
 
     /// The credential for a repository at `registry` (`docker.io`, `host` or `host:port`), if there is one.
@@ -79,7 +87,12 @@ impl CredentialStore {
                 return Ok(Some(found));
             }
         }
-        Ok(None)
+        match &self.providers {
+            Some(providers) => {
+                providers.get(registry, repository).await.map_err(|reason| problem(registry, reason))
+            }
+            None => Ok(None),
+        }
     }
 }
 

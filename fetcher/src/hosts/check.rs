@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 
 use super::stamp::Reader;
 use super::{HostFiles, certs, hosts_toml, registries_conf};
-use crate::auth;
+use crate::auth::{self, ProviderFiles};
 
 /// A file, or a directory of certificates, that is read to find and reach registries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedFile {
     /// Where it is.
     pub path: PathBuf,
-    /// What it is: `hosts.toml`, `certificates`, `registries.conf` or `credentials`.
+    /// What it is: `hosts.toml`, `certificates`, `registries.conf`, `credentials` or
+    /// `credential providers`.
     pub kind: &'static str,
     /// What it says, in a few words and without secrets.
     pub says: String,
@@ -57,6 +58,18 @@ pub fn check_settings(files: &HostFiles, credentials: &[PathBuf]) -> Vec<Checked
     checked.extend(places.into_iter().chain(drop_ins).map(|path| registries(&path)));
     checked.extend(credentials.iter().filter_map(|path| credential_file(path)));
     checked
+}
+
+/// Reads the configuration of the kubelet's credential providers and looks for their programs. None is asked.
+pub fn check_providers(files: &ProviderFiles) -> CheckedFile {
+    let checked = CheckedFile::new(&files.config, "credential providers");
+    match auth::providers_summary(files) {
+        Ok((names, warnings)) if names.is_empty() => {
+            CheckedFile { warnings, ..checked.fill(Ok("no plugins that act for the node".to_owned())) }
+        }
+        Ok((names, warnings)) => CheckedFile { warnings, ..checked.fill(Ok(names.join(", "))) },
+        Err(error) => checked.fill(Err(error)),
+    }
 }
 
 /// The directories of registries in all parents.

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use check::{CheckedFile, check_settings};
+pub use check::{CheckedFile, check_providers, check_settings};
 pub(crate) use endpoint::{Endpoint, Need, Role, TlsSettings, is_loopback};
 pub(crate) use health::{Health, Lack};
 pub(crate) use plan::Hosts;
