@@ -4,9 +4,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use clap::CommandFactory;
-use clap_complete::{Shell, generate};
-use lazyrun::cli::args::Cli;
+use lazyrun::cli::args::Shell;
+use lazyrun::cli::completion::{command, script};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dir = std::env::args_os().nth(1).map(PathBuf::from).ok_or("usage: manpages DIR")?;
@@ -14,11 +13,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for dir in [&man, &completions] {
         fs::create_dir_all(dir)?;
     }
-    clap_mangen::generate_to(Cli::command(), &man)?;
+    clap_mangen::generate_to(command(), &man)?;
     for (shell, name) in [(Shell::Bash, "bash"), (Shell::Zsh, "zsh"), (Shell::Fish, "fish")] {
-        let mut text = Vec::new();
-        generate(shell, &mut Cli::command(), "lazyrun", &mut text);
-        fs::write(completions.join(format!("lazyrun.{name}")), text)?;
+        fs::write(completions.join(format!("lazyrun.{name}")), script(shell))?;
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 pub mod args;
 mod bench_args;
-mod completion;
+pub mod completion;
 mod config;
 mod config_args;
 mod container_args;
