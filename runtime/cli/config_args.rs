@@ -9,8 +9,9 @@ use crate::preflight;
 /// `lazyrun config`
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Check whether this node is set up to use lazyrun as containerd's snapshotter; exits with 1 on errors. Give it the
-    /// same --root, --hosts-dir and --insecure-registry as the snapshotter
+    /// Check whether this node is set up to use lazyrun as containerd's snapshotter; exits with 1 on errors
+    ///
+    /// Give it the same --root, --hosts-dir and --insecure-registry as the snapshotter.
     Check(CheckArgs),
 }
 
