@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-micro soak soak-fills evil proto memory
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-micro soak soak-fills evil proto memory manpages deb test-deb
 
 build:
 	$(CARGO) build --workspace
@@ -99,6 +99,20 @@ evil:
 memory:
 	@tests/tools/deps.sh test
 	$(CARGO) test --test integration gigabyte -- --ignored --nocapture
+
+# Manual pages and completions of shells, in target/package.
+PROFILE ?= release
+manpages:
+	$(CARGO) run --quiet --profile $(PROFILE) --example manpages -- target/package
+
+# A package for Debian and Ubuntu, in target/debian.
+deb: manpages
+	tests/tools/cargo-deb.sh --profile $(PROFILE)
+
+# Builds the package, looks at what is in it, and installs, uses, removes and purges it in a fresh Debian.
+test-deb: deb
+	@tests/tools/deps.sh all
+	tests/tools/deb.sh
 
 # Every fuzz target for T seconds each, with bounded memory and time for each input. Needs cargo-fuzz; what fuzzing asks
 # of a nightly compiler works on the stable one with RUSTC_BOOTSTRAP. See fuzz/README.md.

@@ -15,6 +15,7 @@ pub mod logs;
 pub mod names;
 pub mod network;
 pub mod paths;
+pub mod preflight;
 pub mod proc;
 pub mod registries;
 pub mod rootless;

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lazyrun_fetcher::{FetchError, HostFiles, Proxies, Reference, RegistryClient};
+use lazyrun_fetcher::{FetchError, HostFiles, ProviderFiles, Proxies, Reference, RegistryClient};
 
 /// Directories with a directory for each registry that count for everybody.
 const HOSTS_DIRS: [&str; 4] =
@@ -71,6 +71,12 @@ pub fn more_credential_files() -> Vec<PathBuf> {
     files
 }
 
+/// The kubelet's credential providers, wherever the daemon works.
+pub fn provider_files(config: &Path, bin_dir: &Path) -> ProviderFiles {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    ProviderFiles { config: absolute(config), bin_dir: absolute(bin_dir) }
+}
+
 /// The proxies of this process's environment.
 pub fn proxies() -> Proxies {
     let any = |names: [&str; 2]| {
@@ -105,12 +111,17 @@ pub async fn with_hint(
 }
 
 fn docker_config() -> Option<PathBuf> {
-    let dir = set("DOCKER_CONFIG").or_else(|| Some(set("HOME")?.join(".docker")))?;
+    let dir = set("DOCKER_CONFIG").or_else(|| Some(home()?.join(".docker")))?;
     Some(dir.join("config.json"))
 }
 
 fn config_home() -> Option<PathBuf> {
-    set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")))
+    set("XDG_CONFIG_HOME").or_else(|| Some(home()?.join(".config")))
+}
+
+/// The user's home. systemd gives no `HOME` to the services of root.
+pub(crate) fn home() -> Option<PathBuf> {
+    set("HOME").or_else(|| Some(nix::unistd::User::from_uid(nix::unistd::geteuid()).ok()??.dir))
 }
 
 fn set(name: &str) -> Option<PathBuf> {

@@ -5,6 +5,7 @@ mod listed;
 mod support;
 
 mod root_cache;
+mod root_config_check;
 mod root_demo;
 mod root_diffs;
 mod root_evil;

@@ -168,6 +168,47 @@ fn a_login_is_checked_and_kept_as_docker_keeps_it() {
 }
 
 #[test]
+fn the_kubelets_plugins_have_the_credential() {
+    let (fixture, lazyrun) = (Fixture::guarded("ann", "s3cret"), Lazyrun::new());
+    let registry = fixture.registry.addr().to_string();
+    let plugins = lazyrun.scratch("plugins");
+    let (script, asked, config) =
+        (plugins.join("script"), plugins.join("asked"), plugins.join("config.yaml"));
+    let answer = serde_json::json!({
+        "kind": "CredentialProviderResponse",
+        "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
+        "cacheKeyType": "Registry",
+        "auth": {&registry: {"username": "ann", "password": "s3cret"}},
+    });
+    fs::write(&script, format!("cat >>{0}; echo >>{0}; echo '{answer}'\n", asked.display())).unwrap();
+    std::os::unix::fs::symlink("/bin/sh", plugins.join("cloud")).unwrap();
+    let provider = format!(
+        "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- name: cloud\n  \
+         matchImages: [\"127.0.0.*:{}\"]\n  defaultCacheDuration: 1h\n  apiVersion: \
+         credentialprovider.kubelet.k8s.io/v1\n  args: [{script:?}]\n",
+        fixture.registry.addr().port(),
+    );
+    fs::write(&config, provider).unwrap();
+    let run = |args: &[&str]| {
+        let mut command = lazyrun.command(args);
+        command.env("DOCKER_CONFIG", lazyrun.scratch("docker"));
+        command.env("LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_CONFIG", &config);
+        command.env("LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_BIN_DIR", &plugins);
+        let output = command.output().unwrap();
+        let said = String::from_utf8([&output.stdout[..], &output.stderr].concat()).unwrap();
+        assert!(output.status.success() && !said.contains("s3cret"), "{said}");
+        said
+    };
+    run(&["pull", "--quiet", &fixture.image()]);
+    let shown = run(&["registry", "show", &fixture.image()]);
+    assert!(shown.contains("of ann from the plugin cloud"), "{shown}");
+    let asked = fs::read_to_string(&asked).unwrap();
+    assert_eq!(asked.lines().count(), 1, "one answer is for all images of the registry: {asked}");
+    let image = fixture.image();
+    assert_eq!(json(&asked)["image"], image.rsplit_once(':').expect("a tag").0);
+}
+
+#[test]
 fn a_real_mirror_serves_a_real_registry() {
     let fixture = Fixture::new();
     let origin = DockerRegistry::start();

@@ -29,7 +29,7 @@ pub use artifact::{
     OWN_LAYER_INDEX_ZSTD, OWN_PROFILE_ZSTD, PushOptions, PushReport, SOCI_V1_ARTIFACT_TYPE,
     SOCI_V2_ARTIFACT_TYPE, delete_index, list_indexes, push_indexes,
 };
-pub use auth::{Kept, erase_login, save_login};
+pub use auth::{Kept, ProviderFiles, erase_login, save_login};
 pub use client::{
     BlobReader, BlobSource, ClientOptions, CredentialReport, HostReport, Proxies, RegistryClient, TlsReport,
     Uploaded,
@@ -40,7 +40,7 @@ pub use discover::{
 };
 pub use error::FetchError;
 pub use fetch::{FetchOptions, Fetcher, Haste, NoProgress, Progress};
-pub use hosts::HostFiles;
+pub use hosts::{CheckedFile, HostFiles, check_providers, check_settings};
 pub use manifest::{LayerDescriptor, ResolvedImage};
 pub use observe::Class;
 pub use platform::Platform;

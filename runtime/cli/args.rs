@@ -8,6 +8,8 @@ use lazyrun_fetcher::TrustMode;
 use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 
+pub use super::bench_args::{BenchArgs, DemoArgs};
+pub use super::config_args::{ConfigCommand, Shell};
 pub use super::container_args::{ExecArgs, HydrateArgs, LogsArgs};
 pub use super::index_args::{IndexCommand, ProfileCommand};
 use super::progress::Style;
@@ -35,6 +37,24 @@ pub struct Cli {
     /// [default: /etc/{lazyrun,containerd,docker,containers}/certs.d, or LAZYRUN_HOSTS_DIR]
     #[arg(long, global = true, value_name = "DIR")]
     pub hosts_dir: Vec<PathBuf>,
+    /// The kubelet's configuration of credential providers: plugins that are asked for credentials when no file has any
+    #[arg(
+        long,
+        global = true,
+        env = "LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_CONFIG",
+        value_name = "FILE",
+        requires = "image_credential_provider_bin_dir"
+    )]
+    pub image_credential_provider_config: Option<PathBuf>,
+    /// Directory with the programs of those plugins
+    #[arg(
+        long,
+        global = true,
+        env = "LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_BIN_DIR",
+        value_name = "DIR",
+        requires = "image_credential_provider_config"
+    )]
+    pub image_credential_provider_bin_dir: Option<PathBuf>,
     /// Which indexes made elsewhere may be used: proven, bound or repository [default: repository for references by
     /// tag, bound for references by digest]
     #[arg(long, global = true, value_name = "MODE")]
@@ -247,6 +267,12 @@ pub enum Command {
         #[arg(long)]
         format: Option<String>,
     },
+    /// The configuration of containerd, registries and lazyrun
+    Config {
+        /// What to do.
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// The instance as a whole
     System {
         /// What to do.
@@ -276,6 +302,11 @@ pub enum Command {
         /// /run/containerd/containerd.sock]
         #[arg(long, env = "CONTAINERD_ADDRESS", value_name = "SOCKET")]
         containerd_address: Option<PathBuf>,
+    },
+    /// Print what makes a shell complete the commands and flags of lazyrun
+    Completion {
+        /// Which shell
+        shell: Shell,
     },
     /// The daemon's parent.
     #[command(hide = true)]
@@ -446,49 +477,4 @@ pub struct MountArgs {
     pub image: String,
     /// Where to mount it
     pub directory: PathBuf,
-}
-
-/// `lazyrun demo`
-#[derive(Debug, Args)]
-pub struct DemoArgs {
-    /// Bandwidth of the registry in Mbit/s; 0 for all there is
-    #[arg(long, default_value_t = 200.0)]
-    pub mbit: f64,
-    /// Round-trip time to the registry in milliseconds
-    #[arg(long, default_value_t = 20.0)]
-    pub rtt_ms: f64,
-    /// Rounds; the table shows medians
-    #[arg(long, default_value_t = 1)]
-    pub rounds: usize,
-    /// Compressed size the image should have at least, in MiB, if the machine has so many files
-    #[arg(long, default_value_t = 210, value_name = "MIB")]
-    pub size_mb: u64,
-    /// Directory that keeps the image for the next time [default: lazyrun-demo in the temporary directory]
-    #[arg(long, value_name = "DIR")]
-    pub cache: Option<PathBuf>,
-    /// Network of the containers: bridge, host or none
-    #[arg(long, visible_alias = "net", value_name = "MODE")]
-    pub network: Option<String>,
-    /// `json`
-    #[arg(long)]
-    pub format: Option<String>,
-}
-
-/// `lazyrun bench`
-#[derive(Debug, Args)]
-pub struct BenchArgs {
-    /// Rounds; the table shows medians
-    #[arg(long, default_value_t = 5)]
-    pub rounds: usize,
-    /// Network of the containers: bridge, host or none
-    #[arg(long, visible_alias = "net", value_name = "MODE")]
-    pub network: Option<String>,
-    /// `json`
-    #[arg(long)]
-    pub format: Option<String>,
-    /// Reference of the image
-    pub image: String,
-    /// Command and its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<String>,
 }

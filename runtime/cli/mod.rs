@@ -1,6 +1,10 @@
 //! The command line: what can be typed, and which module does it.
 
 pub mod args;
+mod bench_args;
+pub mod completion;
+mod config;
+mod config_args;
 mod container_args;
 mod containers;
 mod hydrate;
@@ -28,6 +32,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use lazyrun_fetcher::ProviderFiles;
 use serde::de::DeserializeOwned;
 
 use crate::failure::{EXIT_LAZYRUN, Failure};
@@ -36,6 +41,7 @@ use crate::ipc::protocol::{IndexOptions, Request};
 use crate::ipc::system::{LimitChange, PruneOptions};
 use crate::keeper;
 use crate::paths::Paths;
+use crate::registries;
 use crate::rootless;
 use crate::settings::Settings;
 use args::{Cli, Command, SystemCommand};
@@ -47,6 +53,7 @@ pub struct Context {
     progress: progress::Style,
     insecure: Vec<String>,
     hosts_dirs: Vec<PathBuf>,
+    providers: Option<ProviderFiles>,
     index: IndexOptions,
     limits: LimitChange,
     settings: Settings,
@@ -106,9 +113,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         .map_err(|e| Failure::daemon(format!("the root directory {} can't be used: {e}", root.display())))?;
     let index = IndexOptions { trust: cli.index_trust, digest: cli.index_digest };
     let (insecure, hosts_dirs) = (cli.insecure_registry, cli.hosts_dir);
+    let plugins = cli.image_credential_provider_config.zip(cli.image_credential_provider_bin_dir);
+    let providers = plugins.map(|(config, bin_dir)| registries::provider_files(&config, &bin_dir));
     let limits = LimitChange { limit: cli.cache_limit, reserve: cli.disk_reserve };
     let (progress, settings) = (cli.progress, cli.settings);
-    let context = Context { paths, progress, insecure, hosts_dirs, index, limits, settings };
+    let context = Context { paths, progress, insecure, hosts_dirs, providers, index, limits, settings };
     let context = &context;
     match cli.command {
         Command::Keeper => return Ok(system::keeper(context)),
@@ -150,6 +159,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Info { format } => system::info(context, format.as_deref())?,
         Command::Version { format } => system::version(format.as_deref())?,
         Command::Doctor { format } => return system::doctor(context, format.as_deref()),
+        Command::Config { command } => return config::config(context, command),
+        Command::Completion { shell } => completion::completion(shell)?,
         Command::System { command } => return system_command(context, command),
         Command::Demo(args) => return system::demo(&args),
         Command::Bench(args) => return system::bench(context, &args),

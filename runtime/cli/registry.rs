@@ -29,23 +29,14 @@ fn show(context: &Context, name: &str, format: Option<&str>) -> Result<(), Failu
         Some(host) => of_host(host)?,
         None => name.parse().map_err(|e: lazyrun_fetcher::ReferenceError| Failure::daemon(e.to_string()))?,
     };
-    let settings = context.registry();
-    let client = client(&settings)?;
-    let mut reports: Vec<HostReport> = match context.running_daemon() {
-        // It may have other proxies, and knows which mirrors are down.
-        Some(mut daemon) => {
-            let request = Request::Hosts { reference: reference.to_string(), registry: settings };
-            daemon.call(&request, &mut Quiet)?
-        }
-        None => wait(client.hosts(&reference))?,
-    };
+    let mut reports = hosts(context, &reference)?;
     if host.is_some() {
         for report in &mut reports {
             let path = report.repository.strip_suffix(ANY).unwrap_or(&report.repository);
             report.repository = path.trim_end_matches('/').to_owned();
         }
     } else if is_short(name)
-        && let Some((names, file)) = wait(client.short_names(&reference))?
+        && let Some((names, file)) = wait(client(&context.registry())?.short_names(&reference))?
     {
         let (names, file) = (names.join(", "), file.display());
         eprintln!("lazyrun: {file} lets short names mean {names}; here they always mean docker.io");
@@ -53,6 +44,19 @@ fn show(context: &Context, name: &str, format: Option<&str>) -> Result<(), Failu
     match format {
         Some(format) => output::value(&reports, Some(format)),
         None => output::print(&described(&reports)),
+    }
+}
+
+/// The hosts that would be asked for an image.
+pub(super) fn hosts(context: &Context, reference: &Reference) -> Result<Vec<HostReport>, Failure> {
+    let settings = context.registry();
+    match context.running_daemon() {
+        // It may have other proxies, and knows which mirrors are down.
+        Some(mut daemon) => {
+            let request = Request::Hosts { reference: reference.to_string(), registry: settings };
+            daemon.call(&request, &mut Quiet)
+        }
+        None => wait(client(&settings)?.hosts(reference)),
     }
 }
 
@@ -205,6 +209,7 @@ fn client(settings: &RegistryOptions) -> Result<RegistryClient, Failure> {
     let options = ClientOptions {
         insecure_registries: settings.insecure.clone(),
         credential_files: settings.docker_config.iter().chain(&settings.auth_files).cloned().collect(),
+        credential_providers: settings.providers.as_deref().cloned(),
         hosts: settings.hosts.clone(),
         proxies: registries::proxies(),
         ..ClientOptions::default()

@@ -33,6 +33,7 @@ impl Context {
         RegistryOptions {
             docker_config: registries::login_file(),
             auth_files: registries::more_credential_files(),
+            providers: self.providers.clone().map(Box::new),
             insecure: self.insecure.clone(),
             hosts: registries::host_files(&self.hosts_dirs),
         }

@@ -15,10 +15,7 @@ use super::{Context, system};
 use crate::failure::Failure;
 use crate::ipc::protocol::PullPolicy;
 use crate::keeper::{self, start};
-use crate::snapshotter::SnapshotterOptions;
-
-/// Where containerd finds the snapshotter unless it was told.
-const DEFAULT_ADDRESS: &str = "/run/lazyrun/snapshotter.sock";
+use crate::snapshotter::{DEFAULT_ADDRESS, SnapshotterOptions};
 
 pub(super) fn serve(
     context: &Context,

@@ -23,6 +23,7 @@ use crate::ipc::system::LimitChange;
 use crate::keeper;
 use crate::logs;
 use crate::network::Instance;
+use crate::preflight;
 
 // Long enough for a kernel that is busy taking things down, short enough for a person.
 const RESET_TIMEOUT: Duration = Duration::from_secs(20);
@@ -101,7 +102,7 @@ pub(super) fn doctor(context: &Context, format: Option<&str>) -> Result<ExitCode
     let probes =
         probes(context).map_err(|e| Failure::daemon(format!("this machine can't be probed: {e}")))?;
     let chosen = plan::choose(&probes, None);
-    let nft = find_program("nft");
+    let nft = preflight::find_program("nft");
     let kernel =
         nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let mut checks: Vec<(String, Result<(), String>)> =
@@ -144,13 +145,6 @@ fn why(plan: Plan, probes: &Probes) -> String {
         (_, Err(reason)) => format!(", because plan erofs cannot be used: {reason}"),
         _ => String::new(),
     }
-}
-
-fn find_program(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .any(|dir| dir.join(name).is_file())
 }
 
 pub(super) fn reset(context: &Context, force: bool) -> Result<(), Failure> {

@@ -1,7 +1,8 @@
-//! A client of containerd's own services: its content store and its leases.
+//! A client of containerd's own services: its content store, its leases, its version.
 
 mod content;
 mod lease;
+mod version;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -77,6 +77,7 @@ impl Images {
         let client = RegistryClient::new(ClientOptions {
             insecure_registries: options.insecure.clone(),
             credential_files: options.docker_config.iter().chain(&options.auth_files).cloned().collect(),
+            credential_providers: options.providers.as_deref().cloned(),
             hosts: options.hosts.clone(),
             proxies: registries::proxies(),
             watch: self.watch.clone(),

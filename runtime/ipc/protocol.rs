@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use lazyrun_fetcher::{HostFiles, TrustMode};
+use lazyrun_fetcher::{HostFiles, ProviderFiles, TrustMode};
 use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,9 @@ pub struct RegistryOptions {
     /// Further files with the caller's credentials (`auth.json`), looked into after that one.
     #[serde(default)]
     pub auth_files: Vec<PathBuf>,
+    /// The kubelet's credential providers, asked when no file has a credential.
+    #[serde(default)]
+    pub providers: Option<Box<ProviderFiles>>,
     /// Hosts whose certificate isn't checked and which may speak plain HTTP.
     pub insecure: Vec<String>,
     /// Files that say how registries are talked to.

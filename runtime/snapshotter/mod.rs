@@ -40,6 +40,9 @@ use store::Store;
 
 pub use server::serve;
 
+/// Where containerd finds the snapshotter unless it was told.
+pub const DEFAULT_ADDRESS: &str = "/run/lazyrun/snapshotter.sock";
+
 /// How the daemon serves containerd.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SnapshotterOptions {

@@ -40,4 +40,12 @@ pub mod services {
             include!("proto/generated/containerd.services.snapshots.v1.rs");
         }
     }
+
+    /// `containerd.services.version`.
+    pub mod version {
+        /// `containerd.services.version.v1`.
+        pub mod v1 {
+            include!("proto/generated/containerd.services.version.v1.rs");
+        }
+    }
 }

@@ -108,6 +108,11 @@ impl Containerd {
         &self.socket
     }
 
+    /// Its configuration.
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("config.toml")
+    }
+
     /// The namespace of containerd that this one's commands use.
     pub fn namespace(&self) -> &str {
         &self.namespace

@@ -10,6 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 
 use super::helper;
+use super::provider::{ProviderFiles, Providers};
 use crate::error::FetchError;
 
 /// Key under which docker stores what belongs to Docker Hub.
@@ -62,12 +63,19 @@ pub(crate) struct Found {
 #[derive(Debug, Default)]
 pub(crate) struct CredentialStore {
     files: Vec<PathBuf>,
+    /// Asked when no file has a credential.
+    providers: Option<Providers>,
 }
 
 impl CredentialStore {
     /// Files in the order in which they are looked at.
     pub(crate) fn new(files: Vec<PathBuf>) -> Self {
-        CredentialStore { files }
+        CredentialStore { files, providers: None }
+    }
+
+    /// With the kubelet's plugins, which are asked after the files.
+    pub(crate) fn with_providers(self, providers: Option<ProviderFiles>) -> Self {
+        CredentialStore { providers: providers.map(Providers::new), ..self }
     }
 
     /// The credential for a repository at `registry` (`docker.io`, `host` or `host:port`), if there is one.
@@ -79,7 +87,12 @@ impl CredentialStore {
                 return Ok(Some(found));
             }
         }
-        Ok(None)
+        match &self.providers {
+            Some(providers) => {
+                providers.get(registry, repository).await.map_err(|reason| problem(registry, reason))
+            }
+            None => Ok(None),
+        }
     }
 }
 
@@ -164,10 +177,15 @@ pub(super) fn problem(registry: &str, reason: String) -> FetchError {
 }
 
 async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
-    let shown = path.display().to_string();
     let file = path.to_owned();
-    let read = tokio::task::spawn_blocking(move || crate::hosts::read_small(&file)).await;
-    match read.unwrap_or_else(|_| Err(io::Error::other("reading it was interrupted"))) {
+    let read = tokio::task::spawn_blocking(move || parse(&file)).await;
+    read.unwrap_or_else(|_| Err(format!("{}: reading it was interrupted", path.display())))
+}
+
+/// Reads a file (blocking); `None` if there is none.
+fn parse(path: &Path) -> Result<Option<ConfigFile>, String> {
+    let shown = path.display();
+    match crate::hosts::read_small(path) {
         // serde_json's message quotes what it found, which could be a secret: only the place is told.
         Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
             format!("{shown} is not a docker configuration (line {}, column {})", e.line(), e.column())
@@ -177,6 +195,41 @@ async fn read_config(path: &Path) -> Result<Option<ConfigFile>, String> {
         }
         Err(error) => Err(format!("{shown}: {error}")),
     }
+}
+
+/// What a file with credentials holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Summary {
+    /// Names with a credential in the file itself, sorted.
+    pub(crate) names: Vec<String>,
+    /// Names whose entry can't be used, sorted.
+    pub(crate) useless: Vec<String>,
+    /// Programs that it leaves credentials to, sorted.
+    pub(crate) helpers: Vec<String>,
+}
+
+/// What a file holds, without a secret (blocking); `None` if there is none.
+///
+/// # Errors
+/// When it can't be read or is malformed, without its text.
+pub(crate) fn summary(path: &Path) -> Result<Option<Summary>, String> {
+    let Some(config) = parse(path)? else { return Ok(None) };
+    let mut summary = Summary::default();
+    for (name, entry) in &config.auths {
+        if from_entry(entry).is_some() {
+            summary.names.push(name.clone());
+        } else if [&entry.auth, &entry.username, &entry.password].iter().any(|part| part.is_some()) {
+            // Docker leaves empty entries for what a helper keeps: those are as they should be.
+            summary.useless.push(name.clone());
+        }
+    }
+    let helpers = config.creds_store.iter().chain(config.cred_helpers.values());
+    summary.helpers = helpers.filter(|name| !name.is_empty()).map(|name| helper::program(name)).collect();
+    for list in [&mut summary.names, &mut summary.useless, &mut summary.helpers] {
+        list.sort();
+        list.dedup();
+    }
+    Ok(Some(summary))
 }
 
 fn from_entry(entry: &AuthEntry) -> Option<Credential> {

@@ -1,4 +1,4 @@
-//! Answering a registry's 401: Bearer and Basic with what docker's configuration holds.
+//! Answering a registry's 401: Bearer and Basic with what docker's configuration holds or the kubelet's plugins have.
 //!
 //! Credentials go to the registry they are stored for and to the token endpoint that this registry names, to
 //! nobody else; tokens only to the registry. Neither ever appears in an error or a log line.
@@ -6,13 +6,16 @@
 mod challenge;
 mod config;
 mod helper;
+mod provider;
 mod save;
 mod token;
 
 pub(crate) use challenge::{Challenge, parse as parse_challenges};
 #[cfg(fuzzing)]
 pub(crate) use config::holds;
-pub(crate) use config::{Credential, CredentialStore, Found};
+pub(crate) use config::{Credential, CredentialStore, Found, Summary, summary};
+pub use provider::ProviderFiles;
+pub(crate) use provider::summary as providers_summary;
 pub use save::{Kept, erase_login, save_login};
 pub(crate) use token::{
     Access, Authorization, TokenCache, TokenKey, TokenRequest, parse_answer, request as token_request,

@@ -36,6 +36,7 @@ pub use proxy::Proxies;
 pub(crate) use redirect::same_origin;
 pub(crate) use transport::{Call, Repository, Transport, host_of};
 
+use crate::auth::ProviderFiles;
 use crate::error::FetchError;
 use crate::hosts::{HostFiles, Need};
 use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
@@ -61,6 +62,8 @@ pub struct ClientOptions {
     /// Files with credentials, in the order in which they are looked at: Docker's `config.json`, `auth.json`. One that
     /// is missing holds none.
     pub credential_files: Vec<PathBuf>,
+    /// The kubelet's plugins, which are asked for a credential when no file has one.
+    pub credential_providers: Option<ProviderFiles>,
     /// Files that say how registries are talked to.
     pub hosts: HostFiles,
     /// Proxies on the way to registries.
@@ -88,6 +91,7 @@ impl Default for ClientOptions {
         ClientOptions {
             insecure_registries: Vec::new(),
             credential_files: Vec::new(),
+            credential_providers: None,
             hosts: HostFiles::default(),
             proxies: Proxies::default(),
             mirror_rest: Duration::from_secs(10),

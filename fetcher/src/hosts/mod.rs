@@ -5,6 +5,7 @@
 //! whoever makes the client says so ([`HostFiles`]).
 
 mod certs;
+mod check;
 mod endpoint;
 mod health;
 mod hosts_toml;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use check::{CheckedFile, check_providers, check_settings};
 pub(crate) use endpoint::{Endpoint, Need, Role, TlsSettings, is_loopback};
 pub(crate) use health::{Health, Lack};
 pub(crate) use plan::Hosts;

@@ -131,6 +131,11 @@ impl RegistriesConf {
         Ok(())
     }
 
+    /// How many registries are named.
+    pub(crate) fn len(&self) -> usize {
+        self.registries.len()
+    }
+
     /// The registry with the longest prefix of a name (`host/repository`).
     pub(crate) fn find(&self, name: &str) -> Option<&Registry> {
         self.registries.iter().filter(|r| r.matched(name).is_some()).max_by_key(|r| r.prefix.len())
