@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use sd_notify::NotifyState;
 use super::{Context, system};
 use crate::failure::Failure;
 use crate::ipc::protocol::PullPolicy;
-use crate::keeper::{self, start};
+use crate::keeper::manager::{self, Manager};
+use crate::keeper::{self, Given, start};
 use crate::snapshotter::SnapshotterOptions;
 
 /// Where containerd finds the snapshotter unless it was told.
@@ -33,8 +34,10 @@ pub(super) fn serve(
     let registry = context.image("", PullPolicy::Missing).registry;
     let options = SnapshotterOptions { registry, index: context.index.clone(), containerd };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
-    let (listener, bound) = match passed_socket()? {
-        Some(listener) => (listener, None),
+    let mut passed = manager::passed()
+        .map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
+    let (listener, bound) = match passed.sockets.pop() {
+        Some(listener) => (listener.into(), None),
         None => {
             let address = address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
             (bind(&address)?, Some(address))
@@ -45,7 +48,11 @@ pub(super) fn serve(
         &context.paths,
         &context.settings,
         Some(told.0),
-        Some(keeper::Snapshotter { listener, options }),
+        Given {
+            snapshotter: Some(keeper::Snapshotter { listener, options, bound: bound.clone() }),
+            manager: Manager::of_this_process(),
+            kept: passed.kept,
+        },
     );
     if let Some(address) = bound {
         let _ = std::fs::remove_file(address);
@@ -57,16 +64,6 @@ pub(super) fn serve(
         Ok(Err(said)) => Err(Failure::daemon(format!("the snapshotter can't be started: {said}"))),
         Err(_) => Err(Failure::daemon("the snapshotter can't be started: its own thread failed")),
     }
-}
-
-/// The socket that systemd passes, if it does.
-fn passed_socket() -> Result<Option<UnixListener>, Failure> {
-    let passed = sd_notify::listen_fds();
-    let mut passed =
-        passed.map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
-    let Some(fd) = passed.next() else { return Ok(None) };
-    // SAFETY: systemd opened it for this process, and nothing has used it since.
-    Ok(Some(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })))
 }
 
 fn bind(address: &Path) -> Result<UnixListener, Failure> {
