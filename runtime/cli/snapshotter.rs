@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
@@ -76,7 +77,7 @@ fn bind(address: &Path) -> Result<UnixListener, Failure> {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "something else is there")));
         }
-        Ok(_) if UnixStream::connect(address).is_ok() => {
+        Ok(_) if is_served(address) => {
             return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "somebody else serves there")));
         }
         // Left by one that was killed.
@@ -86,6 +87,18 @@ fn bind(address: &Path) -> Result<UnixListener, Failure> {
     let listener = UnixListener::bind(address).map_err(failed)?;
     std::fs::set_permissions(address, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
+}
+
+/// Whether somebody listens there, other than a daemon that is just ending because its keeper was killed.
+fn is_served(address: &Path) -> bool {
+    let began = Instant::now();
+    while UnixStream::connect(address).is_ok() {
+        if began.elapsed() > Duration::from_secs(1) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
 }
 
 type Told = std::thread::JoinHandle<Result<(), String>>;

@@ -227,19 +227,18 @@ impl<'a> Keeper<'a> {
             };
             let ended = self.watch(&mut child)?;
             drop(child);
+            self.outage.begin();
+            // A request that no daemon survives ends here as well, once it has had its time.
+            self.outage.refuse(&self.store, true);
             match ended {
                 Ended::InPeace | Ended::Told => break,
                 _ if self.stopping => break,
                 Ended::Replaced(replacement) => {
                     let old = std::mem::replace(&mut self.program, Program::File(replacement.program));
                     self.replacing = Some(Replacing { caller: replacement.caller, old });
-                    self.outage.begin();
                 }
-                Ended::Killed => self.outage.begin(),
-                Ended::Failed(reason) => {
-                    self.outage.begin();
-                    self.failed(&reason)?;
-                }
+                Ended::Killed => {}
+                Ended::Failed(reason) => self.failed(&reason)?,
             }
         }
         self.clean_up();
@@ -332,6 +331,7 @@ impl<'a> Keeper<'a> {
     // A daemon says that it serves.
     fn serves(&mut self, child: &Child) {
         self.say_ready(start::READY);
+        self.outage.interrupt();
         if self.failures == 0 {
             self.outage.end();
         }
@@ -361,9 +361,15 @@ impl<'a> Keeper<'a> {
         }
         match (child.served, status) {
             (Some(_), child::Status::Success) => return Ended::InPeace,
-            (Some(_), child::Status::Killed) => return Ended::Killed,
+            // Whoever did that, it was not the daemon.
+            (Some(_), child::Status::Killed) => {
+                self.failures = 0;
+                self.outage.end();
+                return Ended::Killed;
+            }
             (Some(served), _) if served.elapsed() >= SHORT_LIFE => {
                 self.failures = 0;
+                self.outage.end();
                 return Ended::Killed;
             }
             _ => {}

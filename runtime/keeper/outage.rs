@@ -14,27 +14,38 @@ use super::store::FdStore;
 pub(super) struct Outage {
     bound: Duration,
     since: Option<Instant>,
+    // A daemon serves, but not for long yet.
+    serving: bool,
+    // The bound has passed.
+    refusing: bool,
     refusers: BTreeMap<String, Refuser>,
 }
 
 impl Outage {
     /// None yet; readers wait for `bound`.
     pub(super) fn new(bound: Duration) -> Self {
-        Self { bound, since: None, refusers: BTreeMap::new() }
+        Self { bound, since: None, serving: false, refusing: false, refusers: BTreeMap::new() }
     }
 
     /// There is no daemon any more.
     pub(super) fn begin(&mut self) {
+        self.serving = false;
         self.since.get_or_insert_with(Instant::now);
     }
 
-    /// There is one that serves.
-    pub(super) fn end(&mut self) {
+    /// There is a daemon that serves. If it does not for long, it was no end of the outage.
+    pub(super) fn interrupt(&mut self) {
         if !self.refusers.is_empty() {
             eprintln!("lazyrun keeper: there is a daemon again; reads are no longer refused");
         }
-        self.since = None;
+        self.serving = true;
+        self.refusing = false;
         self.refusers.clear();
+    }
+
+    /// The daemon that serves can be relied on.
+    pub(super) fn end(&mut self) {
+        self.since = None;
     }
 
     /// Whether there is no daemon that has served for long.
@@ -44,7 +55,7 @@ impl Outage {
 
     /// When readers are to be refused, if they are not yet.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.since.filter(|_| self.refusers.is_empty()).map(|since| since + self.bound)
+        self.since.filter(|_| !self.serving && !self.refusing).map(|since| since + self.bound)
     }
 
     /// What becomes readable when somebody is to be refused.
@@ -52,17 +63,18 @@ impl Outage {
         self.refusers.values().map(AsFd::as_fd)
     }
 
-    /// Once the bound has passed, refuses whoever waits. `alone`: there is no process of a daemon that could have taken
-    /// requests, so that those which a dead one took can be refused as well.
+    /// Once the bound has passed and no daemon serves, refuses whoever waits. `alone`: there is no process of a daemon
+    /// that could have taken requests, so that those which a dead one took can be refused as well.
     pub(super) fn refuse(&mut self, store: &FdStore, alone: bool) {
         let Some(since) = self.since else { return };
-        if since.elapsed() < self.bound {
+        if self.serving || since.elapsed() < self.bound {
             return;
         }
-        if self.refusers.is_empty() && store.connections().next().is_some() {
+        if !self.refusing && store.connections().next().is_some() {
             let bound = self.bound;
             eprintln!("lazyrun keeper: no daemon has served for {bound:?}; reads fail until there is one");
         }
+        self.refusing = true;
         self.refusers.retain(|name, _| store.connections().any(|(kept, ..)| kept == name));
         for (name, dev, journal) in store.connections() {
             let new = !self.refusers.contains_key(name);

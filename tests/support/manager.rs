@@ -40,16 +40,19 @@ impl Manager {
         // Only the process itself knows its number.
         command.args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\"", program]).args(args);
         command.env("NOTIFY_SOCKET", &self.path);
-        command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+        if !names.is_empty() {
+            command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+        }
         let numbered = self.stored.values().zip(3..);
         let placed: Vec<(BorrowedFd<'_>, RawFd)> =
             numbered.map(|(fd, number)| (fd.as_fd(), number)).collect();
         fds::place(&mut command, &placed).expect("pass the descriptors");
         self.ready = false;
-        let server = Server::start(&mut command, log);
+        let mut server = Server::start(&mut command, log);
         drop(command);
         wait_for("the service to be ready", Duration::from_secs(60), || {
-            server_says(self);
+            server.assert_alive();
+            self.hear();
             self.ready.then_some(())
         });
         server
@@ -57,39 +60,35 @@ impl Manager {
 
     /// Hears all that the service has said.
     pub fn hear(&mut self) {
-        server_says(self);
-    }
-}
-
-fn server_says(manager: &mut Manager) {
-    loop {
-        let mut bytes = [0; 4096];
-        let mut space = nix::cmsg_space!([RawFd; 8]);
-        let (said, mut fds) = {
-            let mut payload = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message = recvmsg::<()>(manager.socket.as_raw_fd(), &mut payload, Some(&mut space), flags);
-            let Ok(message) = message else { return };
-            let mut fds = Vec::new();
-            for control in message.cmsgs().expect("control messages") {
-                if let ControlMessageOwned::ScmRights(raw) = control {
-                    // SAFETY: the kernel made these descriptors just now; nobody else owns them.
-                    fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        loop {
+            let mut bytes = [0; 4096];
+            let mut space = nix::cmsg_space!([RawFd; 8]);
+            let (said, mut fds) = {
+                let mut payload = [IoSliceMut::new(&mut bytes)];
+                let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+                let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut payload, Some(&mut space), flags);
+                let Ok(message) = message else { return };
+                let mut fds = Vec::new();
+                for control in message.cmsgs().expect("control messages") {
+                    if let ControlMessageOwned::ScmRights(raw) = control {
+                        // SAFETY: the kernel made these descriptors just now; nobody else owns them.
+                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
                 }
+                (message.bytes, fds)
+            };
+            let text = String::from_utf8_lossy(&bytes[..said]).into_owned();
+            let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
+            if value("READY=") == Some("1".into()) {
+                self.ready = true;
             }
-            (message.bytes, fds)
-        };
-        let text = String::from_utf8_lossy(&bytes[..said]).into_owned();
-        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
-        if value("READY=") == Some("1".into()) {
-            manager.ready = true;
-        }
-        let Some(name) = value("FDNAME=") else { continue };
-        assert!(!name.contains(':') && name.len() < 256, "no name for a descriptor: {name}");
-        if value("FDSTOREREMOVE=").is_some() {
-            manager.stored.remove(&name);
-        } else if value("FDSTORE=").is_some() {
-            manager.stored.insert(name, fds.pop().expect("a descriptor"));
+            let Some(name) = value("FDNAME=") else { continue };
+            assert!(!name.contains(':') && name.len() < 256, "no name for a descriptor: {name}");
+            if value("FDSTOREREMOVE=").is_some() {
+                self.stored.remove(&name);
+            } else if value("FDSTORE=").is_some() {
+                self.stored.insert(name, fds.pop().expect("a descriptor"));
+            }
         }
     }
 }
