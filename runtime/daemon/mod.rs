@@ -340,7 +340,8 @@ fn serve_flat(
     let server = fuse::Flat::new(Arc::clone(service));
     let options = |adopt, journal| ServeOptions { adopt, journal, resend, threads: FUSE_THREADS };
     let mount = take_mount(before, FLAT).and_then(|mount| Some((mount.tree, mount.dev?, mount.journal)));
-    if let Some((tree, dev, journal)) = mount {
+    // One whose connection was aborted is lost; what comes needs another.
+    if let Some((tree, dev, journal)) = mount.filter(|(_, dev, _)| fuse::is_connected(dev.as_fd())) {
         let handle = fuse::serve(server, tree.as_fd(), dev, options(true, journal))
             .context("taking over the layer files")?;
         return Ok((tree, handle));

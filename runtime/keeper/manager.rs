@@ -35,8 +35,6 @@ impl Manager {
 
     pub(super) fn keep(&self, name: &str, fd: BorrowedFd<'_>) {
         if self.present {
-            // Another one of the same name would be kept beside it.
-            self.discard(name);
             let message = format!("FDSTORE=1\nFDNAME={}\n", their_name(name));
             if let Err(error) = tell(&message, &[fd.as_raw_fd()]) {
                 eprintln!(

@@ -142,6 +142,10 @@ impl FdStore {
                 let fd = fds::receive(daemon.as_fd())?.pop();
                 let fd =
                     fd.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no descriptor came"))?;
+                if self.kept.contains_key(&name) {
+                    // The manager would keep both.
+                    self.manager.discard(&name);
+                }
                 self.manager.keep(&name, fd.as_fd());
                 self.kept.insert(name, fd);
             }

@@ -25,7 +25,7 @@ pub use flat::Flat;
 pub use mount::{FuseError, FuseKind, FuseMount, abort, mount, set_readahead};
 pub use readonly::Server;
 pub use refuse::{Refuser, recall_unanswered};
-pub use session::{ServeOptions, ServerHandle, serve};
+pub use session::{ServeOptions, ServerHandle, is_connected, serve};
 pub use stats::{Requests, StatsSnapshot};
 pub use viewfs::ViewFs;
 

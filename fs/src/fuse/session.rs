@@ -198,7 +198,7 @@ impl ServerHandle {
 
     /// Whether the mount is still there and being served.
     pub fn is_alive(&self) -> bool {
-        !self.thread.is_finished() && connected(self.dev.as_fd())
+        !self.thread.is_finished() && is_connected(self.dev.as_fd())
     }
 
     /// Has the kernel forget the cached contents of a file. Waits for reads of it that are in flight, so it
@@ -241,7 +241,7 @@ impl ServerHandle {
 }
 
 /// Whether the connection behind a `/dev/fuse` descriptor still has a mount.
-fn connected(dev: BorrowedFd<'_>) -> bool {
+pub fn is_connected(dev: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(dev, PollFlags::POLLIN)];
     match poll(&mut fds, PollTimeout::ZERO) {
         Ok(0) => true,
