@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use crate::support::fixture::{Fixture, big};
 use crate::support::instance::{EXE, Lazyrun, finish_within};
-use crate::support::load::{Load, child_of, forget, forget_everywhere, keeper_pid, root_of};
+use crate::support::load::{Load, below, child_of, forget, forget_everywhere, keeper_pid, root_of};
 use crate::support::manager::Manager;
 use crate::support::wait_for;
 
@@ -174,9 +174,9 @@ fn there_must_be_a_daemon_to_take_over_from() {
 }
 
 /// What a read of a page that is not cached comes to.
-fn read_uncached(lazyrun: &Lazyrun, root: &Path, at: usize) -> std::io::Result<Vec<u8>> {
+fn read_uncached(below: &[PathBuf], root: &Path, at: usize) -> std::io::Result<Vec<u8>> {
     let file = File::open(root.join("data/big.bin"))?;
-    forget_everywhere(lazyrun, &file);
+    forget_everywhere(below, &file);
     let mut page = vec![0; 4096];
     file.read_exact_at(&mut page, at as u64).map(|()| page)
 }
@@ -187,7 +187,8 @@ fn refused_after_the_bound(lazyrun: &Lazyrun, plan: &str) {
     let run = ["run", "-d", "--name", "reader", "--network", "none", "--union", plan, "--hydrate", "never"];
     lazyrun.ok(&[&run[..], &[&image, "sleep", "1000"]].concat());
     let root = root_of(lazyrun, "reader");
-    assert!(read_uncached(lazyrun, &root, 4096).expect("a read") == big()[4096..8192]);
+    let below = below(lazyrun);
+    assert!(read_uncached(&below, &root, 4096).expect("a read") == big()[4096..8192]);
     // The next daemon cannot start: its database is no database.
     let meta = lazyrun.root().join("meta.db");
     let aside = lazyrun.root().join("meta.aside");
@@ -197,7 +198,7 @@ fn refused_after_the_bound(lazyrun: &Lazyrun, plan: &str) {
     assert!(daemon.is_some(), "the daemon has its database open");
     kill(Pid::from_raw(daemon.unwrap_or(0)), Signal::SIGKILL).expect("kill the daemon");
     let began = Instant::now();
-    let error = read_uncached(lazyrun, &root, 8 << 20).expect_err("nobody is there to answer");
+    let error = read_uncached(&below, &root, 8 << 20).expect_err("nobody is there to answer");
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     let waited = began.elapsed();
     assert!(waited > Duration::from_secs(1) && waited < Duration::from_secs(10), "refused after {waited:?}");
@@ -207,7 +208,7 @@ fn refused_after_the_bound(lazyrun: &Lazyrun, plan: &str) {
     fs::remove_dir(&meta).expect("take the obstacle away");
     fs::rename(&aside, &meta).expect("put the database back");
     let bytes =
-        wait_for("reads to go on", Duration::from_secs(60), || read_uncached(lazyrun, &root, 8 << 20).ok());
+        wait_for("reads to go on", Duration::from_secs(60), || read_uncached(&below, &root, 8 << 20).ok());
     assert!(bytes == big()[8 << 20..][..4096]);
     wait_for("a daemon", Duration::from_secs(60), || {
         (lazyrun.run(&["ps"]).stdout.contains("reader")).then_some(())
@@ -243,13 +244,18 @@ fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
         "1000",
     ]);
     let root = root_of(&lazyrun, "reader");
-    let keeper = keeper_pid(&lazyrun);
+    let (keeper, below) = (keeper_pid(&lazyrun), below(&lazyrun));
     let old = child_of(keeper).expect("a daemon");
     kill(Pid::from_raw(old), Signal::SIGKILL).expect("kill the daemon");
     let new =
         wait_for("a new daemon", Duration::from_secs(30), || child_of(keeper).filter(|pid| *pid != old));
+    // Not before it is the daemon: the keeper waits for that.
+    wait_for("the new daemon to be one", Duration::from_secs(30), || {
+        let command = fs::read_to_string(format!("/proc/{new}/cmdline")).unwrap_or_default();
+        command.contains("--kept").then_some(())
+    });
     kill(Pid::from_raw(new), Signal::SIGSTOP).expect("stop the new daemon");
-    let error = match read_uncached(&lazyrun, &root, 12 << 20) {
+    let error = match read_uncached(&below, &root, 12 << 20) {
         // It was ready before it was stopped: then nothing is to be seen here.
         Ok(_) => None,
         Err(error) => Some(error),
@@ -258,7 +264,7 @@ fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
     if let Some(error) = error {
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     }
-    wait_for("reads to go on", Duration::from_secs(60), || read_uncached(&lazyrun, &root, 12 << 20).ok());
+    wait_for("reads to go on", Duration::from_secs(60), || read_uncached(&below, &root, 12 << 20).ok());
 }
 
 #[test]
@@ -282,7 +288,7 @@ fn with_the_keeper_everything_ends_and_the_next_command_starts_anew() {
     let keeper = keeper_pid(&lazyrun);
     let daemon = child_of(keeper).expect("a daemon");
     let file = File::open(root.join("data/big.bin")).expect("open the big file");
-    forget_everywhere(&lazyrun, &file);
+    forget_everywhere(&below(&lazyrun), &file);
     kill(Pid::from_raw(keeper), Signal::SIGKILL).expect("kill the keeper");
     wait_for("the daemon to end", Duration::from_secs(10), || {
         let state = fs::read_to_string(format!("/proc/{daemon}/stat")).unwrap_or_default();

@@ -2,7 +2,7 @@
 //! are refused, because who waits behind EROFS could not even be killed.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use lazyrun_fs::fuse::{Refuser, recall_unanswered};
@@ -80,7 +80,7 @@ impl Outage {
             let new = !self.refusers.contains_key(name);
             // The kernel hands out anew even what a daemon has that does not get ready.
             if alone || (new && journal.is_none()) {
-                let recalled = journal.map(|fd| fd.try_clone()).transpose();
+                let recalled = journal.map(OwnedFd::try_clone).transpose();
                 if let Err(error) = recalled.and_then(|journal| recall_unanswered(dev.as_fd(), journal)) {
                     eprintln!("lazyrun keeper: reads that wait at {name} can't be refused: {error}");
                 }

@@ -166,8 +166,9 @@ fn small(i: u64) -> Vec<u8> {
     noise(1000 + i, 64 + 37 * i as usize)
 }
 
-/// Whatever the keeper's mounts have of the files that are read.
-fn below(lazyrun: &Lazyrun) -> Vec<PathBuf> {
+/// Whatever the keeper's mounts have of the files that are read. To be asked while there is a daemon, which may be
+/// needed to look them up.
+pub fn below(lazyrun: &Lazyrun) -> Vec<PathBuf> {
     let fds = PathBuf::from(format!("/proc/{}/fd", keeper_pid(lazyrun)));
     let mounts: Vec<PathBuf> =
         fs::read_dir(&fds).expect("the keeper's descriptors").flatten().map(|fd| fd.path()).collect();
@@ -183,9 +184,9 @@ fn below(lazyrun: &Lazyrun) -> Vec<PathBuf> {
 }
 
 /// Has the kernel forget what it has of a file of a container, and of the layers below it.
-pub fn forget_everywhere(lazyrun: &Lazyrun, file: &File) {
+pub fn forget_everywhere(below: &[PathBuf], file: &File) {
     forget(file);
-    below(lazyrun).iter().filter_map(|path| File::open(path).ok()).for_each(forget);
+    below.iter().filter_map(|path| File::open(path).ok()).for_each(forget);
 }
 
 /// Has the kernel forget what it has of a file.
