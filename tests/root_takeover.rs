@@ -255,10 +255,17 @@ fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
         command.contains("--kept").then_some(())
     });
     kill(Pid::from_raw(new), Signal::SIGSTOP).expect("stop the new daemon");
-    // If it was ready before it was stopped, there is nothing to be seen here.
-    let refused = read_uncached(&below, &root, 12 << 20).err();
+    let reader = std::thread::spawn({
+        let (below, root) = (below.clone(), root.clone());
+        move || read_uncached(&below, &root, 12 << 20)
+    });
+    let began = Instant::now();
+    while !reader.is_finished() && began.elapsed() < Duration::from_secs(15) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     kill(Pid::from_raw(new), Signal::SIGCONT).expect("let it go on");
-    if let Some(error) = refused {
+    // If it was ready before it was stopped, it answers now.
+    if let Err(error) = reader.join().expect("the reader") {
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     }
     wait_for("reads to go on", Duration::from_secs(60), || read_uncached(&below, &root, 12 << 20).ok());
