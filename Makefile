@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-micro soak soak-fills evil proto memory manpages deb test-deb
+.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-micro soak soak-fills soak-takeover evil proto memory manpages deb test-deb
 
 build:
 	$(CARGO) build --workspace
@@ -89,6 +89,11 @@ soak:
 KILLS ?= 200
 soak-fills:
 	FILL_ROUNDS=$(KILLS) $(CARGO) test --test integration -- --ignored soak_fills
+
+# The daemon is killed KILLS times under eight containers that read and work; with resent requests and with the journal.
+soak-takeover: KILLS = 100
+soak-takeover:
+	TAKEOVER_KILLS=$(KILLS) $(CARGO) test --test integration -- --ignored --nocapture --test-threads 1 soak_takeover
 
 # Mixes of misbehaviours of a registry, SEEDS of them.
 evil:

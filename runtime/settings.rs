@@ -8,11 +8,12 @@ use crate::units::{Rate, Timeout};
 const HYDRATE_LIMIT: &str = "LAZYRUN_HYDRATE_LIMIT";
 const FAULT_TIMEOUT: &str = "LAZYRUN_FAULT_TIMEOUT";
 const METRICS_ADDRESS: &str = "LAZYRUN_METRICS_ADDRESS";
+const FUSE_RESEND: &str = "LAZYRUN_FUSE_RESEND";
 const LOG: &str = "LAZYRUN_LOG";
 const LOG_FORMAT: &str = "LAZYRUN_LOG_FORMAT";
 
 /// What can be said to a daemon when it starts; one that runs keeps its own.
-#[derive(Debug, Clone, Default, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct Settings {
     /// Most bytes per second for hydration, such as 50MiB/s; for the daemon, if this command starts it [default: none]
     #[arg(long, global = true, env = HYDRATE_LIMIT, value_name = "RATE")]
@@ -24,6 +25,10 @@ pub struct Settings {
     /// Serve Prometheus metrics at this address, IP:PORT or unix:PATH; for the daemon, if this command starts it
     #[arg(long, global = true, env = METRICS_ADDRESS, value_name = "ADDRESS")]
     pub metrics_address: Option<String>,
+    /// Whether the kernel is relied on to hand out again what a dead daemon did not answer, where it can. Without it
+    /// every request is kept in a journal, as on kernels before 6.9
+    #[arg(long, global = true, hide = true, env = FUSE_RESEND, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    pub fuse_resend: bool,
     /// What the daemon logs: error, warn, info, debug, trace, or directives such as lazyrun_fetcher=debug; if this
     /// command starts it [default: info]
     #[arg(long, global = true, env = LOG, value_name = "LEVEL")]
@@ -45,7 +50,8 @@ impl Settings {
         let timeout = self.fault_timeout.map(|timeout| (FAULT_TIMEOUT, timeout.to_string()));
         let metrics = self.metrics_address.clone().map(|address| (METRICS_ADDRESS, address));
         let level = self.log_level.clone().map(|level| (LOG, level));
+        let resend = (FUSE_RESEND, self.fuse_resend.to_string());
         let format = (LOG_FORMAT, self.log_format.name().to_owned());
-        limit.into_iter().chain(timeout).chain(metrics).chain(level).chain([format]).collect()
+        limit.into_iter().chain(timeout).chain(metrics).chain(level).chain([resend, format]).collect()
     }
 }

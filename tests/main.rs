@@ -28,6 +28,7 @@ mod root_snapshotter;
 mod root_snapshotter_api;
 mod root_start;
 mod root_support;
+mod root_takeover;
 mod root_trees;
 mod root_twins;
 mod root_why;

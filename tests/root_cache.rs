@@ -21,8 +21,6 @@ const LIMIT: u64 = 12 << 20;
 const LIMITED: [&str; 2] = ["--cache-limit", "12MiB"];
 /// Bytes that a request may bring beyond what was looked at.
 const SLACK: u64 = 2 << 20;
-/// After a life as long as this a keeper does not mind that its daemon dies.
-const LONG_LIFE: Duration = Duration::from_millis(5200);
 
 /// Bytes of disk that all below a directory takes.
 fn disk_bytes(dir: &Path) -> u64 {
@@ -227,9 +225,7 @@ fn kills_leave_only_right_spans(rounds: u32) {
         seed ^= seed >> 7;
         seed ^= seed << 17;
         let life = Duration::from_millis(40 + seed % 400);
-        // A keeper gives up on a daemon that dies young too often.
-        let least = if round % 4 == 3 { LONG_LIFE } else { Duration::ZERO };
-        while born.elapsed() < life.max(least) {
+        while born.elapsed() < life {
             drop_caches();
             std::thread::sleep(Duration::from_millis(40));
         }

@@ -347,9 +347,13 @@ fn systemd_is_told_and_may_open_the_socket() {
     let listener = UnixListener::bind(dir.join("s")).expect("bind");
     let (path, socket) = (dir.join("notify"), dir.join("s"));
     let mut server = by_systemd(&lazyrun, &listener, &path);
-    let mut said = [0; 256];
-    let len = notify.recv(&mut said).expect("to be told");
-    assert_eq!(std::str::from_utf8(&said[..len]).unwrap().trim(), "READY=1");
+    let told = |word: &str| {
+        let mut said = [0; 256];
+        let len = notify.recv(&mut said).expect("to be told");
+        std::str::from_utf8(&said[..len]).unwrap().trim() == word
+    };
+    // Descriptors to be stored come before that.
+    while !told("READY=1") {}
     server.assert_alive();
     let containerd = Containerd::with_snapshotter(&socket);
     assert_eq!(snapshots(&containerd), Vec::<String>::new());

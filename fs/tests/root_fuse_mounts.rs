@@ -1,8 +1,8 @@
 //! Detached mounts, the mount helper, the flat server and its takeover, on the real kernel as root.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -204,7 +204,15 @@ fn many_servers_fit_in_little_memory() {
 }
 
 /// Starts a server in another process that parks reads from `hold_from` on, and says so in `dir`.
-fn start_child(dir: &Path, mount: &FuseMount, adopt: bool, hold_from: usize) -> Child {
+fn start_child(
+    dir: &Path,
+    mount: &FuseMount,
+    adopt: bool,
+    hold_from: usize,
+    resend: bool,
+    journal: Option<&File>,
+) -> Child {
+    let journal = journal.map(|file| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
     for mark in ["serving", "parked"] {
         let _ = fs::remove_file(dir.join(mark));
     }
@@ -213,6 +221,8 @@ fn start_child(dir: &Path, mount: &FuseMount, adopt: bool, hold_from: usize) -> 
         .env("LAZYRUN_TEST_DIR", dir)
         .env("LAZYRUN_TEST_HOLD", hold_from.to_string())
         .env("LAZYRUN_TEST_ADOPT", adopt.to_string())
+        .env("LAZYRUN_TEST_RESEND", resend.to_string())
+        .env("LAZYRUN_TEST_JOURNAL", journal.unwrap_or_default())
         .stdin(dup(mount.dev.as_fd()))
         .stdout(Stdio::null())
         .stderr(dup(mount.tree.as_fd()))
@@ -222,14 +232,30 @@ fn start_child(dir: &Path, mount: &FuseMount, adopt: bool, hold_from: usize) -> 
     child
 }
 
+/// A file of a server, by the name under which it can be opened from outside.
+fn open_by_name(path: impl AsRef<Path>) -> File {
+    OpenOptions::new().read(true).write(true).open(path).unwrap()
+}
+
 #[test]
 fn servers_killed_with_reads_in_flight_are_taken_over() {
+    killed_with_reads_in_flight(true);
+}
+
+#[test]
+fn servers_killed_with_reads_in_flight_are_taken_over_by_their_journal() {
+    killed_with_reads_in_flight(false);
+}
+
+fn killed_with_reads_in_flight(resend: bool) {
     let _isolated = Isolated::enter();
     let dir = tempfile::tempdir().unwrap();
     let bytes = pattern(CHILD_LAYER);
     let mount = fuse::mount(FuseKind::Flat).unwrap();
     let _abort = AbortAtEnd(dup(mount.tree.as_fd()));
-    let mut child = start_child(dir.path(), &mount, false, CHILD_LAYER / 2);
+    let mut child = start_child(dir.path(), &mount, false, CHILD_LAYER / 2, resend, None);
+    let journal = fs::read_to_string(dir.path().join("journal")).ok().map(open_by_name);
+    assert_eq!(journal.is_some(), !resend, "a journal is for kernels that cannot resend");
     let view = view(dir.path(), &mount.tree, "layer", bytes.len(), false);
     let path = inside(&view, TINY_FILE);
     let mut first = vec![0u8; 64 * 1024];
@@ -247,10 +273,12 @@ fn servers_killed_with_reads_in_flight_are_taken_over() {
         assert_eq!(fs::metadata(&path).unwrap().len(), bytes.len() as u64);
         assert!(!readers[0].is_finished() && !readers[1].is_finished());
         if round < 3 {
-            child = start_child(dir.path(), &mount, true, CHILD_LAYER / 8 * (5 + round));
+            let hold_from = CHILD_LAYER / 8 * (5 + round);
+            child = start_child(dir.path(), &mount, true, hold_from, resend, journal.as_ref());
         }
     }
-    let adopt = ServeOptions { adopt: true, ..ServeOptions::default() };
+    let journal = journal.map(OwnedFd::from);
+    let adopt = ServeOptions { adopt: true, journal, resend, ..ServeOptions::default() };
     let files = MemoryFiles::with("layer", bytes.clone());
     let FuseMount { tree, dev } = mount;
     let server = fuse::serve(Flat::new(files), tree.as_fd(), dup(dev.as_fd()), adopt).unwrap();
@@ -350,9 +378,16 @@ fn child_server() {
     *files.parked_mark.lock().unwrap() = Some(dir.join("parked"));
     let dev = dup(std::io::stdin().as_fd());
     let adopt = std::env::var("LAZYRUN_TEST_ADOPT").unwrap() == "true";
-    let options = ServeOptions { adopt, ..ServeOptions::default() };
-    let server = fuse::serve(Flat::new(files), std::io::stderr().as_fd(), dev, options);
-    let _server = server.unwrap();
+    let resend = std::env::var("LAZYRUN_TEST_RESEND").unwrap() == "true";
+    let journal = std::env::var("LAZYRUN_TEST_JOURNAL").unwrap();
+    let journal = (!journal.is_empty()).then(|| open_by_name(journal).into());
+    let options = ServeOptions { adopt, journal, resend, ..ServeOptions::default() };
+    let server = fuse::serve(Flat::new(files), std::io::stderr().as_fd(), dev, options).unwrap();
+    let journal = server.journal_fd().unwrap();
+    if let Some(journal) = &journal {
+        let name = format!("/proc/{}/fd/{}", std::process::id(), journal.as_raw_fd());
+        fs::write(dir.join("journal"), name).unwrap();
+    }
     File::create(dir.join("serving")).unwrap();
     loop {
         std::thread::park();

@@ -283,8 +283,11 @@ pub enum Command {
     Demo(DemoArgs),
     /// Measure pull versus lazy start of an image
     Bench(BenchArgs),
-    /// Run the daemon in the foreground
+    /// Run the daemon in the foreground, or have this program take over from the daemon that runs
     Daemon {
+        /// Replace the daemon that runs, and its keeper, by this program; containers and mounts stay
+        #[arg(long)]
+        takeover: bool,
         /// Started by a keeper.
         #[arg(long, hide = true)]
         kept: bool,
@@ -310,7 +313,11 @@ pub enum Command {
     },
     /// The daemon's parent.
     #[command(hide = true)]
-    Keeper,
+    Keeper {
+        /// Descriptor of what this process was before it ran this program.
+        #[arg(long, hide = true)]
+        state: Option<i32>,
+    },
     /// What `unshare` needs outside of its namespace.
     #[command(hide = true)]
     MapIds {

@@ -120,8 +120,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let context = Context { paths, progress, insecure, hosts_dirs, providers, index, limits, settings };
     let context = &context;
     match cli.command {
-        Command::Keeper => return Ok(system::keeper(context)),
-        Command::Daemon { kept, snapshotter } => {
+        Command::Keeper { state } => return Ok(system::keeper(context, state)),
+        Command::Daemon { takeover: true, .. } => system::take_over(context)?,
+        Command::Daemon { takeover: false, kept, snapshotter } => {
             return system::daemon(context, kept, snapshotter.as_deref());
         }
         Command::Snapshotter { address, containerd_address } => {

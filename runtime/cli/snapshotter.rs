@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
@@ -14,7 +15,8 @@ use sd_notify::NotifyState;
 use super::{Context, system};
 use crate::failure::Failure;
 use crate::ipc::protocol::PullPolicy;
-use crate::keeper::{self, start};
+use crate::keeper::manager::{self, Manager};
+use crate::keeper::{self, Given, start};
 use crate::snapshotter::{DEFAULT_ADDRESS, SnapshotterOptions};
 
 pub(super) fn serve(
@@ -30,8 +32,10 @@ pub(super) fn serve(
     let registry = context.image("", PullPolicy::Missing).registry;
     let options = SnapshotterOptions { registry, index: context.index.clone(), containerd };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
-    let (listener, bound) = match passed_socket()? {
-        Some(listener) => (listener, None),
+    let mut passed = manager::passed()
+        .map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
+    let (listener, bound) = match passed.sockets.pop() {
+        Some(listener) => (listener.into(), None),
         None => {
             let address = address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
             (bind(&address)?, Some(address))
@@ -42,7 +46,11 @@ pub(super) fn serve(
         &context.paths,
         &context.settings,
         Some(told.0),
-        Some(keeper::Snapshotter { listener, options }),
+        Given {
+            snapshotter: Some(keeper::Snapshotter { listener, options, bound: bound.clone() }),
+            manager: Manager::of_this_process(),
+            kept: passed.kept,
+        },
     );
     if let Some(address) = bound {
         let _ = std::fs::remove_file(address);
@@ -56,16 +64,6 @@ pub(super) fn serve(
     }
 }
 
-/// The socket that systemd passes, if it does.
-fn passed_socket() -> Result<Option<UnixListener>, Failure> {
-    let passed = sd_notify::listen_fds();
-    let mut passed =
-        passed.map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
-    let Some(fd) = passed.next() else { return Ok(None) };
-    // SAFETY: systemd opened it for this process, and nothing has used it since.
-    Ok(Some(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })))
-}
-
 fn bind(address: &Path) -> Result<UnixListener, Failure> {
     let failed =
         |e: io::Error| Failure::daemon(format!("the snapshotter can't listen at {}: {e}", address.display()));
@@ -76,7 +74,7 @@ fn bind(address: &Path) -> Result<UnixListener, Failure> {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "something else is there")));
         }
-        Ok(_) if UnixStream::connect(address).is_ok() => {
+        Ok(_) if is_served(address) => {
             return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "somebody else serves there")));
         }
         // Left by one that was killed.
@@ -86,6 +84,18 @@ fn bind(address: &Path) -> Result<UnixListener, Failure> {
     let listener = UnixListener::bind(address).map_err(failed)?;
     std::fs::set_permissions(address, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
+}
+
+/// Whether somebody listens there, other than a daemon that is just ending because its keeper was killed.
+fn is_served(address: &Path) -> bool {
+    let began = Instant::now();
+    while UnixStream::connect(address).is_ok() {
+        if began.elapsed() > Duration::from_secs(1) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
 }
 
 type Told = std::thread::JoinHandle<Result<(), String>>;

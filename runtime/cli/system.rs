@@ -20,7 +20,8 @@ use crate::failure::{EXIT_LAZYRUN, Failure};
 use crate::ipc::client::Quiet;
 use crate::ipc::protocol::{Info, Request};
 use crate::ipc::system::LimitChange;
-use crate::keeper;
+use crate::keeper::manager::{self, Manager};
+use crate::keeper::{self, Given};
 use crate::logs;
 use crate::network::Instance;
 use crate::preflight;
@@ -33,11 +34,16 @@ pub(super) fn log_to_stderr(context: &Context) {
     logs::init(&context.paths.log(), settings.log_level.as_deref(), settings.log_format);
 }
 
-pub(super) fn keeper(context: &Context) -> ExitCode {
+pub(super) fn keeper(context: &Context, state: Option<i32>) -> ExitCode {
+    if let Some(state) = state {
+        // SAFETY: the program that this process ran before left it open, and nothing has used it since.
+        let state = unsafe { OwnedFd::from_raw_fd(state) };
+        return keeper::go_on(&context.paths, &context.settings, state);
+    }
     // SAFETY: the command line that started this process placed the pipe there and nothing has used it since.
     let ready = unsafe { OwnedFd::from_raw_fd(keeper::start::KEEPER_READY_FD) };
     let _ = nix::fcntl::fcntl(&ready, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    keeper::main(&context.paths, &context.settings, Some(ready), None)
+    keeper::main(&context.paths, &context.settings, Some(ready), Given::default())
 }
 
 pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -> Result<ExitCode, Failure> {
@@ -51,7 +57,16 @@ pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -
         context.paths.create().map_err(anyhow::Error::from)?;
         change_limits(&context.paths, context.limits)?;
     }
-    Ok(keeper::main(&context.paths, &context.settings, None, None))
+    let passed = manager::passed().map_err(|e| Failure::daemon(format!("systemd's descriptors: {e}")))?;
+    let given = Given { manager: Manager::of_this_process(), kept: passed.kept, snapshotter: None };
+    Ok(keeper::main(&context.paths, &context.settings, None, given))
+}
+
+pub(super) fn take_over(context: &Context) -> Result<(), Failure> {
+    let Some(mut daemon) = context.running_daemon() else {
+        return Err(Failure::daemon("there is no daemon to take over from; the next command starts one"));
+    };
+    daemon.call::<()>(&Request::TakeOver, &mut Quiet)
 }
 
 pub(super) fn info(context: &Context, format: Option<&str>) -> Result<(), Failure> {

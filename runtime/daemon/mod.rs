@@ -40,7 +40,7 @@ use lazyrun_index::{Digest, LayerId};
 
 use crate::failure::Failure;
 use crate::ipc::hydration::HydrateMode;
-use crate::keeper::store::Kept;
+use crate::keeper::store::{Kept, take_mount};
 use crate::keeper::{self, start};
 use crate::network::Instance;
 use crate::paths::Paths;
@@ -57,9 +57,12 @@ use seen::Seen;
 use views::{ViewId, Views};
 
 pub use lifecycle::parse_signal;
+use server::Ended;
 
 // Two threads answer FUSE: each holds a request buffer, and more don't help one reader (measured).
 const FUSE_THREADS: usize = 2;
+// What the keeper calls the mount of the layer files.
+const FLAT: &str = "flat";
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything the daemon of one root directory has.
@@ -79,6 +82,9 @@ pub struct Daemon {
     snapshots: Option<Arc<Snapshots>>,
     network: Instance,
     stop: tokio::sync::Notify,
+    // Another daemon is to take this one's place.
+    hand_over: tokio::sync::Notify,
+    kept: Arc<Kept>,
     // Serves the flat mount; ends when the daemon does.
     flat: fuse::ServerHandle,
 }
@@ -120,11 +126,16 @@ pub fn main(paths: &Paths, settings: &Settings, snapshotter: Option<&Snapshotter
             if let Some(containerd) = containerd {
                 containerd.abort();
             }
+            if let Ok(Ended::HandedOver) = ended {
+                // At once: a read whose answer is dropped on the way out would fail, one that is not answered at all
+                // is the next daemon's.
+                std::process::exit(0);
+            }
             ended
         })
     });
     match served {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             let error = Failure::from(error);
             tracing::error!(%error, "the daemon ends");
@@ -166,11 +177,18 @@ impl Daemon {
         let hydration = Hydration::open(Arc::clone(&images), paths.hydration(), limit)?;
         let snapshots = Snapshots::open(&paths, &images, snapshotter)?.map(Arc::new);
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
-        let (flat_tree, flat) = serve_flat(&service, &kept, &mut before)?;
+        let (flat_tree, flat) = serve_flat(&service, &kept, &mut before, settings.fuse_resend)?;
         let probes = probing.await.context("probing mount plans")??;
         let plan = plan::choose(&probes, None)?;
-        let views =
-            Views::new(paths.views(), mounter, fetcher, Arc::clone(&service), Arc::new(flat_tree), kept);
+        let views = Views::new(
+            paths.views(),
+            mounter,
+            fetcher,
+            Arc::clone(&service),
+            Arc::new(flat_tree),
+            Arc::clone(&kept),
+        )
+        .resending(settings.fuse_resend);
         let daemon = Arc::new(Self {
             network: Instance::for_root(paths.root()),
             profiles: Profiles::new(paths.profiles()),
@@ -186,6 +204,8 @@ impl Daemon {
             mounts: Mounts::default(),
             snapshots,
             stop: tokio::sync::Notify::new(),
+            hand_over: tokio::sync::Notify::new(),
+            kept,
             flat,
         });
         lies::watch(&daemon, lies);
@@ -205,11 +225,10 @@ impl Daemon {
         let names: Vec<String> =
             before.keys().filter(|n| views::parse_kept_name(n).is_some()).cloned().collect();
         for name in names {
-            let Some(tree) = before.remove(&name) else { continue };
-            let dev = before.remove(&format!("{name}:dev"));
+            let Some(mount) = take_mount(&mut before, &name) else { continue };
             let Some(kept) = views::parse_kept_name(&name) else { continue };
             let Some(layers) = self.layers_of_view(&kept.id)? else { continue };
-            if let Err(error) = self.views.adopt(&name, layers, tree, dev) {
+            if let Err(error) = self.views.adopt(&name, layers, mount) {
                 tracing::warn!(view = name, %error, "a view can't be taken over");
             }
         }
@@ -317,18 +336,20 @@ fn serve_flat(
     service: &Arc<LayerService>,
     kept: &Kept,
     before: &mut BTreeMap<String, OwnedFd>,
+    resend: bool,
 ) -> Result<(OwnedFd, fuse::ServerHandle)> {
     let server = fuse::Flat::new(Arc::clone(service));
-    let options = |adopt| ServeOptions { adopt, threads: FUSE_THREADS };
-    if let (Some(tree), Some(dev)) = (before.remove("flat"), before.remove("flat:dev")) {
-        let handle =
-            fuse::serve(server, tree.as_fd(), dev, options(true)).context("taking over the layer files")?;
+    let options = |adopt, journal| ServeOptions { adopt, journal, resend, threads: FUSE_THREADS };
+    let mount = take_mount(before, FLAT).and_then(|mount| Some((mount.tree, mount.dev?, mount.journal)));
+    // One whose connection was aborted is lost; what comes needs another.
+    if let Some((tree, dev, journal)) = mount.filter(|(_, dev, _)| fuse::is_connected(dev.as_fd())) {
+        let handle = fuse::serve(server, tree.as_fd(), dev, options(true, journal))
+            .context("taking over the layer files")?;
         return Ok((tree, handle));
     }
     let mount = fuse::mount(FuseKind::Flat).context("mounting the layer files")?;
-    let handle = fuse::serve(server, mount.tree.as_fd(), mount.dev, options(false))
+    let handle = fuse::serve(server, mount.tree.as_fd(), mount.dev, options(false, None))
         .context("serving the layer files")?;
-    kept.keep("flat", &mount.tree)?;
-    kept.keep("flat:dev", &handle.device_fd()?)?;
+    kept.keep_served(FLAT, &mount.tree, &handle)?;
     Ok((mount.tree, handle))
 }

@@ -7,10 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use lazyrun_fetcher::Progress;
 use lazyrun_index::Digest;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::Daemon;
 use super::metrics::text::Format;
@@ -23,6 +26,16 @@ use crate::proc;
 
 // Progress is a picture of now: when the reader is slow, frames are dropped, never queued without bound.
 const PROGRESS_QUEUE: usize = 64;
+// How long callers may keep a daemon that is to be replaced.
+const HAND_OVER_WAIT: Duration = Duration::from_secs(10);
+
+/// How a daemon comes to its end.
+pub(super) enum Ended {
+    /// Nothing is left of what it did.
+    InPeace,
+    /// Another one takes over what it serves.
+    HandedOver,
+}
 
 struct Reporter(mpsc::Sender<Reply>);
 
@@ -41,18 +54,19 @@ impl Daemon {
     ///
     /// # Errors
     /// When the socket fails.
-    pub(super) async fn serve(self: Arc<Self>, listener: std::os::unix::net::UnixListener) -> Result<()> {
+    pub(super) async fn serve(self: Arc<Self>, listener: std::os::unix::net::UnixListener) -> Result<Ended> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         tracing::info!(root = %self.paths.root().display(), plan = %self.plan, "serving");
+        let mut calls = JoinSet::new();
         loop {
             tokio::select! {
                 connection = listener.accept() => {
                     let (stream, _) = connection.context("accepting a connection")?;
                     let this = Arc::clone(&self);
-                    tokio::spawn(async move {
+                    calls.spawn(async move {
                         if let Err(error) = this.answer(stream).await {
                             tracing::debug!(%error, "a connection broke");
                         }
@@ -60,7 +74,12 @@ impl Daemon {
                 }
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                () = self.stop.notified() => return Ok(()),
+                () = self.stop.notified() => return Ok(Ended::InPeace),
+                () = self.hand_over.notified() => {
+                    drop(listener);
+                    return self.hand_over(calls).await;
+                }
+                Some(_) = calls.join_next() => {}
             }
         }
         self.end_all().await;
@@ -70,7 +89,39 @@ impl Daemon {
         })
         .await?;
         // After an orderly end nothing needs to be verified again.
-        self.blocking(|this| Ok(this.images.fetcher().store().sync()?)).await
+        self.blocking(|this| Ok(this.images.fetcher().store().sync()?)).await?;
+        Ok(Ended::InPeace)
+    }
+
+    // Finishes what was asked, as far as that is soon; who calls from now on waits for the next daemon. Mounts are served
+    // to the end.
+    async fn hand_over(self: &Arc<Self>, mut calls: JoinSet<()>) -> Result<Ended> {
+        tracing::info!("another daemon takes over");
+        let finished = async { while calls.join_next().await.is_some() {} };
+        if tokio::time::timeout(HAND_OVER_WAIT, finished).await.is_err() {
+            tracing::warn!(calls = calls.len(), "calls that take long break: another daemon takes over");
+        }
+        // The end of the process drops none of these either.
+        calls.detach_all();
+        self.blocking(|this| {
+            this.seen.starts.close_all();
+            Ok(this.images.fetcher().store().sync()?)
+        })
+        .await?;
+        Ok(Ended::HandedOver)
+    }
+
+    /// Has the keeper start the program of the process behind this connection, and tell it how that went.
+    fn ask_for_take_over(&self, caller: &UnixStream) -> Result<()> {
+        let peer = caller.peer_cred().context("asking who calls")?;
+        let pid = peer.pid().context("the kernel does not say who calls")?;
+        let path = format!("/proc/{pid}/exe");
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let program = nix::fcntl::open(path.as_str(), flags, Mode::empty())
+            .with_context(|| format!("opening the program that is to take over ({path})"))?;
+        self.kept.replace(&program, caller.as_fd()).context("asking the keeper for another daemon")?;
+        self.hand_over.notify_one();
+        Ok(())
     }
 
     async fn answer(self: Arc<Self>, mut stream: UnixStream) -> Result<()> {
@@ -144,6 +195,10 @@ impl Daemon {
                     let _ = frame::receive::<bool>(stream).await;
                 }
                 self.settle_mount(&id);
+                return Ok(None);
+            }
+            Request::TakeOver => {
+                self.ask_for_take_over(stream)?;
                 return Ok(None);
             }
             Request::System(action) => self.system(action).await?,

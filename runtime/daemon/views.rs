@@ -25,7 +25,7 @@ use super::layer_service::{LayerService, inode_of};
 use super::metrics::Counted;
 use super::profile::{Devices, ShortReadahead, delete_others};
 use super::union_views;
-use crate::keeper::store::Kept;
+use crate::keeper::store::{Kept, KeptMount};
 
 /// A mounted view. The mount is detached: it is in no mount table and goes when this and all mounts made of it go.
 #[derive(Debug)]
@@ -68,6 +68,7 @@ pub struct Views {
     service: Arc<LayerService>,
     flat: Arc<OwnedFd>,
     kept: Arc<Kept>,
+    resend: bool,
     mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
     pub(super) building: tokio::sync::Mutex<()>,
@@ -90,8 +91,27 @@ impl Views {
     ) -> Self {
         let building = tokio::sync::Mutex::new(());
         let (mounted, requests, counted) = (Mutex::default(), Arc::default(), Counted::default());
-        let tree = Mutex::default();
-        Self { dir, mounter, fetcher, service, flat, kept, mounted, building, tree, requests, counted }
+        let (tree, resend) = (Mutex::default(), true);
+        Self {
+            dir,
+            mounter,
+            fetcher,
+            service,
+            flat,
+            kept,
+            resend,
+            mounted,
+            building,
+            tree,
+            requests,
+            counted,
+        }
+    }
+
+    /// Whether the kernel is relied on to resend requests ([`ServeOptions::resend`]).
+    pub fn resending(mut self, resend: bool) -> Self {
+        self.resend = resend;
+        self
     }
 
     /// Requests of the kernel to the servers of views.
@@ -127,18 +147,13 @@ impl Views {
     ///
     /// # Errors
     /// When its FUSE connection can't be served again.
-    pub fn adopt(
-        &self,
-        name: &str,
-        layers: Vec<Arc<Layer>>,
-        tree: OwnedFd,
-        dev: Option<OwnedFd>,
-    ) -> Result<()> {
+    pub fn adopt(&self, name: &str, layers: Vec<Arc<Layer>>, mount: KeptMount) -> Result<()> {
+        let KeptMount { tree, dev, journal } = mount;
         let Some(KeptView { id, plan, direct }) = parse_kept_name(name) else {
             bail!("odd view name {name}")
         };
         let server = match dev {
-            Some(dev) => Some(self.serve_view(&layers, &tree, dev, true)?),
+            Some(dev) => Some(self.serve_view(&layers, &tree, dev, self.options(true, journal))?),
             None => None,
         };
         let pins = if direct { pin(&layers) } else { Vec::new() };
@@ -317,7 +332,7 @@ impl Views {
             .mounter
             .mount(&request, &[self.flat.as_fd()])
             .with_context(|| format!("mounting the EROFS view of {}", id.chain))?;
-        self.keep(&id, Plan::Erofs, direct, &tree, None)?;
+        self.kept.keep(&kept_name(&id, Plan::Erofs, direct), &tree)?;
         drop(while_opened);
         let readahead = Mutex::new(before.and_then(|before| before.shorten_new()));
         Ok(MountedView { id, plan: Plan::Erofs, tree, direct, layers, _pins: pins, readahead, _server: None })
@@ -326,8 +341,8 @@ impl Views {
     fn mount_fuse(&self, id: ViewId, layers: Vec<Arc<Layer>>, plan: Plan) -> Result<MountedView> {
         let mount =
             fuse::mount(FuseKind::View).with_context(|| format!("mounting the FUSE view of {}", id.chain))?;
-        let server = self.serve_view(&layers, &mount.tree, mount.dev, false)?;
-        self.keep(&id, plan, false, &mount.tree, Some(&server.device_fd()?))?;
+        let server = self.serve_view(&layers, &mount.tree, mount.dev, self.options(false, None))?;
+        self.kept.keep_served(&kept_name(&id, plan, false), &mount.tree, &server)?;
         Ok(MountedView {
             id,
             plan,
@@ -345,13 +360,17 @@ impl Views {
         layers: &[Arc<Layer>],
         tree: &OwnedFd,
         dev: OwnedFd,
-        adopt: bool,
+        options: ServeOptions,
     ) -> Result<ServerHandle> {
         let view = self.tree(layers)?;
         let inodes = layers.iter().map(|l| inode_of(l.file_name())).collect();
         let server = fuse::ViewFs::new(view, Arc::clone(&self.service), inodes);
         let server = server.counting_in(Arc::clone(&self.requests));
-        Ok(fuse::serve(server, tree.as_fd(), dev, ServeOptions { adopt, ..ServeOptions::default() })?)
+        Ok(fuse::serve(server, tree.as_fd(), dev, options)?)
+    }
+
+    fn options(&self, adopt: bool, journal: Option<OwnedFd>) -> ServeOptions {
+        ServeOptions { adopt, journal, resend: self.resend, ..ServeOptions::default() }
     }
 
     fn build(
@@ -396,27 +415,10 @@ impl Views {
         self.dir.join(format!("{}.v{BUILDER_VERSION}.appendix", id.file_stem()))
     }
 
-    fn keep(
-        &self,
-        id: &ViewId,
-        plan: Plan,
-        direct: bool,
-        tree: &OwnedFd,
-        dev: Option<&OwnedFd>,
-    ) -> Result<()> {
-        let name = kept_name(id, plan, direct);
-        self.kept.keep(&name, tree)?;
-        if let Some(dev) = dev {
-            self.kept.keep(&format!("{name}:dev"), dev)?;
-        }
-        Ok(())
-    }
-
     fn discard(&self, view: &MountedView) {
         let name = kept_name(&view.id, view.plan, view.direct);
         // A keeper that is gone keeps nothing, which is what is wanted.
-        let _ = self.kept.discard(&name);
-        let _ = self.kept.discard(&format!("{name}:dev"));
+        let _ = self.kept.discard_served(&name);
     }
 
     pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(ViewId, Plan), Arc<MountedView>>> {

@@ -226,6 +226,9 @@ pub enum Request {
     },
     /// Does something with what the instance has on disk; [`SystemAction`] says what it answers.
     System(SystemAction),
+    /// Has the program of the process that asks take over: it becomes keeper and daemon, and all that runs stays. Nothing
+    /// is answered before the new daemon serves, or the old one does again.
+    TakeOver,
     /// Stops containers, takes mounts down and ends the daemon, so that the root can be deleted.
     Reset {
         /// Also with containers running.

@@ -2,30 +2,40 @@
 //!
 //! It holds the listening control socket and the descriptors that must not close when the daemon dies
 //! (`/dev/fuse` connections and mount trees), and starts a new daemon with them. Callers that connect
-//! meanwhile wait in the socket's backlog; readers of our mounts wait in the kernel.
+//! meanwhile wait in the socket's backlog; readers of our mounts wait in the kernel, for as long as a fault may take.
 
+mod child;
+pub mod manager;
+mod outage;
+mod resume;
 pub mod start;
 pub mod store;
 
-use std::io;
+use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use lazyrun_fetcher::FetchOptions;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
 
-use crate::ipc::fds;
+use crate::failure::EXIT_LAZYRUN;
+use crate::ipc::frame;
+use crate::ipc::protocol::Reply;
 use crate::logs;
 use crate::paths::Paths;
 use crate::settings::Settings;
-use store::FdStore;
+use child::{Child, Program};
+use manager::Manager;
+use outage::Outage;
+use store::{FdStore, Replacement};
 
 /// Where a daemon started by the keeper finds its listening control socket.
 pub const LISTENER_FD: RawFd = 3;
@@ -36,21 +46,32 @@ pub const READY_FD: RawFd = 5;
 /// Where it finds the listening socket for containerd, when it is to serve that.
 pub const SNAPSHOTTER_FD: RawFd = 6;
 
-// A daemon that dies this soon after its start, this often in a row, won't get better by starting it again.
+// A daemon that fell by itself so soon after it began to serve is as one that never did; this often in a row, starting it
+// again at once won't help.
 const SHORT_LIFE: Duration = Duration::from_secs(5);
 const MAX_SHORT_LIVES: u32 = 5;
+// The longest pause before the next try, while there are mounts to be served.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+// A daemon that does not serve after this never will.
+const START_BOUND: Duration = Duration::from_secs(60);
+// How long one that is to be replaced may take to finish what it was asked.
+const HAND_OVER_BOUND: Duration = Duration::from_secs(20);
 
 /// Runs the keeper until the daemon ends in peace; returns the process's exit code.
 ///
 /// `ready` is told `ok` once the daemon serves, or the reason why it doesn't.
-pub fn main(
-    paths: &Paths,
-    settings: &Settings,
-    ready: Option<OwnedFd>,
-    snapshotter: Option<Snapshotter>,
-) -> ExitCode {
+pub fn main(paths: &Paths, settings: &Settings, ready: Option<OwnedFd>, given: Given) -> ExitCode {
+    run(paths, || Keeper::new(paths, settings, ready, given))
+}
+
+/// Goes on as the keeper that this process was before it began to run another program, whose state is behind `state`.
+pub fn go_on(paths: &Paths, settings: &Settings, state: OwnedFd) -> ExitCode {
+    run(paths, || Keeper::resume(paths, settings, state))
+}
+
+fn run<'a>(paths: &Paths, keeper: impl FnOnce() -> io::Result<Keeper<'a>>) -> ExitCode {
     let has_log = logs::is_stderr(&paths.log());
-    match Keeper::new(paths, settings, snapshotter).and_then(|mut k| k.run(ready)) {
+    match keeper().and_then(|mut keeper| keeper.run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // The daemon may have begun another file since.
@@ -58,9 +79,20 @@ pub fn main(
                 logs::follow(&paths.log());
             }
             eprintln!("lazyrun keeper: {e}");
-            ExitCode::from(crate::failure::EXIT_LAZYRUN)
+            ExitCode::from(EXIT_LAZYRUN)
         }
     }
+}
+
+/// What a keeper gets from whoever starts it.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// For a daemon that serves containerd.
+    pub snapshotter: Option<Snapshotter>,
+    /// The service manager that is to hold copies of all descriptors.
+    pub manager: Manager,
+    /// What an earlier keeper had it hold.
+    pub kept: BTreeMap<String, OwnedFd>,
 }
 
 /// What a daemon that serves snapshots to containerd gets: containerd waits in the backlog of the socket while there
@@ -71,6 +103,8 @@ pub struct Snapshotter {
     pub listener: UnixListener,
     /// The daemon's options for it, as JSON.
     pub options: String,
+    /// The socket's file, to be removed in the end, if it is the keeper's own.
+    pub bound: Option<PathBuf>,
 }
 
 struct Keeper<'a> {
@@ -82,12 +116,38 @@ struct Keeper<'a> {
     listener: UnixListener,
     signals: SignalFd,
     store: FdStore,
-    _lock: Flock<std::fs::File>,
+    outage: Outage,
+    // What daemons are started from.
+    program: Program,
+    // Who waits to hear that the first daemon serves.
+    ready: Option<OwnedFd>,
+    // A daemon that was there before this program was.
+    running: Option<Child>,
+    // What has just taken the place of another daemon, and who waits to hear of it.
+    replacing: Option<Replacing>,
+    // Daemons that never served, or not for long, in a row.
+    failures: u32,
+    stopping: bool,
+    lock: Flock<std::fs::File>,
 }
 
+struct Replacing {
+    caller: OwnedFd,
+    old: Program,
+}
+
+/// How a daemon ended.
 enum Ended {
+    /// As it was told to.
     InPeace,
-    Died,
+    /// It can't start, and said so to who started it.
+    Told,
+    /// For the next one to come.
+    Replaced(Replacement),
+    /// By somebody's hand.
+    Killed,
+    /// By itself, soon, or before it served.
+    Failed(String),
 }
 
 /// Makes the directories of the root and takes the lock that there is one of for each.
@@ -109,8 +169,27 @@ fn take_over(paths: &Paths) -> io::Result<Flock<std::fs::File>> {
     }
 }
 
+fn fault_bound(settings: &Settings) -> Duration {
+    settings.fault_timeout().unwrap_or(FetchOptions::default().fault_timeout)
+}
+
+/// Blocks the signals that the keeper takes from a descriptor.
+fn take_signals() -> io::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+}
+
 impl<'a> Keeper<'a> {
-    fn new(paths: &'a Paths, settings: &'a Settings, snapshotter: Option<Snapshotter>) -> io::Result<Self> {
+    fn new(
+        paths: &'a Paths,
+        settings: &'a Settings,
+        ready: Option<OwnedFd>,
+        given: Given,
+    ) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         let lock = take_over(paths)?;
@@ -121,100 +200,254 @@ impl<'a> Keeper<'a> {
         }
         let listener = UnixListener::bind(&socket)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
-        let mut set = SigSet::empty();
-        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP] {
-            set.add(signal);
-        }
-        set.thread_block()?;
-        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        let has_log = logs::is_stderr(&paths.log());
-        let store = FdStore::default();
-        Ok(Self { snapshotter, paths, settings, has_log, listener, signals, store, _lock: lock })
+        Ok(Self {
+            snapshotter: given.snapshotter,
+            paths,
+            settings,
+            has_log: logs::is_stderr(&paths.log()),
+            listener,
+            signals: take_signals()?,
+            store: FdStore::new(given.kept, given.manager),
+            outage: Outage::new(fault_bound(settings)),
+            program: Program::Own,
+            ready,
+            running: None,
+            replacing: None,
+            failures: 0,
+            stopping: false,
+            lock,
+        })
     }
 
-    fn run(&mut self, mut ready: Option<OwnedFd>) -> io::Result<()> {
-        let mut short_lives = 0;
+    fn run(&mut self) -> io::Result<()> {
         loop {
-            let born = Instant::now();
-            match self.one_daemon(ready.take())? {
-                Ended::InPeace => break,
-                Ended::Died if born.elapsed() < SHORT_LIFE => short_lives += 1,
-                Ended::Died => short_lives = 0,
-            }
-            if short_lives >= MAX_SHORT_LIVES {
-                // Dropping the descriptors fails every waiting read, which is better than waiting for ever.
-                return Err(io::Error::other(format!("the daemon died {MAX_SHORT_LIVES} times in a row")));
+            let mut child = match self.running.take() {
+                Some(child) => child,
+                None => Child::spawn(self)?,
+            };
+            let ended = self.watch(&mut child)?;
+            drop(child);
+            self.outage.begin();
+            // A request that no daemon survives ends here as well, once it has had its time.
+            self.outage.refuse(&self.store, true);
+            match ended {
+                Ended::InPeace | Ended::Told => break,
+                _ if self.stopping => break,
+                Ended::Replaced(replacement) => {
+                    let old = std::mem::replace(&mut self.program, Program::File(replacement.program));
+                    self.replacing = Some(Replacing { caller: replacement.caller, old });
+                }
+                Ended::Killed => {}
+                Ended::Failed(reason) => self.failed(&reason)?,
             }
         }
+        self.clean_up();
+        Ok(())
+    }
+
+    // A daemon did not serve, or not for long.
+    fn failed(&mut self, reason: &str) -> io::Result<()> {
+        if let Some(Replacing { caller, old }) = self.replacing.take() {
+            self.program = old;
+            let message = format!("the new daemon does not start, the old one does again: {reason}");
+            tell(&caller, &Reply::Failed { code: EXIT_LAZYRUN, message });
+            return Ok(());
+        }
+        self.failures += 1;
+        if self.failures < MAX_SHORT_LIVES {
+            return Ok(());
+        }
+        if self.store.is_empty() {
+            let message = format!("the daemon died {MAX_SHORT_LIVES} times in a row: {reason}");
+            self.say_ready(&message);
+            return Err(io::Error::other(message));
+        }
+        // Whoever uses the mounts gets them back when what is wrong has been put right.
+        let doublings = (self.failures - MAX_SHORT_LIVES).min(5);
+        let pause = MAX_PAUSE.min(Duration::from_secs(1 << doublings));
+        eprintln!(
+            "lazyrun keeper: the daemon died {} times in a row: {reason}; next try in {pause:?}",
+            self.failures
+        );
+        self.pause(pause, reason)
+    }
+
+    // Nothing of this instance's is left behind.
+    fn clean_up(&self) {
         let _ = std::fs::remove_file(self.paths.control());
+        if let Some(address) = self.snapshotter.as_ref().and_then(|s| s.bound.as_ref()) {
+            let _ = std::fs::remove_file(address);
+        }
         // Whoever opens the lock from now on makes a new one. Commands that have started keepers left a lock of their
         // own, and the directory stays.
         let _ = std::fs::remove_file(self.paths.keeper_lock());
         let _ = std::fs::remove_dir(self.paths.run());
+        for name in self.store.kept().keys() {
+            self.store.manager().discard(name);
+        }
+    }
+
+    /// Watches a daemon until its end.
+    fn watch(&mut self, child: &mut Child) -> io::Result<Ended> {
+        let mut replacement = None;
+        let mut kill_at = child.served.is_none().then(|| child.born + START_BOUND);
+        let mut late = false;
+        loop {
+            let healthy_at = child.served.filter(|_| self.outage.is_on()).map(|served| served + SHORT_LIFE);
+            let until = [kill_at, healthy_at, self.outage.deadline()].into_iter().flatten().min();
+            self.wait(child.fds(), until)?;
+            // What the daemon stored before it died counts, so its messages come first.
+            child.serve_store(&mut self.store)?;
+            if child.hear()? {
+                self.serves(child);
+                kill_at = None;
+            }
+            if let Some(asked) = self.store.take_replacement() {
+                kill_at = Some(Instant::now() + HAND_OVER_BOUND);
+                replacement = Some(asked);
+            }
+            if self.stop_asked()? {
+                let _ = kill(child.pid, Signal::SIGTERM);
+            }
+            if let Some(status) = child.ended()? {
+                child.serve_store(&mut self.store)?;
+                child.hear()?;
+                return Ok(self.judge(child, status, replacement, late));
+            }
+            let now = Instant::now();
+            if healthy_at.is_some_and(|at| at <= now) {
+                self.failures = 0;
+                self.outage.end();
+            }
+            if kill_at.is_some_and(|at| at <= now) {
+                late = child.served.is_none();
+                kill_at = None;
+                let _ = kill(child.pid, Signal::SIGKILL);
+            }
+            self.outage.refuse(&self.store, false);
+        }
+    }
+
+    // A daemon says that it serves.
+    fn serves(&mut self, child: &Child) {
+        self.say_ready(start::READY);
+        self.outage.interrupt();
+        if self.failures == 0 {
+            self.outage.end();
+        }
+        let Some(Replacing { caller, .. }) = self.replacing.take() else { return };
+        let error = self.become_program(child, &caller);
+        let note = format!("the daemon is the new one, but its keeper is still the old one: {error}");
+        tell(&caller, &Reply::Note(note));
+        tell(&caller, &replaced());
+    }
+
+    // Whoever started this keeper waits for a word.
+    fn say_ready(&mut self, word: &str) {
+        if let Some(ready) = self.ready.take() {
+            let _ = std::fs::File::from(ready).write_all(word.as_bytes());
+        }
+    }
+
+    fn judge(
+        &mut self,
+        child: &Child,
+        status: child::Status,
+        replacement: Option<Replacement>,
+        late: bool,
+    ) -> Ended {
+        if let Some(replacement) = replacement {
+            return Ended::Replaced(replacement);
+        }
+        match (child.served, status) {
+            (Some(_), child::Status::Success) => return Ended::InPeace,
+            // Whoever did that, it was not the daemon.
+            (Some(_), child::Status::Killed) => {
+                self.failures = 0;
+                self.outage.end();
+                return Ended::Killed;
+            }
+            (Some(served), _) if served.elapsed() >= SHORT_LIFE => {
+                self.failures = 0;
+                self.outage.end();
+                return Ended::Killed;
+            }
+            _ => {}
+        }
+        let said = match child.said() {
+            "" if late => format!("it did not serve within {START_BOUND:?}"),
+            "" => format!("it ended without a word ({status}); see daemon.log in its root"),
+            said => said.to_owned(),
+        };
+        // Starting it again would only say it again.
+        if child.served.is_none()
+            && !child.said().is_empty()
+            && self.replacing.is_none()
+            && self.store.is_empty()
+        {
+            self.say_ready(&said);
+            return Ended::Told;
+        }
+        Ended::Failed(said)
+    }
+
+    // Waits before the next try; readers are refused meanwhile, and callers told why.
+    fn pause(&mut self, pause: Duration, reason: &str) -> io::Result<()> {
+        let end = Instant::now() + pause;
+        self.listener.set_nonblocking(true)?;
+        while Instant::now() < end && !self.stopping {
+            self.outage.refuse(&self.store, true);
+            let until = self.outage.deadline().map_or(end, |deadline| deadline.min(end));
+            self.wait([Some(self.listener.as_fd()), None], Some(until))?;
+            self.stop_asked()?;
+            while let Ok((caller, _)) = self.listener.accept() {
+                let message = format!("there is no lazyrun daemon, and the next try has to wait: {reason}");
+                tell(&caller.into(), &Reply::Failed { code: EXIT_LAZYRUN, message });
+            }
+        }
         Ok(())
     }
 
-    fn one_daemon(&mut self, ready: Option<OwnedFd>) -> io::Result<Ended> {
-        let (ours, theirs) = UnixStream::pair()?;
-        let ready = match ready {
-            Some(fd) => fd,
-            None => std::fs::OpenOptions::new().write(true).open("/dev/null")?.into(),
+    // Until one of these is readable, a signal or a request to be refused comes, or the time has come.
+    fn wait(&self, more: [Option<BorrowedFd<'_>>; 2], until: Option<Instant>) -> io::Result<()> {
+        let own = std::iter::once(self.signals.as_fd());
+        let fds = own.chain(more.into_iter().flatten()).chain(self.outage.waiting());
+        let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let timeout = match until {
+            None => PollTimeout::NONE,
+            Some(until) => {
+                // Rounded up, or the last millisecond would be spent spinning.
+                let left = until.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
         };
-        let mut child = self.spawn(theirs.as_fd(), ready.as_fd())?;
-        drop((theirs, ready));
-        self.store.hand_over(&ours)?;
-        ours.set_nonblocking(true)?;
-        self.watch(&mut child, &ours)
+        match poll(&mut fds, timeout) {
+            Err(nix::errno::Errno::EINTR) => Ok(()),
+            other => Ok(other.map(drop)?),
+        }
     }
 
-    fn spawn(&self, store: BorrowedFd<'_>, ready: BorrowedFd<'_>) -> io::Result<Child> {
-        if self.has_log {
-            logs::follow(&self.paths.log());
+    // Takes the signals that have come; whether one asks to end.
+    fn stop_asked(&mut self) -> io::Result<bool> {
+        let mut asked = false;
+        while let Some(signal) = self.signals.read_signal()? {
+            asked |= matches!(signal.ssi_signo.cast_signed(), libc::SIGTERM | libc::SIGINT);
         }
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["daemon", "--kept"]);
-        command.envs(self.settings.environment());
-        command.stdin(Stdio::null());
-        let mut placed = vec![(self.listener.as_fd(), LISTENER_FD), (store, STORE_FD), (ready, READY_FD)];
-        if let Some(snapshotter) = &self.snapshotter {
-            command.arg("--snapshotter").arg(&snapshotter.options);
-            placed.push((snapshotter.listener.as_fd(), SNAPSHOTTER_FD));
-        }
-        fds::place(&mut command, &placed)?;
-        // The keeper takes its signals from a descriptor; its children are to get theirs the usual way.
-        let unblock = || Ok(SigSet::all().thread_unblock()?);
-        // SAFETY: only sigprocmask runs between fork and exec, which is async-signal-safe.
-        unsafe { command.pre_exec(unblock) };
-        command.spawn()
+        self.stopping |= asked;
+        Ok(asked)
     }
+}
 
-    fn watch(&mut self, child: &mut Child, daemon: &UnixStream) -> io::Result<Ended> {
-        let pid = Pid::from_raw(child.id().cast_signed());
-        loop {
-            let mut fds = [
-                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(daemon.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Err(nix::errno::Errno::EINTR) => continue,
-                other => other?,
-            };
-            // What the daemon stored before it died counts, so its messages come first.
-            let closed = !self.store.serve(daemon)?;
-            while let Some(signal) = self.signals.read_signal()? {
-                if matches!(signal.ssi_signo.cast_signed(), libc::SIGTERM | libc::SIGINT) {
-                    let _ = kill(pid, Signal::SIGTERM);
-                }
-            }
-            if let Some(status) = child.try_wait()? {
-                self.store.serve(daemon)?;
-                return Ok(if status.success() { Ended::InPeace } else { Ended::Died });
-            }
-            if closed {
-                // It closed its store: it is on its way out; only its end is left to wait for.
-                let status = child.wait()?;
-                return Ok(if status.success() { Ended::InPeace } else { Ended::Died });
-            }
-        }
+// A caller that is gone needs no answer.
+fn tell(caller: &OwnedFd, reply: &Reply) {
+    let Ok(caller) = caller.try_clone().map(UnixStream::from) else { return };
+    let _ = caller.set_nonblocking(false);
+    if let Err(error) = frame::write(&caller, reply) {
+        eprintln!("lazyrun keeper: a caller can't be told how it went: {error}");
     }
+}
+
+// What the caller hears whose program has taken over.
+fn replaced() -> Reply {
+    Reply::Done { value: serde_json::Value::Null, fd: false }
 }

@@ -2,13 +2,37 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
+use lazyrun_fs::fuse::ServerHandle;
 use serde::{Deserialize, Serialize};
 
+use super::manager::Manager;
 use crate::ipc::{fds, frame};
+
+// What follows a mount's name in those of its connection's descriptors.
+const DEVICE: &str = ":dev";
+const JOURNAL: &str = ":journal";
+
+/// A mount that an earlier daemon served.
+#[derive(Debug)]
+pub struct KeptMount {
+    /// The mount itself.
+    pub tree: OwnedFd,
+    /// Its FUSE connection, if it has one of its own.
+    pub dev: Option<OwnedFd>,
+    /// The journal of the connection, where it has one.
+    pub journal: Option<OwnedFd>,
+}
+
+/// Takes the mount of this name out of what was kept.
+pub fn take_mount(kept: &mut BTreeMap<String, OwnedFd>, name: &str) -> Option<KeptMount> {
+    let dev = kept.remove(&format!("{name}{DEVICE}"));
+    let journal = kept.remove(&format!("{name}{JOURNAL}"));
+    Some(KeptMount { tree: kept.remove(name)?, dev, journal })
+}
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Message {
@@ -16,15 +40,62 @@ enum Message {
     Keep(String),
     /// Close what is kept under this name.
     Drop(String),
+    /// Start the next daemon from the program whose descriptor follows, and tell the caller, whose connection comes
+    /// with it, how that went.
+    Replace,
+}
+
+/// A daemon that asks to be replaced.
+#[derive(Debug)]
+pub struct Replacement {
+    /// The program to start from now on.
+    pub program: OwnedFd,
+    /// The connection of whoever asked for it, for one [`Reply`](crate::ipc::protocol::Reply).
+    pub caller: OwnedFd,
 }
 
 /// The keeper's side: what is kept, by name.
 #[derive(Debug, Default)]
 pub struct FdStore {
     kept: BTreeMap<String, OwnedFd>,
+    manager: Manager,
+    replacement: Option<Replacement>,
 }
 
 impl FdStore {
+    /// A store of these descriptors, which are from an earlier keeper. `manager` gets a copy of all that is kept.
+    pub fn new(kept: BTreeMap<String, OwnedFd>, manager: Manager) -> Self {
+        Self { kept, manager, replacement: None }
+    }
+
+    /// Whether nothing is kept.
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty()
+    }
+
+    /// All that is kept, by name.
+    pub fn kept(&self) -> &BTreeMap<String, OwnedFd> {
+        &self.kept
+    }
+
+    /// The FUSE connections among what is kept: name, `/dev/fuse` descriptor, and journal where there is one.
+    pub fn connections(&self) -> impl Iterator<Item = (&str, &OwnedFd, Option<&OwnedFd>)> {
+        self.kept.iter().filter_map(|(name, dev)| {
+            let mount = name.strip_suffix(DEVICE)?;
+            Some((mount, dev, self.kept.get(&format!("{mount}{JOURNAL}"))))
+        })
+    }
+
+    /// Who has copies of it.
+    pub fn manager(&self) -> &Manager {
+        &self.manager
+    }
+
+    /// What the daemon asked to be replaced by, once.
+    pub fn take_replacement(&mut self) -> Option<Replacement> {
+        self.replacement.take()
+    }
+
     /// Gives a new daemon everything that is kept.
     ///
     /// # Errors
@@ -71,10 +142,23 @@ impl FdStore {
                 let fd = fds::receive(daemon.as_fd())?.pop();
                 let fd =
                     fd.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no descriptor came"))?;
+                if self.kept.contains_key(&name) {
+                    // The manager would keep both.
+                    self.manager.discard(&name);
+                }
+                self.manager.keep(&name, fd.as_fd());
                 self.kept.insert(name, fd);
             }
             Some(Message::Drop(name)) => {
-                self.kept.remove(&name);
+                if self.kept.remove(&name).is_some() {
+                    self.manager.discard(&name);
+                }
+            }
+            Some(Message::Replace) => {
+                let odd = || io::Error::new(io::ErrorKind::InvalidData, "no program came");
+                let [program, caller] =
+                    <[OwnedFd; 2]>::try_from(fds::receive(daemon.as_fd())?).map_err(|_| odd())?;
+                self.replacement = Some(Replacement { program, caller });
             }
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
@@ -112,6 +196,44 @@ impl Kept {
         self.with(|keeper| {
             frame::write(keeper, &Message::Keep(name.to_owned()))?;
             fds::send(keeper.as_fd(), &[fd.as_fd()])
+        })
+    }
+
+    /// Has the keeper hold a mount that is served: its tree under this name, and its connection with it.
+    ///
+    /// # Errors
+    /// That the keeper is gone.
+    pub fn keep_served(&self, name: &str, tree: &OwnedFd, server: &ServerHandle) -> io::Result<()> {
+        // In this order: a connection without its journal can't be taken over.
+        if let Some(journal) = server.journal_fd()? {
+            self.keep(&format!("{name}{JOURNAL}"), &journal)?;
+        }
+        self.keep(&format!("{name}{DEVICE}"), &server.device_fd()?)?;
+        self.keep(name, tree)
+    }
+
+    /// Has the keeper close all that it holds of a mount.
+    ///
+    /// # Errors
+    /// That the keeper is gone.
+    pub fn discard_served(&self, name: &str) -> io::Result<()> {
+        self.discard(name)?;
+        self.discard(&format!("{name}{DEVICE}"))?;
+        self.discard(&format!("{name}{JOURNAL}"))
+    }
+
+    /// Asks the keeper to start the next daemon from this program, once this one has ended, and to tell the caller behind
+    /// this connection.
+    ///
+    /// # Errors
+    /// That the keeper is gone, or that there is none.
+    pub fn replace(&self, program: &OwnedFd, caller: BorrowedFd<'_>) -> io::Result<()> {
+        if self.keeper.is_none() {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "this daemon has no keeper"));
+        }
+        self.with(|keeper| {
+            frame::write(keeper, &Message::Replace)?;
+            fds::send(keeper.as_fd(), &[program.as_fd(), caller])
         })
     }
 

@@ -177,9 +177,9 @@ impl Lazyrun {
     pub fn daemon_pid(&self) -> Option<i32> {
         let finished = self.run(&["info", "--format", "json"]);
         // One that was killed a moment ago may still have taken the call.
-        if finished.code == Some(125)
-            && finished.stderr.contains("the connection to the lazyrun daemon broke")
-        {
+        let lost =
+            ["the connection to the lazyrun daemon broke", "the lazyrun daemon ended before it answered"];
+        if finished.code == Some(125) && lost.iter().any(|lost| finished.stderr.contains(lost)) {
             return None;
         }
         assert_eq!(finished.code, Some(0), "{finished:#?}");

@@ -12,6 +12,8 @@ pub mod fixture;
 pub mod indexed;
 pub mod instance;
 pub mod leaks;
+pub mod load;
+pub mod manager;
 pub mod prometheus;
 pub mod proxy;
 pub mod server;

@@ -1,6 +1,10 @@
 //! What a FUSE server needs of whoever has the bytes.
 
-use fuser::{Errno, ReplyData};
+use std::sync::Arc;
+
+use fuser::{Errno, ReplyData, RequestId};
+
+use super::relay::Relay;
 
 /// The layer files a server shows: names, sizes, bytes.
 pub trait LayerFiles: Send + Sync + 'static {
@@ -22,12 +26,37 @@ pub trait ReadReply: Send {
     fn error(self: Box<Self>, errno: i32);
 }
 
-impl ReadReply for ReplyData {
+/// The answer to a READ: by fuser, or straight to the kernel where fuser's answers would be copied on their way.
+#[derive(Debug)]
+pub struct Answer {
+    reply: ReplyData,
+    direct: Option<(Arc<Relay>, u64)>,
+}
+
+impl Answer {
+    pub(super) fn new(reply: ReplyData, unique: RequestId, relay: Option<&Arc<Relay>>) -> Self {
+        Self { reply, direct: relay.map(|relay| (Arc::clone(relay), unique.0)) }
+    }
+
+    fn give(self, errno: i32, bytes: &[u8]) {
+        match self.direct {
+            Some((relay, unique)) => {
+                relay.answer(unique, errno, bytes);
+                // fuser must say something too: the relay drops it, unless the kernel refused what was said here.
+                self.reply.error(Errno::EIO);
+            }
+            None if errno != 0 => self.reply.error(Errno::from_i32(errno)),
+            None => self.reply.data(bytes),
+        }
+    }
+}
+
+impl ReadReply for Answer {
     fn data(self: Box<Self>, bytes: &[u8]) {
-        ReplyData::data(*self, bytes);
+        self.give(0, bytes);
     }
 
     fn error(self: Box<Self>, errno: i32) {
-        ReplyData::error(*self, Errno::from_i32(errno));
+        self.give(errno.max(1), &[]);
     }
 }

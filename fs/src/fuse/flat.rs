@@ -5,10 +5,10 @@
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyData};
+use fuser::{Errno, FileAttr, FileType, INodeNo};
 
 use super::MAX_READ;
-use super::content::LayerFiles;
+use super::content::{Answer, LayerFiles, ReadReply};
 use super::join::Exact;
 use super::readonly::Server;
 use super::stats::Requests;
@@ -56,13 +56,13 @@ impl<L: LayerFiles> Server for Flat<L> {
         Some((names.get(i)?, ROOT, FileType::Directory))
     }
 
-    fn read(&self, ino: u64, offset: u64, size: u32, reply: ReplyData) {
-        let Some(file_size) = self.files.size(ino) else { return reply.error(Errno::EIO) };
+    fn read(&self, ino: u64, offset: u64, size: u32, reply: Answer) {
+        let Some(file_size) = self.files.size(ino) else { return Box::new(reply).error(libc::EIO) };
         // The kernel reads whole pages; what lies past the end is not the layer's business.
         let len = u64::from(size).min(file_size.saturating_sub(offset));
         match u32::try_from(len) {
             Ok(len) if len > 0 => self.files.read(ino, offset, len, Box::new(Exact { len, reply })),
-            _ => reply.data(&[]),
+            _ => Box::new(reply).data(&[]),
         }
     }
 }

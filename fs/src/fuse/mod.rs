@@ -3,23 +3,29 @@
 //! Both are read-only and built so that a warm mount asks nothing: names and attributes stay cached
 //! for ever, open and opendir are answered by the kernel after the first one, pages are kept.
 //! A server can be killed at any moment: the mount waits for as long as anybody (the keeper) holds the
-//! `/dev/fuse` descriptor, and a new server adopts it with [`serve`].
+//! `/dev/fuse` descriptor, and a new server adopts it with [`serve`]. If none comes, a [`Refuser`] has waiting requests
+//! fail.
 
 mod content;
 pub mod flat;
 mod join;
+mod journal;
 mod mount;
 mod readonly;
+mod refuse;
+mod relay;
 mod session;
 mod stats;
 pub mod unionfs;
 pub mod viewfs;
+mod wire;
 
-pub use content::{LayerFiles, ReadReply};
+pub use content::{Answer, LayerFiles, ReadReply};
 pub use flat::Flat;
 pub use mount::{FuseError, FuseKind, FuseMount, abort, mount, set_readahead};
 pub use readonly::Server;
-pub use session::{ServeOptions, ServerHandle, serve};
+pub use refuse::{Refuser, recall_unanswered};
+pub use session::{ServeOptions, ServerHandle, is_connected, serve};
 pub use stats::{Requests, StatsSnapshot};
 pub use viewfs::ViewFs;
 

@@ -3,7 +3,8 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
@@ -11,6 +12,8 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
+use super::content::Answer;
+use super::relay::{MAX_ENTRIES, Relay};
 use super::session::configure;
 use super::stats::{Requests, count};
 use super::{FOREVER, MAX_READ};
@@ -58,21 +61,49 @@ pub trait Server: Send + Sync + 'static {
         Err(Errno::ENOSYS)
     }
     /// Answers a READ of at most `size` bytes, now or later.
-    fn read(&self, ino: u64, offset: u64, size: u32, reply: ReplyData);
+    fn read(&self, ino: u64, offset: u64, size: u32, reply: Answer);
+}
+
+/// What is known of a connection once its session stands.
+#[derive(Debug, Default)]
+pub(super) struct Negotiated {
+    resends: AtomicBool,
+    relay: OnceLock<Arc<Relay>>,
+}
+
+impl Negotiated {
+    /// Whether the kernel said that it can resend requests.
+    pub(super) fn kernel_resends(&self) -> bool {
+        self.resends.load(Ordering::Relaxed)
+    }
+
+    /// From now on everything goes through this relay.
+    pub(super) fn relay_by(&self, relay: Arc<Relay>) {
+        let _ = self.relay.set(relay);
+    }
+
+    pub(super) fn relay(&self) -> Option<&Arc<Relay>> {
+        self.relay.get()
+    }
 }
 
 /// A [`Server`] as fuser wants it.
-pub(super) struct ReadOnly<S>(pub(super) S);
+pub(super) struct ReadOnly<S> {
+    server: S,
+    negotiated: Arc<Negotiated>,
+}
 
 impl<S: Server> Filesystem for ReadOnly<S> {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        configure(config, FLAGS.union(self.0.flags()));
+        let resends = config.capabilities().contains(InitFlags::FUSE_HAS_RESEND);
+        self.negotiated.resends.store(resends, Ordering::Relaxed);
+        configure(config, FLAGS.union(self.server.flags()));
         Ok(())
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        count(&self.0.requests().lookup);
-        match self.0.lookup(parent.0, name.as_bytes()) {
+        count(&self.server.requests().lookup);
+        match self.server.lookup(parent.0, name.as_bytes()) {
             Ok(attr) => reply.entry(&FOREVER, &attr, Generation(0)),
             Err(errno) => reply.error(errno),
         }
@@ -81,34 +112,34 @@ impl<S: Server> Filesystem for ReadOnly<S> {
     fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {}
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        count(&self.0.requests().getattr);
-        match self.0.attr(ino.0) {
+        count(&self.server.requests().getattr);
+        match self.server.attr(ino.0) {
             Some(attr) => reply.attr(&FOREVER, &attr),
             None => reply.error(Errno::ENOENT),
         }
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        count(&self.0.requests().readlink);
-        match self.0.target(ino.0) {
+        count(&self.server.requests().readlink);
+        match self.server.target(ino.0) {
             Some(target) => reply.data(target),
             None => reply.error(Errno::EINVAL),
         }
     }
 
     fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        count(&self.0.requests().open);
+        count(&self.server.requests().open);
         reply.error(Errno::ENOSYS);
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        count(&self.0.requests().open);
+        count(&self.server.requests().open);
         reply.error(Errno::ENOSYS);
     }
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -117,8 +148,13 @@ impl<S: Server> Filesystem for ReadOnly<S> {
         _lock: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        count(&self.0.requests().read);
-        self.0.read(ino.0, offset, size.min(MAX_READ), reply);
+        count(&self.server.requests().read);
+        self.server.read(
+            ino.0,
+            offset,
+            size.min(MAX_READ),
+            Answer::new(reply, req.unique(), self.negotiated.relay()),
+        );
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -139,7 +175,7 @@ impl<S: Server> Filesystem for ReadOnly<S> {
         mut reply: ReplyDirectoryPlus,
     ) {
         let listed = self.list(ino.0, offset, |name, child, _, next| {
-            let Some(attr) = self.0.attr(child) else { return false };
+            let Some(attr) = self.server.attr(child) else { return false };
             reply.add(attr.ino, next, name, &FOREVER, &attr, Generation(0))
         });
         match listed {
@@ -149,28 +185,32 @@ impl<S: Server> Filesystem for ReadOnly<S> {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        count(&self.0.requests().other);
-        let block = self.0.block_size();
-        reply.statfs(0, 0, 0, self.0.inodes(), 0, block, 255, block);
+        count(&self.server.requests().other);
+        let block = self.server.block_size();
+        reply.statfs(0, 0, 0, self.server.inodes(), 0, block, 255, block);
     }
 
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock: LockOwner, reply: ReplyEmpty) {
-        count(&self.0.requests().other);
+        count(&self.server.requests().other);
         reply.error(Errno::ENOSYS);
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        count(&self.0.requests().xattr);
-        answer_xattr(&self.0.xattr(ino.0, name.as_bytes()), size, reply);
+        count(&self.server.requests().xattr);
+        answer_xattr(&self.server.xattr(ino.0, name.as_bytes()), size, reply);
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        count(&self.0.requests().xattr);
-        answer_xattr(&self.0.xattr_names(ino.0), size, reply);
+        count(&self.server.requests().xattr);
+        answer_xattr(&self.server.xattr_names(ino.0), size, reply);
     }
 }
 
 impl<S: Server> ReadOnly<S> {
+    pub(super) fn new(server: S, negotiated: Arc<Negotiated>) -> Self {
+        Self { server, negotiated }
+    }
+
     /// Calls `add` with the entries of a directory from number `offset` on (name, inode, kind, number of the
     /// next) until it says that there is no more room.
     fn list(
@@ -179,12 +219,16 @@ impl<S: Server> ReadOnly<S> {
         offset: u64,
         mut add: impl FnMut(&OsStr, u64, FileType, u64) -> bool,
     ) -> Result<(), Errno> {
-        count(&self.0.requests().readdir);
-        if self.0.attr(dir).is_none() {
+        count(&self.server.requests().readdir);
+        if self.server.attr(dir).is_none() {
             return Err(Errno::ENOENT);
         }
         let mut next = usize::try_from(offset).unwrap_or(usize::MAX);
-        while let Some((name, child, kind)) = self.0.entry(dir, next) {
+        let end =
+            next.saturating_add(if self.negotiated.relay().is_some() { MAX_ENTRIES } else { usize::MAX });
+        while next < end
+            && let Some((name, child, kind)) = self.server.entry(dir, next)
+        {
             next += 1;
             if add(OsStr::from_bytes(name), child, kind, next as u64) {
                 break;

@@ -10,36 +10,38 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use fuser::{Config, Filesystem, INodeNo, InitFlags, KernelConfig, Notifier, Session, SessionACL};
+use fuser::{Config, Filesystem, InitFlags, KernelConfig, Session, SessionACL};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
+use super::journal::Journal;
 use super::mount::{FuseError, abort_device};
-use super::readonly::{ReadOnly, Server};
+use super::readonly::{Negotiated, ReadOnly, Server};
+use super::relay::{self, Relay};
 use super::stats::{Requests, StatsSnapshot};
-use super::{MAX_READ, set_readahead};
+use super::{MAX_READ, set_readahead, wire};
 use crate::mount::device_of;
 
-/// `FUSE_INIT` of the kernel's fuse.h.
-const OP_INIT: u32 = 26;
-/// `FUSE_NOTIFY_RESEND` (Linux 6.9): hand out again what was read and never answered.
-const NOTIFY_RESEND: i32 = 7;
 /// Readahead of both servers, in KiB. More saves little time when the bytes are local, and fetches what nobody
 /// wants when they are not.
 const READAHEAD_KIB: u32 = 128;
 
 /// How to serve.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct ServeOptions {
     /// The connection was initialised before, by a server that is gone: take it over.
     pub adopt: bool,
+    /// The journal of a connection that is taken over, if its first server made one
+    /// ([`ServerHandle::journal_fd`]).
+    pub journal: Option<OwnedFd>,
+    /// Whether to rely on the kernel to resend requests, if it can. Otherwise a fresh connection gets a journal.
+    pub resend: bool,
     /// Threads that read requests; reads are answered from elsewhere, so two are plenty.
     pub threads: usize,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self { adopt: false, threads: 2 }
+        Self { adopt: false, journal: None, resend: true, threads: 2 }
     }
 }
 
@@ -52,7 +54,7 @@ pub struct ServerHandle {
     dev: OwnedFd,
     device: (u32, u32),
     requests: Arc<Requests>,
-    notifier: Notifier,
+    relay: Option<Arc<Relay>>,
 }
 
 /// Starts to serve the mount `tree` on its `/dev/fuse` descriptor. Returns when the kernel has its
@@ -70,23 +72,27 @@ pub fn serve<S: Server>(
     let failed = |source: io::Error| FuseError::Session { action, source };
     let device = device_of(tree)?;
     let requests = Arc::clone(server.requests());
-    let fs = ReadOnly(server);
+    let negotiated = Arc::new(Negotiated::default());
+    let fs = ReadOnly::new(server, Arc::clone(&negotiated));
     let ours = dev.try_clone().map_err(failed)?;
     let mut config = Config::default();
     config.acl = SessionACL::All;
     config.n_threads = Some(options.threads.max(1));
     keep_buffers_off_the_heap();
-    let session = if options.adopt { adopt(fs, dev.as_fd(), config) } else { fresh(fs, dev, config) };
+    let session = if options.adopt {
+        adopt(fs, &dev, config, options.journal, &negotiated)
+    } else {
+        fresh(fs, dev, config, options.resend, &negotiated)
+    };
     let session = session.map_err(failed)?;
     if let Err(e) = set_readahead(tree, READAHEAD_KIB) {
         tracing::warn!("reads from the FUSE mount will be small: {e}");
     }
-    let notifier = session.notifier();
     let thread = std::thread::Builder::new()
         .name("fuse-session".into())
         .spawn(move || session.run())
         .map_err(failed)?;
-    Ok(ServerHandle { thread, dev: ours, device, requests, notifier })
+    Ok(ServerHandle { thread, dev: ours, device, requests, relay: negotiated.relay().cloned() })
 }
 
 /// fuser takes a zeroed 16 MiB buffer per thread and per handshake, of which a read-only filesystem's requests
@@ -105,15 +111,33 @@ pub(super) fn keep_buffers_off_the_heap() {
     }
 }
 
-fn fresh<F: Filesystem>(fs: F, dev: OwnedFd, config: Config) -> io::Result<Session<F>> {
-    Session::from_fd(fs, dev, SessionACL::All, config)
+fn fresh<F: Filesystem>(
+    fs: F,
+    dev: OwnedFd,
+    config: Config,
+    resend: bool,
+    negotiated: &Negotiated,
+) -> io::Result<Session<F>> {
+    let real = dev.try_clone()?;
+    let session = Session::from_fd(fs, dev, SessionACL::All, config)?;
+    if !resend || !negotiated.kernel_resends() {
+        let (kernel, ours) = relay::pair()?;
+        replace(session.as_fd(), ours.as_fd())?;
+        negotiated.relay_by(Relay::start(Journal::create()?, real, kernel)?);
+    }
+    Ok(session)
 }
 
-fn adopt<F: Filesystem>(fs: F, dev: BorrowedFd<'_>, config: Config) -> io::Result<Session<F>> {
-    let (kernel, session) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+fn adopt<F: Filesystem>(
+    fs: F,
+    dev: &OwnedFd,
+    config: Config,
+    journal: Option<OwnedFd>,
+    negotiated: &Negotiated,
+) -> io::Result<Session<F>> {
+    let (kernel, session) = relay::pair()?;
     let mut kernel = UnixStream::from(kernel);
-    kernel.write_all(&init_request())?;
+    kernel.write_all(&wire::init_request())?;
     let session = Session::from_fd(fs, session, SessionACL::All, config)?;
     let mut answer = [0u8; 256];
     let n = kernel.read(&mut answer)?;
@@ -121,8 +145,12 @@ fn adopt<F: Filesystem>(fs: F, dev: BorrowedFd<'_>, config: Config) -> io::Resul
     if n < 16 || answer[4..8] != [0; 4] {
         return Err(io::Error::other("the server refused the replayed INIT"));
     }
-    replace(session.as_fd(), dev)?;
-    resend(dev)?;
+    if let Some(journal) = journal {
+        negotiated.relay_by(Relay::start(Journal::open(journal)?, dev.try_clone()?, kernel.into())?);
+    } else {
+        replace(session.as_fd(), dev.as_fd())?;
+        resend(dev.as_fd())?;
+    }
     Ok(session)
 }
 
@@ -134,35 +162,16 @@ fn replace(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Asks for the requests that a dead server read and did not answer. Kernels before 6.9 cannot give them
-/// again: who waits for those waits until the connection is aborted; everything else goes on.
+/// Asks for the requests that a dead server read and did not answer. Without a journal, kernels before 6.9 cannot give
+/// them again: who waits for those waits until the connection is aborted; everything else goes on.
 fn resend(dev: BorrowedFd<'_>) -> io::Result<()> {
-    let mut header = [0u8; 16];
-    header[0..4].copy_from_slice(&16u32.to_ne_bytes());
-    header[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
-    match nix::unistd::write(dev, &header) {
-        Ok(_) => Ok(()),
-        Err(nix::errno::Errno::EINVAL) => {
+    match wire::ask_to_resend(dev) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
             tracing::warn!("this kernel cannot resend FUSE requests: reads in flight at the crash are stuck");
             Ok(())
         }
-        Err(e) => Err(e.into()),
+        other => other,
     }
-}
-
-/// A FUSE_INIT request that offers everything: fuse_in_header (40 bytes), fuse_init_in (64 bytes).
-fn init_request() -> [u8; 104] {
-    let mut req = [0u8; 104];
-    let mut put = |at: usize, value: u32| req[at..at + 4].copy_from_slice(&value.to_ne_bytes());
-    put(0, 104);
-    put(4, OP_INIT);
-    put(8, 2);
-    put(40, 7);
-    put(44, 40);
-    put(48, 128 * 1024);
-    put(52, u32::MAX);
-    put(56, u32::MAX >> 1);
-    req
 }
 
 /// What every server asks of the kernel. Capabilities the kernel lacks are left out one by one.
@@ -189,7 +198,7 @@ impl ServerHandle {
 
     /// Whether the mount is still there and being served.
     pub fn is_alive(&self) -> bool {
-        !self.thread.is_finished() && connected(self.dev.as_fd())
+        !self.thread.is_finished() && is_connected(self.dev.as_fd())
     }
 
     /// Has the kernel forget the cached contents of a file. Waits for reads of it that are in flight, so it
@@ -198,10 +207,13 @@ impl ServerHandle {
     /// # Errors
     /// The kernel's; that it does not know the file is none.
     pub fn invalidate(&self, ino: u64) -> io::Result<()> {
-        match self.notifier.inval_inode(INodeNo(ino), 0, 0) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
-        }
+        wire::invalidate(&self.dev, ino)
+    }
+
+    /// A duplicate of the descriptor of the connection's journal, if it has one: for the keeper, before it gets
+    /// that of the connection itself.
+    pub fn journal_fd(&self) -> io::Result<Option<OwnedFd>> {
+        self.relay.as_ref().map(|relay| relay.journal_fd()).transpose()
     }
 
     /// A duplicate of the `/dev/fuse` descriptor, for the keeper.
@@ -229,7 +241,7 @@ impl ServerHandle {
 }
 
 /// Whether the connection behind a `/dev/fuse` descriptor still has a mount.
-fn connected(dev: BorrowedFd<'_>) -> bool {
+pub fn is_connected(dev: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(dev, PollFlags::POLLIN)];
     match poll(&mut fds, PollTimeout::ZERO) {
         Ok(0) => true,

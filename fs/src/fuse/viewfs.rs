@@ -5,10 +5,10 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{Errno, FileAttr, FileType, INodeNo, InitFlags, ReplyData};
+use fuser::{Errno, FileAttr, FileType, INodeNo, InitFlags};
 use lazyrun_index::Timestamp;
 
-use super::content::LayerFiles;
+use super::content::{Answer, LayerFiles, ReadReply};
 use super::join::{Exact, Join};
 use super::readonly::Server;
 use super::stats::Requests;
@@ -60,11 +60,11 @@ impl<L: LayerFiles> ViewFs<L> {
         self.inode(ino).map(|(_, inode)| inode).ok_or(Errno::ENOENT)
     }
 
-    fn read_file(&self, inode: &Inode, offset: u64, size: u32, reply: ReplyData) {
+    fn read_file(&self, inode: &Inode, offset: u64, size: u32, reply: Answer) {
         let len = u64::from(size).min(inode.size.saturating_sub(offset));
         let pieces = pieces(&inode.extents, offset, len);
         let Some(pieces) = pieces.into_iter().map(|p| self.locate(p)).collect::<Option<Vec<_>>>() else {
-            return reply.error(Errno::EIO);
+            return Box::new(reply).error(libc::EIO);
         };
         if let [(ino, piece)] = pieces[..]
             && u64::from(piece.len) == len
@@ -222,10 +222,10 @@ impl<L: LayerFiles> Server for ViewFs<L> {
         Ok(list)
     }
 
-    fn read(&self, ino: u64, offset: u64, size: u32, reply: ReplyData) {
+    fn read(&self, ino: u64, offset: u64, size: u32, reply: Answer) {
         match self.inode(ino) {
             Some((_, inode)) if inode.kind == Kind::File => self.read_file(inode, offset, size, reply),
-            _ => reply.error(Errno::EIO),
+            _ => Box::new(reply).error(libc::EIO),
         }
     }
 }
