@@ -5,6 +5,8 @@ mod listed;
 mod support;
 
 mod root_cache;
+mod root_containerd_fetch;
+mod root_containerd_versions;
 mod root_demo;
 mod root_diffs;
 mod root_evil;
@@ -24,6 +26,8 @@ mod root_rootless;
 mod root_run;
 mod root_snapshotter;
 mod root_snapshotter_api;
+mod root_snapshotter_crash;
+mod root_snapshotter_scale;
 mod root_start;
 mod root_support;
 mod root_trees;

@@ -1,7 +1,10 @@
-//! A client of containerd's own services: its content store and its leases.
+//! A client of containerd's own services: its content store, its images and its leases.
 
 mod content;
+pub mod fetch;
+mod image;
 mod lease;
+mod upload;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,8 +12,9 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
-pub use content::{Info, Upload};
+pub use content::Info;
 pub use lease::{Lease, unique};
+pub use upload::Upload;
 
 /// Where containerd listens unless it was told.
 pub const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";

@@ -6,9 +6,10 @@
 //! layers gets the image's view ([`attached`]) below its own directory.
 //!
 //! The snapshotter never calls containerd: that holds locks while it waits for an answer. Only the diff service ([`diff`])
-//! does, for which containerd holds none.
+//! does, for which containerd holds none, and tasks that run behind the answers ([`blobs`]).
 
 pub mod attached;
+mod blobs;
 mod collect;
 mod diff;
 mod dirs;
@@ -23,6 +24,7 @@ mod server;
 mod service;
 pub mod store;
 
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -30,15 +32,30 @@ use anyhow::{Context, Result};
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
+use crate::containerd::Containerd;
+use crate::daemon::Daemon;
 use crate::daemon::images::Images;
 use crate::ipc::protocol::{IndexOptions, RegistryOptions};
 use crate::paths::Paths;
 use attached::Attached;
+use blobs::{Blobs, Kept};
 use dirs::Dirs;
 use images::SnapshotImages;
+use record::ImageRow;
 use store::Store;
 
 pub use server::serve;
+
+/// Whether layers that are taken over are downloaded into containerd's content store all the same
+/// (`lazyrun snapshotter --keep-blobs`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum KeepBlobs {
+    /// Only when `lazyrun containerd fetch` asks for them
+    #[default]
+    Off,
+    /// After each pull, when nothing else wants the link, within the limit of hydration
+    Background,
+}
 
 /// How the daemon serves containerd.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -50,6 +67,9 @@ pub struct SnapshotterOptions {
     /// Where containerd itself listens, if not where it does by default.
     #[serde(default)]
     pub containerd: Option<PathBuf>,
+    /// Whether it gets all layers.
+    #[serde(default)]
+    pub keep_blobs: KeepBlobs,
 }
 
 /// The snapshots of an instance.
@@ -62,6 +82,8 @@ pub struct Snapshots {
     pub images: Arc<SnapshotImages>,
     /// Where containerd listens.
     pub containerd: PathBuf,
+    /// What downloads layers for containerd, if that is wanted.
+    blobs: Option<Arc<Blobs>>,
     dirs: Dirs,
     // diffIDs of layers that were removed since what they leave was deleted.
     removed: Mutex<Vec<Vec<Digest>>>,
@@ -85,14 +107,39 @@ impl Snapshots {
         let store = Store::open(&database).with_context(|| format!("opening {}", database.display()))?;
         let options = options.cloned().unwrap_or_default();
         let containerd = options.containerd.unwrap_or_else(|| crate::containerd::DEFAULT_ADDRESS.into());
+        let blobs = match options.keep_blobs {
+            KeepBlobs::Off => None,
+            KeepBlobs::Background => {
+                Some(Arc::new(Blobs::new(Containerd::at(&containerd)?, options.registry.clone())))
+            }
+        };
         let images = SnapshotImages::new(Arc::clone(images), options.registry, options.index);
         Ok(Some(Self {
             store: Arc::new(store),
             attached: Attached::new(dirs.clone()),
             images: Arc::new(images),
             containerd,
+            blobs,
             dirs,
             removed: Mutex::default(),
         }))
+    }
+
+    /// Goes on with downloads for containerd that an earlier daemon had begun.
+    ///
+    /// # Errors
+    /// When the database can't be read.
+    pub(crate) fn resume_blobs(&self, daemon: &Arc<Daemon>) -> Result<()> {
+        let Some(blobs) = &self.blobs else { return Ok(()) };
+        let rows: HashMap<String, ImageRow> = self.store.images()?.into_iter().collect();
+        let layers = self.store.all(None)?.into_iter();
+        let layers = layers.filter_map(|named| Some((named.namespace, named.record.remote?.image)));
+        for (namespace, key) in layers.collect::<BTreeSet<_>>() {
+            let manifest = key.split_once(' ').and_then(|(manifest, _)| manifest.parse().ok());
+            if let (Some(row), Some(manifest)) = (rows.get(&key), manifest) {
+                blobs.begin(daemon, Kept { namespace, reference: row.reference.clone(), manifest });
+            }
+        }
+        Ok(())
     }
 }

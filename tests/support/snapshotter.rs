@@ -106,6 +106,11 @@ impl Snapshotter {
         Containerd::with_snapshotter_at(&self.socket, &containerd_socket(&self.lazyrun))
     }
 
+    /// The same, from version 1.7.4 on, with its differ.
+    pub fn containerd_with_differ(&self) -> Containerd {
+        Containerd::with_differ_at(&self.socket, &containerd_socket(&self.lazyrun))
+    }
+
     /// What is mounted below its root.
     pub fn mounts(&self) -> Vec<String> {
         mounts_below(self.lazyrun.root())

@@ -1,0 +1,150 @@
+//! Layers that were taken over, downloaded for containerd all the same, when nothing else wants the link.
+//!
+//! containerd is asked only here, in tasks of their own: while it waits for an answer of the snapshotter it holds locks.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Result;
+use backon::{BackoffBuilder, ExponentialBuilder};
+use lazyrun_fetcher::{NoProgress, Platform, Progress, Reference};
+use lazyrun_index::Digest;
+use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
+
+use super::record::ImageRow;
+use crate::containerd::fetch::{Fetch, Fetched, Platforms};
+use crate::containerd::{Containerd, Scope};
+use crate::daemon::Daemon;
+use crate::failure::sentence;
+use crate::ipc::protocol::RegistryOptions;
+
+/// How long after a layer was taken over it begins: by then most pulls have ended.
+const SETTLE: Duration = Duration::from_secs(2);
+/// First wait before a download that failed is tried again; doubles each time, with jitter.
+const FIRST_WAIT: Duration = Duration::from_secs(5);
+/// Longest such wait.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
+/// After so many tries it is given up until the image is pulled again, or the next start.
+const TRIES: usize = 20;
+
+/// An image in a namespace of containerd.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Kept {
+    /// containerd's namespace.
+    pub(crate) namespace: String,
+    /// The reference it was pulled by.
+    pub(crate) reference: String,
+    /// The digest of its manifest.
+    pub(crate) manifest: Digest,
+}
+
+/// All such downloads.
+pub(crate) struct Blobs {
+    containerd: Containerd,
+    registry: RegistryOptions,
+    /// One image at a time.
+    turn: Semaphore,
+    jobs: Mutex<HashMap<Kept, Job>>,
+}
+
+struct Job {
+    task: AbortHandle,
+    /// Layers of it were taken over since it began to look what is missing.
+    again: bool,
+}
+
+impl Blobs {
+    /// Downloads for this containerd, with these settings.
+    pub(super) fn new(containerd: Containerd, registry: RegistryOptions) -> Self {
+        Self { containerd, registry, turn: Semaphore::new(1), jobs: Mutex::default() }
+    }
+
+    /// Begins to download what containerd lacks of an image, in a while.
+    pub(super) fn begin(self: &Arc<Self>, daemon: &Arc<Daemon>, image: Kept) {
+        let mut jobs = self.jobs();
+        if let Some(job) = jobs.get_mut(&image) {
+            job.again = true;
+            return;
+        }
+        let (this, daemon, key) = (Arc::clone(self), Arc::clone(daemon), image.clone());
+        let task = tokio::spawn(async move { this.run(&daemon, &key).await });
+        jobs.insert(image, Job { task: task.abort_handle(), again: false });
+    }
+
+    /// Ends downloads of images that are gone, by their rows' keys.
+    pub(super) fn forget(&self, keys: &[String]) {
+        self.jobs().retain(|image, job| {
+            let gone = keys.contains(&ImageRow::key(&image.reference, image.manifest));
+            if gone {
+                job.task.abort();
+            }
+            !gone
+        });
+    }
+
+    async fn run(&self, daemon: &Daemon, image: &Kept) {
+        let delays = ExponentialBuilder::default().with_min_delay(FIRST_WAIT).with_max_delay(LONGEST_WAIT);
+        let delays = delays.with_max_times(TRIES).with_jitter();
+        let mut waits = delays.build();
+        loop {
+            tokio::time::sleep(SETTLE).await;
+            if let Some(job) = self.jobs().get_mut(image) {
+                job.again = false;
+            }
+            let wait = match self.fetch(daemon, image).await {
+                Ok(fetched) => {
+                    if let Some(Fetched { fetched, bytes, .. }) = fetched {
+                        tracing::info!(image = image.reference, fetched, bytes, "containerd has all layers");
+                    }
+                    waits = delays.build();
+                    None
+                }
+                Err(error) => {
+                    let (image, error, wait) = (&image.reference, sentence(&error), waits.next());
+                    tracing::warn!(image, error, ?wait, "layers can't be downloaded for containerd");
+                    wait
+                }
+            };
+            if wait.is_none() && self.ends(image) {
+                return;
+            }
+            tokio::time::sleep(wait.unwrap_or_default()).await;
+        }
+    }
+
+    /// Forgets the job of an image, unless there is more to do.
+    fn ends(&self, image: &Kept) -> bool {
+        let mut jobs = self.jobs();
+        let again = jobs.get(image).is_some_and(|job| job.again);
+        if !again {
+            jobs.remove(image);
+        }
+        !again
+    }
+
+    /// Downloads what is missing; `None` if containerd does not have the image any more.
+    async fn fetch(&self, daemon: &Daemon, image: &Kept) -> Result<Option<Fetched>> {
+        let _turn = self.turn.acquire().await?;
+        let scope = Scope { namespace: image.namespace.clone(), lease: None };
+        if self.containerd.info(&scope, image.manifest).await?.is_none() {
+            return Ok(None);
+        }
+        let reference: Reference = image.reference.parse()?;
+        let progress: Arc<dyn Progress> = Arc::new(NoProgress);
+        let fetch = Fetch {
+            containerd: &self.containerd,
+            namespace: &image.namespace,
+            client: &daemon.images().client(&self.registry)?,
+            platforms: &Platforms::Best(Platform::host()),
+            background: Some(daemon.images().fetcher()),
+            progress: &progress,
+        };
+        fetch.tree(&image.reference, image.manifest, Some(&reference)).await.map(Some)
+    }
+
+    fn jobs(&self) -> MutexGuard<'_, HashMap<Kept, Job>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
