@@ -46,7 +46,7 @@ fn a_commit_goes_to_our_differ() {
     rustix::fs::setxattr(work.join("work/file"), "trusted.note", b"kept", flags).unwrap();
     rustix::fs::setxattr(work.join("work/file"), "user.note", b"kept", flags).unwrap();
     let ours = scan(&work);
-    nix::mount::umount(&work).unwrap();
+    nix::mount::umount2(&work, nix::mount::MntFlags::MNT_DETACH).unwrap();
 
     let before = indexed.shaper.traffic().bytes_down;
     let args =

@@ -13,7 +13,7 @@ use lazyrun::ipc::fds;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::support::containerd::{Containerd, PROXY};
+use crate::support::containerd::{Containerd, PROXY, version};
 use crate::support::docker_registry::DockerRegistry;
 use crate::support::fixture::{Fixture, READ_MIDDLE, TAG, big, sha256};
 use crate::support::indexed::Indexed;
@@ -186,7 +186,10 @@ fn the_tree_is_that_of_overlayfs() {
 fn plain_ctr_unpacks_as_ever() {
     let (fixture, snapshotter) = (Fixture::new(), Snapshotter::start());
     let (image, containerd) = (fixture.image(), snapshotter.containerd());
-    containerd.run(["images", "pull", "--plain-http", "--snapshotter", PROXY, &image]);
+    // From version 2 on only so is it the client that pulls.
+    let local: &[&str] = if version() >= (2, 0) { &["--local"] } else { &[] };
+    let pull = ["images", "pull", "--plain-http", "--snapshotter", PROXY];
+    containerd.run(pull.iter().chain(local).copied().chain([image.as_str()]));
     assert_eq!(layers_of_containerd(&containerd, &fixture).len(), 3);
     assert_eq!(run(&containerd, &image, &["cat", "/data/first"]), "replaced\n");
     assert_eq!(snapshotter.mounts(), Vec::<String>::new());

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use lazyrun_index::Digest;
+use tonic::Code;
 use tonic::transport::Channel;
 
 use super::{Containerd, ContainerdError, Scope};
@@ -100,14 +101,17 @@ impl Containerd {
         self.answer(|| format!("hold {digest} by the lease {lease}"), asked).await.map(drop)
     }
 
-    /// Ends all leases with this label.
+    /// Ends all leases with this label; another caller may be faster with some.
     ///
     /// # Errors
     /// When containerd can't be reached or refuses.
     pub async fn end_all(&self, namespace: &str, label: (&str, &str)) -> Result<(), ContainerdError> {
         for lease in self.leases_with(namespace, label).await? {
             let scope = Scope { namespace: namespace.to_owned(), lease: Some(lease.id) };
-            self.end(&Lease(scope)).await?;
+            match self.end(&Lease(scope)).await {
+                Err(error) if error.code() != Code::NotFound => return Err(error),
+                _ => {}
+            }
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
-use lazyrun_fetcher::Progress;
+use lazyrun_fetcher::{Progress, Reference};
 use serde_json::Value;
 
 use super::Daemon;
@@ -22,10 +22,12 @@ impl Daemon {
         let address = request.address.unwrap_or_else(|| self.containerd_address());
         let containerd = Containerd::at(&address)?;
         let client = self.images.client(&request.registry)?;
+        let known = self.blocking(Self::pulled_names).await?;
         let fetch = Fetch {
             containerd: &containerd,
             namespace: &request.namespace,
             client: &client,
+            known: &known,
             platforms: &request.platforms,
             background: None,
             progress: &progress,
@@ -35,6 +37,13 @@ impl Daemon {
             fetched.push(fetch.image(image).await?);
         }
         Ok(serde_json::to_value(fetched)?)
+    }
+
+    /// The names that images of snapshots were pulled by.
+    fn pulled_names(&self) -> Result<Vec<Reference>> {
+        let rows =
+            self.snapshots().map(|snapshots| snapshots.store.images()).transpose()?.unwrap_or_default();
+        Ok(rows.iter().filter_map(|(_, row)| row.reference.parse().ok()).collect())
     }
 
     fn containerd_address(&self) -> PathBuf {

@@ -137,6 +137,7 @@ impl Blobs {
             containerd: &self.containerd,
             namespace: &image.namespace,
             client: &daemon.images().client(&self.registry)?,
+            known: std::slice::from_ref(&reference),
             platforms: &Platforms::Best(Platform::host()),
             background: Some(daemon.images().fetcher()),
             progress: &progress,

@@ -68,6 +68,8 @@ pub struct Fetch<'a> {
     pub namespace: &'a str,
     /// What talks to registries.
     pub client: &'a RegistryClient,
+    /// Names that images have been pulled by: containerd itself notes registries without their ports.
+    pub known: &'a [Reference],
     /// Of which variants.
     pub platforms: &'a Platforms,
     /// Where given, it is done in the background: after faults, and within this one's limit.

@@ -119,7 +119,7 @@ async fn open(fetch: &Fetch<'_>, scope: &Scope, node: &Node) -> Result<Option<(D
     if let (Some(info), Some(bytes)) = (known, bytes) {
         let document = parse(&bytes)?;
         keep(fetch, scope, *digest, &document, &info.labels).await?;
-        return Ok(Some((document, sources_of(&info.labels, sources))));
+        return Ok(Some((document, sources_of(&info.labels, sources, fetch.known))));
     }
     if node.optional {
         return Ok(None);
@@ -178,23 +178,38 @@ fn references(document: &Document, labels: &BTreeMap<String, String>) -> BTreeMa
     missing.filter(|(_, digest)| !kept.contains(digest)).collect()
 }
 
-/// The label by which containerd's clients note where a blob came from.
+/// The label by which containerd's clients note where a blob came from: without the port.
 pub(super) fn source_label(source: &Reference) -> (String, String) {
-    (format!("{SOURCE}{}", source.registry), source.repository.clone())
+    (format!("{SOURCE}{}", host_name(&source.registry)), source.repository.clone())
+}
+
+/// A registry without its port.
+fn host_name(registry: &str) -> &str {
+    match registry.rsplit_once(':') {
+        // The colons of an address of IPv6 are in brackets.
+        Some((host, port)) if !port.contains(']') => host,
+        _ => registry,
+    }
 }
 
 /// Where containerd got a document from, and so what it names; then the places that are known otherwise. The image's own
-/// name is asked first where containerd has noted it: it may have been given another name since.
-fn sources_of(labels: &BTreeMap<String, String>, others: &[Reference]) -> Arc<[Reference]> {
+/// name is asked first where containerd has noted it: it may have been given another name since. containerd notes no ports;
+/// `known` are names that images have been pulled by.
+fn sources_of(
+    labels: &BTreeMap<String, String>,
+    others: &[Reference],
+    known: &[Reference],
+) -> Arc<[Reference]> {
     let noted = labels.iter().filter_map(|(name, value)| Some((name.strip_prefix(SOURCE)?, value)));
-    let noted = noted.flat_map(|(host, repositories)| {
-        repositories.split(',').filter_map(move |repository| format!("{host}/{repository}").parse().ok())
-    });
-    let noted: Vec<Reference> = noted.collect();
-    let is_noted = |other: &&Reference| noted.iter().any(|noted| noted.name() == other.name());
-    let mut sources: Vec<Reference> = others.iter().filter(is_noted).cloned().collect();
-    for source in noted.iter().chain(others) {
-        if !sources.iter().any(|known| known.name() == source.name()) {
+    let noted: Vec<(&str, &str)> =
+        noted.flat_map(|(host, repositories)| repositories.split(',').map(move |r| (host, r))).collect();
+    let is_noted = |name: &&Reference| noted.contains(&(host_name(&name.registry), name.repository.as_str()));
+    let guessed: Vec<Reference> =
+        noted.iter().filter_map(|(host, repository)| format!("{host}/{repository}").parse().ok()).collect();
+    let by_name = others.iter().chain(known).filter(is_noted);
+    let mut sources: Vec<Reference> = Vec::new();
+    for source in by_name.chain(&guessed).chain(others) {
+        if !sources.iter().any(|before| before.name() == source.name()) {
             sources.push(source.clone());
         }
     }
@@ -209,15 +224,21 @@ mod tests {
     #[test]
     fn noted_places_come_before_a_name_that_was_given_later() {
         let labels = BTreeMap::from([
-            (format!("{SOURCE}r.example:5000"), "a/b,c".to_owned()),
+            (format!("{SOURCE}r.example"), "a/b,c".to_owned()),
             ("containerd.io/other".to_owned(), "x".to_owned()),
         ]);
-        let names = |other: &str| -> Vec<String> {
-            let others = [other.parse::<Reference>().unwrap()];
-            sources_of(&labels, &others).iter().map(Reference::name).collect()
+        let names = |other: &str, known: &str| -> Vec<String> {
+            let parse = |name: &str| name.parse::<Reference>().unwrap();
+            let sources = sources_of(&labels, &[parse(other)], &[parse(known)]);
+            sources.iter().map(Reference::name).collect()
         };
-        assert_eq!(names("r.example:5000/c:1"), ["r.example:5000/c", "r.example:5000/a/b"]);
-        assert_eq!(names("new"), ["r.example:5000/a/b", "r.example:5000/c", "docker.io/library/new"]);
+        assert_eq!(names("r.example/c:1", "x"), ["r.example/c", "r.example/a/b"]);
+        assert_eq!(
+            names("new", "r.example:5000/c:2"),
+            ["r.example:5000/c", "r.example/a/b", "r.example/c", "docker.io/library/new"]
+        );
+        assert_eq!(host_name("[::1]:5000"), "[::1]");
+        assert_eq!(host_name("[::1]"), "[::1]");
     }
 
     #[test]
