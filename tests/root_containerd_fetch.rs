@@ -56,6 +56,13 @@ impl Pulled {
         self.containerd.output(["content", "ls", "-q"]).contains(digest)
     }
 
+    /// The digest of the only image's manifest.
+    fn manifest(&self) -> String {
+        let listed = self.containerd.output(["images", "ls"]);
+        let digest = listed.split_whitespace().find(|word| word.starts_with("sha256:"));
+        digest.expect("an image").to_owned()
+    }
+
     fn leases(&self) -> usize {
         let leases = self.containerd.output(["leases", "ls", "-q"]);
         leases.lines().filter(|id| id.starts_with("lazyrun-")).count()
@@ -127,11 +134,10 @@ fn what_is_fetched_stays_for_as_long_as_the_image() {
     let pulled = Pulled::new(&indexed.image);
     let (containerd, layers) = (&pulled.containerd, &indexed.fixture.layers);
     // A client that was told to drop layers after unpacking leaves no trace of them in the manifest's labels.
-    let manifest = containerd.output(["images", "ls"]);
-    let manifest = manifest.split_whitespace().find(|word| word.starts_with("sha256:")).unwrap();
+    let manifest = pulled.manifest();
     for i in 0..layers.len() {
         let label = format!("containerd.io/gc.ref.content.l.{i}=");
-        containerd.run(["content", "label", manifest, &label]);
+        containerd.run(["content", "label", &manifest, &label]);
     }
     assert_eq!(pulled.fetch(&pulled.image).0, 3);
     pulled.collect_garbage();
@@ -149,6 +155,15 @@ fn a_name_that_was_given_later_leads_to_where_the_image_came_from() {
     pulled.containerd.remove(&pulled.image);
     // By its short name, too.
     assert_eq!(pulled.fetch("mine").0, 3);
+    assert_layers(&pulled.containerd, &indexed.fixture);
+    // As an image that was made of it: nothing is noted, but the layers are known.
+    pulled.containerd.remove("docker.io/library/mine:latest");
+    pull(&pulled.containerd, &pulled.image);
+    pulled.containerd.run(["images", "tag", &pulled.image, "docker.io/library/made:latest"]);
+    pulled.containerd.remove(&pulled.image);
+    let manifest = pulled.manifest();
+    pulled.containerd.run(["content", "label", &manifest, "containerd.io/distribution.source.127.0.0.1="]);
+    assert_eq!(pulled.fetch("made").0, 3);
     assert_layers(&pulled.containerd, &indexed.fixture);
 }
 

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
-use lazyrun_fetcher::{Progress, Reference};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use lazyrun_fetcher::Progress;
 use serde_json::Value;
 
 use super::Daemon;
-use crate::containerd::fetch::Fetch;
+use crate::containerd::fetch::{Fetch, Pulled};
 use crate::containerd::{Containerd, DEFAULT_ADDRESS};
 use crate::ipc::containerd::FetchRequest;
 
@@ -22,12 +24,12 @@ impl Daemon {
         let address = request.address.unwrap_or_else(|| self.containerd_address());
         let containerd = Containerd::at(&address)?;
         let client = self.images.client(&request.registry)?;
-        let known = self.blocking(Self::pulled_names).await?;
+        let pulled = self.blocking(Self::pulled_images).await?;
         let fetch = Fetch {
             containerd: &containerd,
             namespace: &request.namespace,
             client: &client,
-            known: &known,
+            pulled: &pulled,
             platforms: &request.platforms,
             background: None,
             progress: &progress,
@@ -39,11 +41,15 @@ impl Daemon {
         Ok(serde_json::to_value(fetched)?)
     }
 
-    /// The names that images of snapshots were pulled by.
-    fn pulled_names(&self) -> Result<Vec<Reference>> {
+    /// The images of snapshots.
+    fn pulled_images(&self) -> Result<Vec<Pulled>> {
         let rows =
             self.snapshots().map(|snapshots| snapshots.store.images()).transpose()?.unwrap_or_default();
-        Ok(rows.iter().filter_map(|(_, row)| row.reference.parse().ok()).collect())
+        let images = rows.into_iter().filter_map(|(_, row)| {
+            let manifest = STANDARD.decode(&row.manifest).ok()?;
+            Some(Pulled::new(row.reference.parse().ok()?, &manifest))
+        });
+        Ok(images.collect())
     }
 
     fn containerd_address(&self) -> PathBuf {

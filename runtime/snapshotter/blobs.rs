@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
 use super::record::ImageRow;
-use crate::containerd::fetch::{Fetch, Fetched, Platforms};
+use crate::containerd::fetch::{Fetch, Fetched, Platforms, Pulled};
 use crate::containerd::{Containerd, Scope};
 use crate::daemon::Daemon;
 use crate::failure::sentence;
@@ -64,7 +64,7 @@ impl Blobs {
     /// Begins to download what containerd lacks of an image, in a while.
     pub(super) fn begin(self: &Arc<Self>, daemon: &Arc<Daemon>, image: Kept) {
         let mut jobs = self.jobs();
-        if let Some(job) = jobs.get_mut(&image) {
+        if let Some(job) = jobs.get_mut(&image).filter(|job| !job.task.is_finished()) {
             job.again = true;
             return;
         }
@@ -137,7 +137,7 @@ impl Blobs {
             containerd: &self.containerd,
             namespace: &image.namespace,
             client: &daemon.images().client(&self.registry)?,
-            known: std::slice::from_ref(&reference),
+            pulled: &[Pulled::new(reference.clone(), b"")],
             platforms: &Platforms::Best(Platform::host()),
             background: Some(daemon.images().fetcher()),
             progress: &progress,

@@ -6,6 +6,7 @@ mod blob;
 mod documents;
 mod walk;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Containerd, Scope};
 use crate::failure::Failure;
+use documents::Document;
 
 /// Blobs that are fetched at a time, as containerd does.
 const AT_ONCE: usize = 3;
@@ -60,6 +62,24 @@ pub struct Fetched {
     pub bytes: u64,
 }
 
+/// An image that has been pulled.
+#[derive(Debug)]
+pub struct Pulled {
+    /// By which name.
+    pub(super) reference: Reference,
+    /// What its manifest names.
+    pub(super) blobs: HashSet<Digest>,
+}
+
+impl Pulled {
+    /// One with this manifest.
+    pub fn new(reference: Reference, manifest: &[u8]) -> Self {
+        let document = Document::parse(manifest);
+        let entries = document.iter().flat_map(Document::entries);
+        Self { reference, blobs: entries.map(|entry| entry.digest).collect() }
+    }
+}
+
 /// How images are fetched.
 pub struct Fetch<'a> {
     /// Whose content store is filled.
@@ -68,8 +88,9 @@ pub struct Fetch<'a> {
     pub namespace: &'a str,
     /// What talks to registries.
     pub client: &'a RegistryClient,
-    /// Names that images have been pulled by: containerd itself notes registries without their ports.
-    pub known: &'a [Reference],
+    /// Images that have been pulled: containerd itself notes registries without their ports, and nothing of the layers that
+    /// a commit took over from another image.
+    pub pulled: &'a [Pulled],
     /// Of which variants.
     pub platforms: &'a Platforms,
     /// Where given, it is done in the background: after faults, and within this one's limit.

@@ -8,7 +8,7 @@ use lazyrun_fetcher::Reference;
 use lazyrun_index::Digest;
 
 use super::documents::{Document, Entry, REFERENCE};
-use super::{Fetch, Platforms};
+use super::{Fetch, Platforms, Pulled};
 use crate::containerd::Scope;
 
 /// Largest manifest or index that is read, in bytes; containerd's own limit.
@@ -75,7 +75,8 @@ pub(super) async fn blobs(
                         let digest = entry.digest;
                         fetch.progress.note(&format!("layer {digest} lies in no registry and is left out"));
                     } else if seen.insert(entry.digest) {
-                        blobs.push(Blob { entry, sources: Arc::clone(&sources) });
+                        let sources = sources_of_blob(entry.digest, &sources, fetch.pulled);
+                        blobs.push(Blob { entry, sources });
                     }
                 }
             }
@@ -119,7 +120,7 @@ async fn open(fetch: &Fetch<'_>, scope: &Scope, node: &Node) -> Result<Option<(D
     if let (Some(info), Some(bytes)) = (known, bytes) {
         let document = parse(&bytes)?;
         keep(fetch, scope, *digest, &document, &info.labels).await?;
-        return Ok(Some((document, sources_of(&info.labels, sources, fetch.known))));
+        return Ok(Some((document, sources_of(&info.labels, sources, fetch.pulled))));
     }
     if node.optional {
         return Ok(None);
@@ -194,11 +195,11 @@ fn host_name(registry: &str) -> &str {
 
 /// Where containerd got a document from, and so what it names; then the places that are known otherwise. The image's own
 /// name is asked first where containerd has noted it: it may have been given another name since. containerd notes no ports;
-/// `known` are names that images have been pulled by.
+/// the names by which images have been `pulled` tell them.
 fn sources_of(
     labels: &BTreeMap<String, String>,
     others: &[Reference],
-    known: &[Reference],
+    pulled: &[Pulled],
 ) -> Arc<[Reference]> {
     let noted = labels.iter().filter_map(|(name, value)| Some((name.strip_prefix(SOURCE)?, value)));
     let noted: Vec<(&str, &str)> =
@@ -206,14 +207,24 @@ fn sources_of(
     let is_noted = |name: &&Reference| noted.contains(&(host_name(&name.registry), name.repository.as_str()));
     let guessed: Vec<Reference> =
         noted.iter().filter_map(|(host, repository)| format!("{host}/{repository}").parse().ok()).collect();
-    let by_name = others.iter().chain(known).filter(is_noted);
+    let by_name = others.iter().chain(pulled.iter().map(|image| &image.reference)).filter(is_noted);
+    few(by_name.chain(&guessed).chain(others))
+}
+
+/// Where a blob lies: with images that were pulled and have it, then where its manifest came from.
+fn sources_of_blob(digest: Digest, others: &[Reference], pulled: &[Pulled]) -> Arc<[Reference]> {
+    let with_it = pulled.iter().filter(|image| image.blobs.contains(&digest)).map(|image| &image.reference);
+    few(with_it.chain(others))
+}
+
+/// The first of these repositories, each once.
+fn few<'a>(all: impl Iterator<Item = &'a Reference>) -> Arc<[Reference]> {
     let mut sources: Vec<Reference> = Vec::new();
-    for source in by_name.chain(&guessed).chain(others) {
-        if !sources.iter().any(|before| before.name() == source.name()) {
+    for source in all {
+        if sources.len() < MAX_SOURCES && !sources.iter().any(|before| before.name() == source.name()) {
             sources.push(source.clone());
         }
     }
-    sources.truncate(MAX_SOURCES);
     sources.into()
 }
 
@@ -229,7 +240,8 @@ mod tests {
         ]);
         let names = |other: &str, known: &str| -> Vec<String> {
             let parse = |name: &str| name.parse::<Reference>().unwrap();
-            let sources = sources_of(&labels, &[parse(other)], &[parse(known)]);
+            let pulled = [Pulled::new(parse(known), b"")];
+            let sources = sources_of(&labels, &[parse(other)], &pulled);
             sources.iter().map(Reference::name).collect()
         };
         assert_eq!(names("r.example/c:1", "x"), ["r.example/c", "r.example/a/b"]);
