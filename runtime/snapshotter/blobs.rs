@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
 use super::record::ImageRow;
+use super::store::Store;
 use crate::containerd::fetch::{Fetch, Fetched, Platforms, Pulled};
 use crate::containerd::{Containerd, Scope};
 use crate::daemon::Daemon;
@@ -44,6 +45,8 @@ pub(crate) struct Kept {
 pub(crate) struct Blobs {
     containerd: Containerd,
     registry: RegistryOptions,
+    /// Where it is noted what is to be done, for the next daemon.
+    store: Arc<Store>,
     /// One image at a time.
     turn: Semaphore,
     jobs: Mutex<HashMap<Kept, Job>>,
@@ -55,10 +58,35 @@ struct Job {
     again: bool,
 }
 
+impl Kept {
+    /// The key of its row.
+    fn key(&self) -> String {
+        ImageRow::key(&self.reference, self.manifest)
+    }
+
+    fn of_key(namespace: String, key: &str) -> Option<Self> {
+        let (manifest, reference) = key.split_once(' ')?;
+        Some(Self { namespace, reference: reference.to_owned(), manifest: manifest.parse().ok()? })
+    }
+}
+
 impl Blobs {
     /// Downloads for this containerd, with these settings.
-    pub(super) fn new(containerd: Containerd, registry: RegistryOptions) -> Self {
-        Self { containerd, registry, turn: Semaphore::new(1), jobs: Mutex::default() }
+    pub(super) fn new(containerd: Containerd, registry: RegistryOptions, store: Arc<Store>) -> Self {
+        Self { containerd, registry, store, turn: Semaphore::new(1), jobs: Mutex::default() }
+    }
+
+    /// Goes on with what an earlier daemon had begun.
+    ///
+    /// # Errors
+    /// When the database can't be read.
+    pub(super) fn resume(self: &Arc<Self>, daemon: &Arc<Daemon>) -> Result<()> {
+        for (namespace, key) in self.store.wanted_blobs()? {
+            if let Some(image) = Kept::of_key(namespace, &key) {
+                self.begin(daemon, image);
+            }
+        }
+        Ok(())
     }
 
     /// Begins to download what containerd lacks of an image, in a while.
@@ -73,15 +101,31 @@ impl Blobs {
         jobs.insert(image, Job { task: task.abort_handle(), again: false });
     }
 
-    /// Ends downloads of images that are gone, by their rows' keys.
+    /// Ends downloads of images that are gone, by their rows' keys. Blocks on the disk.
     pub(super) fn forget(&self, keys: &[String]) {
         self.jobs().retain(|image, job| {
-            let gone = keys.contains(&ImageRow::key(&image.reference, image.manifest));
+            let gone = keys.contains(&image.key());
             if gone {
                 job.task.abort();
             }
             !gone
         });
+        for (namespace, key) in self.store.wanted_blobs().unwrap_or_default() {
+            if keys.contains(&key)
+                && let Err(error) = self.store.want_blobs(&namespace, &key, false)
+            {
+                tracing::warn!(image = key, %error, "that an image is gone can't be noted");
+            }
+        }
+    }
+
+    /// Notes for the next daemon whether the image's layers are still to be downloaded.
+    async fn note(&self, image: &Kept, wanted: bool) {
+        let (store, namespace, key) = (Arc::clone(&self.store), image.namespace.clone(), image.key());
+        let noted = tokio::task::spawn_blocking(move || store.want_blobs(&namespace, &key, wanted));
+        if let Ok(Err(error)) = noted.await {
+            tracing::warn!(image = image.reference, %error, "what containerd is to get can't be noted");
+        }
     }
 
     async fn run(&self, daemon: &Daemon, image: &Kept) {
@@ -89,6 +133,7 @@ impl Blobs {
         let delays = delays.with_max_times(TRIES).with_jitter();
         let mut waits = delays.build();
         loop {
+            self.note(image, true).await;
             tokio::time::sleep(SETTLE).await;
             if let Some(job) = self.jobs().get_mut(image) {
                 job.again = false;
@@ -99,6 +144,7 @@ impl Blobs {
                         tracing::info!(image = image.reference, fetched, bytes, "containerd has all layers");
                     }
                     waits = delays.build();
+                    self.note(image, false).await;
                     None
                 }
                 Err(error) => {

@@ -24,7 +24,6 @@ mod server;
 mod service;
 pub mod store;
 
-use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -38,10 +37,9 @@ use crate::daemon::images::Images;
 use crate::ipc::protocol::{IndexOptions, RegistryOptions};
 use crate::paths::Paths;
 use attached::Attached;
-use blobs::{Blobs, Kept};
+use blobs::Blobs;
 use dirs::Dirs;
 use images::SnapshotImages;
-use record::ImageRow;
 use store::Store;
 
 pub use server::serve;
@@ -105,17 +103,19 @@ impl Snapshots {
         }
         let dirs = Dirs::new(paths.snapshots())?;
         let store = Store::open(&database).with_context(|| format!("opening {}", database.display()))?;
+        let store = Arc::new(store);
         let options = options.cloned().unwrap_or_default();
         let containerd = options.containerd.unwrap_or_else(|| crate::containerd::DEFAULT_ADDRESS.into());
         let blobs = match options.keep_blobs {
             KeepBlobs::Off => None,
             KeepBlobs::Background => {
-                Some(Arc::new(Blobs::new(Containerd::at(&containerd)?, options.registry.clone())))
+                let containerd = Containerd::at(&containerd)?;
+                Some(Arc::new(Blobs::new(containerd, options.registry.clone(), Arc::clone(&store))))
             }
         };
         let images = SnapshotImages::new(Arc::clone(images), options.registry, options.index);
         Ok(Some(Self {
-            store: Arc::new(store),
+            store,
             attached: Attached::new(dirs.clone()),
             images: Arc::new(images),
             containerd,
@@ -130,16 +130,6 @@ impl Snapshots {
     /// # Errors
     /// When the database can't be read.
     pub(crate) fn resume_blobs(&self, daemon: &Arc<Daemon>) -> Result<()> {
-        let Some(blobs) = &self.blobs else { return Ok(()) };
-        let rows: HashMap<String, ImageRow> = self.store.images()?.into_iter().collect();
-        let layers = self.store.all(None)?.into_iter();
-        let layers = layers.filter_map(|named| Some((named.namespace, named.record.remote?.image)));
-        for (namespace, key) in layers.collect::<BTreeSet<_>>() {
-            let manifest = key.split_once(' ').and_then(|(manifest, _)| manifest.parse().ok());
-            if let (Some(row), Some(manifest)) = (rows.get(&key), manifest) {
-                blobs.begin(daemon, Kept { namespace, reference: row.reference.clone(), manifest });
-            }
-        }
-        Ok(())
+        self.blobs.as_ref().map_or(Ok(()), |blobs| blobs.resume(daemon))
     }
 }
