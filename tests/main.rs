@@ -5,6 +5,7 @@ mod listed;
 mod support;
 
 mod root_cache;
+mod root_containerd_docker;
 mod root_containerd_fetch;
 mod root_containerd_versions;
 mod root_demo;

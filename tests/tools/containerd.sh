@@ -1,6 +1,6 @@
 #!/bin/sh
-# containerd.sh SUITE: prints a directory that holds containerd, its shim and ctr from a suite of Debian: 1.7 from trixie,
-# 2.x from sid.
+# containerd.sh SUITE: prints a directory that holds containerd, its shim, ctr and Docker from a suite of Debian: containerd
+# 1.7 from trixie, 2.x from sid.
 #
 # They are downloaded once, with signatures checked by apt, and unpacked below
 # ${LAZYRUN_TEST_CACHE:-/var/cache/lazyrun-tests}; nothing is installed. They want no more of the system than glibc 2.34.
@@ -11,14 +11,14 @@ cache=${LAZYRUN_TEST_CACHE:-/var/cache/lazyrun-tests}
 home=$cache/containerd-$suite
 mirror=${LAZYRUN_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 
-if [ -x "$home/usr/bin/containerd" ]; then echo "$home/usr/bin"; exit 0; fi
+if [ -x "$home/usr/bin/dockerd" ]; then echo "$home/usr/bin"; exit 0; fi
 
 command -v apt-get >/dev/null || { echo "containerd.sh: needs apt-get to download Debian's packages" >&2; exit 1; }
 mkdir -p "$cache"
 # One downloader at a time; who waited finds the work done.
 exec 9>"$cache/containerd-$suite.lock"
 flock 9
-if [ -x "$home/usr/bin/containerd" ]; then echo "$home/usr/bin"; exit 0; fi
+if [ -x "$home/usr/bin/dockerd" ]; then echo "$home/usr/bin"; exit 0; fi
 
 tmp=$(mktemp -d "$cache/containerd.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT INT TERM
@@ -33,8 +33,9 @@ apt() {
         -o Acquire::Check-Valid-Until=false "$@" >&2
 }
 apt update
-(cd "$tmp" && apt download containerd)
-dpkg-deb -x "$tmp"/containerd_*.deb "$tmp/root"
+(cd "$tmp" && apt download containerd docker.io docker-cli)
+for package in "$tmp"/*.deb; do dpkg-deb -x "$package" "$tmp/root"; done
+mv "$tmp/root/usr/sbin/dockerd" "$tmp/root/usr/bin/"
 "$tmp/root/usr/bin/containerd" --version >&2
 rm -rf "$home"
 mv "$tmp/root" "$home"
