@@ -27,7 +27,7 @@ impl Docker {
         let namespace = containerd.namespace();
         // No network of its own: the host's is not to be touched.
         let mut command = Command::new("dockerd");
-        command.args(["--iptables=false", "--ip6tables=false", "--bridge=none"]);
+        command.args(["--iptables=false", "--ip6tables=false", "--bridge=none", "--userland-proxy=false"]);
         command.args(["--storage-driver", PROXY]);
         command.args(["--host", &address, "--pidfile", &at("pid")]);
         command.args(["--data-root", &at("data"), "--exec-root", &at("exec")]);
