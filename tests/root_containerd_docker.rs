@@ -1,6 +1,6 @@
 //! Docker with containerd's image store on top of the snapshotter: `make test-containerd` runs this with Debian's.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ struct Docker {
 }
 
 impl Docker {
-    fn start(containerd: &Containerd, dir: PathBuf) -> Docker {
+    fn start(containerd: &Containerd, dir: &Path) -> Docker {
         let at = |name: &str| dir.join(name).to_str().expect("a path in UTF-8").to_owned();
         let address = format!("unix://{}", at("s"));
         let namespace = containerd.namespace();
@@ -70,7 +70,7 @@ fn a_lazy_image_is_committed_saved_and_pushed() {
     let (image, snapshotter) = (&indexed.image, Snapshotter::start());
     snapshotter.lazyrun.ok(&["hydrate", "--pause"]);
     let containerd = snapshotter.containerd_with_differ();
-    let docker = Docker::start(&containerd, snapshotter.lazyrun.scratch("docker"));
+    let docker = Docker::start(&containerd, &snapshotter.lazyrun.scratch("docker"));
     docker.ok(&["pull", "--quiet", image]);
     let content = containerd.output(["content", "ls", "-q"]);
     for layer in &indexed.fixture.layers {

@@ -226,8 +226,8 @@ fn garbage_collection_leaves_what_containers_use() {
     pull(&containerd, &image);
     containerd.remove(&image);
     assert_same_snapshots(&containerd, &snapshotter);
-    let after = on_disk();
-    assert!(after < before / 100, "{after} of {before} bytes are left");
+    // What was being streamed when the image was removed ends a moment later.
+    wait_for("the disk to be freed", Duration::from_secs(30), || (on_disk() < before / 100).then_some(()));
     assert_eq!(snapshotter.mounts(), Vec::<String>::new());
 }
 
@@ -248,9 +248,7 @@ fn without_a_snapshotter_a_start_fails_at_once_and_says_why() {
         );
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
-    // The first to ask finds a connection that was closed, which containerd says; the next finds nobody.
-    let said = start();
-    assert!(said.contains("unavailable"), "{said}");
+    // Who asks first may find a connection that was closed, and is told so; the next finds nobody.
     wait_for("the socket to be named", Duration::from_secs(30), || {
         start().contains(socket.to_str().unwrap()).then_some(())
     });

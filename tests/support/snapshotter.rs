@@ -92,10 +92,10 @@ impl Snapshotter {
         for pid in [self.pid(), pid] {
             kill(Pid::from_raw(pid), Signal::SIGKILL).expect("kill the snapshotter");
         }
-        // Until they have gone the kernel takes connections for them.
+        // Until the last of their threads has gone the kernel takes connections for them.
         wait_for("both to end", Duration::from_secs(30), || {
-            let gone = std::fs::read_link(format!("/proc/{pid}/exe")).is_err();
-            (self.server.ended().is_some() && gone).then_some(())
+            let refused = std::os::unix::net::UnixStream::connect(&self.socket).is_err();
+            (self.server.ended().is_some() && refused).then_some(())
         });
         self.server = spawn(&self.lazyrun, &self.options, &self.flags, &self.env, &self.socket);
         self.wait();
