@@ -112,8 +112,9 @@ fn assert_usable(mounts: &[Mount]) {
 }
 
 fn end_container(containerd: &Containerd, id: &str) {
-    let _ = containerd.ctr(["task", "kill", "--signal", "SIGKILL", id]).output();
+    // containerd 1.7 answers before it has found the tasks of an earlier one again.
     wait_for("the container to end", Duration::from_secs(30), || {
+        let _ = containerd.ctr(["task", "kill", "--signal", "SIGKILL", id]).output();
         containerd.ctr(["task", "rm", id]).output().ok().filter(|o| o.status.success())
     });
     containerd.run(["containers", "rm", id]);
