@@ -281,10 +281,12 @@ fn a_crashed_node_starts_again_without_the_registry() {
     snapshotter.kill_all_and_restart();
     containerd.kill_and_restart();
     drop(fixture);
-    // containerd 1.7 answers before it has found the tasks of an earlier one again.
+    // containerd 1.7 answers before it has found the tasks of an earlier one again, and may clean one up itself.
     wait_for("the container to end", Duration::from_secs(30), || {
         let _ = containerd.ctr(["task", "kill", "--signal", "SIGKILL", "long"]).output();
-        containerd.ctr(["task", "rm", "long"]).output().ok().filter(|o| o.status.success())
+        let _ = containerd.ctr(["task", "rm", "long"]).output();
+        let listed = containerd.ctr(["task", "ls", "-q"]).output().ok();
+        listed.filter(|o| o.status.success() && o.stdout.is_empty())
     });
     assert_eq!(run(&containerd, &image, &["cat", "/data/last"]), "behind the big file\n");
     // The old container's snapshot has its view again.
