@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-micro soak soak-fills soak-takeover evil proto memory manpages deb test-deb
+.PHONY: build release demo test test-containerd lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-containerd bench-micro soak soak-fills soak-takeover evil proto memory manpages deb test-deb
 
 build:
 	$(CARGO) build --workspace
@@ -23,6 +23,16 @@ demo:
 test:
 	@tests/tools/deps.sh test
 	$(CARGO) test --workspace
+
+# The snapshotter with versions of containerd that this machine does not have: those of Debian's trixie (1.7) and sid (2.x).
+CONTAINERDS ?= trixie sid
+test-containerd:
+	@tests/tools/deps.sh test
+	for suite in $(CONTAINERDS); do \
+	  bin=$$(tests/tools/containerd.sh $$suite) || exit 1; \
+	  echo "== $$($$bin/containerd --version)"; \
+	  PATH="$$bin:$$PATH" $(CARGO) test --test integration -- --include-ignored --skip root_snapshotter_scale \
+	    root_snapshotter root_diffs root_containerd || exit 1; done
 
 lint:
 	$(CARGO) fmt --all -- --check
@@ -72,6 +82,11 @@ bench-union:
 bench-fault:
 	@tests/tools/deps.sh test
 	$(CARGO) bench --bench fault
+
+# The snapshotter with 128 layers, and with 100 containers that start at once.
+bench-containerd:
+	@tests/tools/deps.sh test
+	$(CARGO) test --test integration root_snapshotter_scale -- --ignored --nocapture --test-threads 1
 
 bench-view:
 	@tests/tools/deps.sh test

@@ -6,6 +6,9 @@ mod support;
 
 mod root_cache;
 mod root_config_check;
+mod root_containerd_docker;
+mod root_containerd_fetch;
+mod root_containerd_versions;
 mod root_demo;
 mod root_diffs;
 mod root_evil;
@@ -26,6 +29,8 @@ mod root_rootless;
 mod root_run;
 mod root_snapshotter;
 mod root_snapshotter_api;
+mod root_snapshotter_crash;
+mod root_snapshotter_scale;
 mod root_start;
 mod root_support;
 mod root_takeover;

@@ -40,7 +40,7 @@ impl Platform {
     ///
     /// A missing variant of arm64 means v8 and of arm v7; an amd64 host that names no variant takes only the
     /// baseline; a lower variant runs on a higher one.
-    pub(crate) fn rank(&self, offered: &Platform) -> Option<u32> {
+    pub fn rank(&self, offered: &Platform) -> Option<u32> {
         if self.os != offered.os || self.architecture != offered.architecture {
             return None;
         }

@@ -11,9 +11,11 @@ use lazyrun_index::Digest;
 pub use super::bench_args::{BenchArgs, DemoArgs};
 pub use super::config_args::{ConfigCommand, Shell};
 pub use super::container_args::{ExecArgs, HydrateArgs, LogsArgs};
+pub use super::containerd::ContainerdCommand;
 pub use super::index_args::{IndexCommand, ProfileCommand};
 use super::progress::Style;
 pub use super::registry_args::{LoginArgs, RegistryCommand};
+pub use super::snapshotter::SnapshotterArgs;
 use crate::ipc::hydration::HydrateMode;
 use crate::ipc::protocol::PullPolicy;
 use crate::ipc::system::LimitValue;
@@ -296,15 +298,12 @@ pub enum Command {
         snapshotter: Option<String>,
     },
     /// Run the daemon in the foreground and serve snapshots to containerd
-    Snapshotter {
-        /// Unix socket for containerd; a socket that systemd passes is used instead [default:
-        /// /run/lazyrun/snapshotter.sock]
-        #[arg(long, value_name = "SOCKET")]
-        address: Option<PathBuf>,
-        /// Unix socket of containerd itself, where layers of commits are stored [default:
-        /// /run/containerd/containerd.sock]
-        #[arg(long, env = "CONTAINERD_ADDRESS", value_name = "SOCKET")]
-        containerd_address: Option<PathBuf>,
+    Snapshotter(SnapshotterArgs),
+    /// Images that containerd has pulled through the snapshotter
+    Containerd {
+        /// What to do.
+        #[command(subcommand)]
+        command: ContainerdCommand,
     },
     /// Print what makes a shell complete the commands and flags of lazyrun
     Completion {

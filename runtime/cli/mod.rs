@@ -6,6 +6,7 @@ pub mod completion;
 mod config;
 mod config_args;
 mod container_args;
+mod containerd;
 mod containers;
 mod hydrate;
 mod images;
@@ -125,9 +126,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Daemon { takeover: false, kept, snapshotter } => {
             return system::daemon(context, kept, snapshotter.as_deref());
         }
-        Command::Snapshotter { address, containerd_address } => {
-            return snapshotter::serve(context, address, containerd_address);
-        }
+        Command::Snapshotter(args) => return snapshotter::serve(context, args),
+        Command::Containerd { command } => containerd::containerd(context, command)?,
         Command::Run(args) => return run::run(context, *args),
         Command::Exec(args) => return containers::exec(context, args),
         Command::Logs(args) => containers::logs(context, &args)?,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
 
@@ -17,27 +18,45 @@ use crate::failure::Failure;
 use crate::ipc::protocol::PullPolicy;
 use crate::keeper::manager::{self, Manager};
 use crate::keeper::{self, Given, start};
-use crate::snapshotter::{DEFAULT_ADDRESS, SnapshotterOptions};
+use crate::snapshotter::{DEFAULT_ADDRESS, KeepBlobs, SnapshotterOptions};
 
-pub(super) fn serve(
-    context: &Context,
+/// The flags of `lazyrun snapshotter`.
+#[derive(Debug, Args)]
+pub struct SnapshotterArgs {
+    /// Unix socket for containerd; a socket that systemd passes is used instead [default:
+    /// /run/lazyrun/snapshotter.sock]
+    #[arg(long, value_name = "SOCKET")]
     address: Option<PathBuf>,
-    containerd: Option<PathBuf>,
-) -> Result<ExitCode, Failure> {
+    /// Unix socket of containerd itself, where layers of commits and downloaded layers are stored [default:
+    /// /run/containerd/containerd.sock]
+    #[arg(long, env = "CONTAINERD_ADDRESS", value_name = "SOCKET")]
+    containerd_address: Option<PathBuf>,
+    /// Download the layers of lazily pulled images into containerd's content store as well, so that images can be
+    /// exported and pushed
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    keep_blobs: KeepBlobs,
+}
+
+pub(super) fn serve(context: &Context, args: SnapshotterArgs) -> Result<ExitCode, Failure> {
     system::log_to_stderr(context);
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::daemon("the snapshotter mounts images, which needs root; run it with sudo"));
     }
     // No name of an image: only the settings of this process are wanted.
     let registry = context.image("", PullPolicy::Missing).registry;
-    let options = SnapshotterOptions { registry, index: context.index.clone(), containerd };
+    let options = SnapshotterOptions {
+        registry,
+        index: context.index.clone(),
+        containerd: args.containerd_address,
+        keep_blobs: args.keep_blobs,
+    };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
     let mut passed = manager::passed()
         .map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
     let (listener, bound) = match passed.sockets.pop() {
         Some(listener) => (listener.into(), None),
         None => {
-            let address = address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
+            let address = args.address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
             (bind(&address)?, Some(address))
         }
     };

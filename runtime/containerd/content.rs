@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 
 use lazyrun_index::Digest;
-use tokio::sync::mpsc;
-use tonic::codegen::tokio_stream;
 use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use super::{Containerd, ContainerdError, Scope};
 use crate::snapshotter::proto::services::content::v1 as api;
@@ -21,19 +19,8 @@ pub struct Info {
     pub labels: BTreeMap<String, String>,
 }
 
-/// A blob on its way into the content store. It must be committed; one that is dropped before stays until it is aborted
-/// or the garbage collector comes.
-#[derive(Debug)]
-pub struct Upload {
-    containerd: Containerd,
-    reference: String,
-    messages: mpsc::Sender<api::WriteContentRequest>,
-    answers: Streaming<api::WriteContentResponse>,
-    offset: i64,
-}
-
 impl Containerd {
-    fn content(&self) -> ContentClient<Channel> {
+    pub(super) fn content(&self) -> ContentClient<Channel> {
         ContentClient::new(self.channel.clone())
     }
 
@@ -53,20 +40,19 @@ impl Containerd {
         Ok(info.map(|info| Info { size: u64::try_from(info.size).unwrap_or(0), labels: info.labels }))
     }
 
-    /// Sets one label of a blob.
+    /// Sets labels of a blob; others stay as they are.
     ///
     /// # Errors
     /// When containerd can't be reached or refuses.
-    pub async fn set_label(
+    pub async fn set_labels(
         &self,
         scope: &Scope,
         digest: Digest,
-        name: &str,
-        value: &str,
+        labels: BTreeMap<String, String>,
     ) -> Result<(), ContainerdError> {
-        let labels = BTreeMap::from([(name.to_owned(), value.to_owned())]);
+        let paths = labels.keys().map(|name| format!("labels.{name}")).collect();
         let info = api::Info { digest: digest.to_string(), labels, ..Default::default() };
-        let update_mask = Some(prost_types::FieldMask { paths: vec![format!("labels.{name}")] });
+        let update_mask = Some(prost_types::FieldMask { paths });
         let asked = async {
             let request = scope.request(api::UpdateRequest { info: Some(info), update_mask })?;
             self.content().update(request).await
@@ -74,28 +60,53 @@ impl Containerd {
         self.answer(|| format!("label {digest}"), asked).await.map(drop)
     }
 
-    /// Begins to write a blob. What an earlier attempt with the same `reference` wrote is written anew.
+    /// The bytes of a blob of at most `limit` bytes; `None` if there is no such blob.
     ///
     /// # Errors
-    /// When containerd can't be reached or refuses, for example because somebody else writes it.
-    pub async fn upload(&self, scope: &Scope, reference: &str) -> Result<Upload, ContainerdError> {
-        // Each message is answered before the next is sent.
-        let (messages, queue) = mpsc::channel(1);
-        let first = api::WriteContentRequest {
-            action: api::WriteAction::Stat.into(),
-            r#ref: reference.to_owned(),
-            ..Default::default()
-        };
-        // There is room for one.
-        let _ = messages.try_send(first);
+    /// When containerd can't be reached or refuses, or the blob is larger.
+    pub async fn read(
+        &self,
+        scope: &Scope,
+        digest: Digest,
+        limit: u64,
+    ) -> Result<Option<Vec<u8>>, ContainerdError> {
         let asked = async {
-            let queue = tokio_stream::wrappers::ReceiverStream::new(queue);
-            let mut answers = self.content().write(scope.request(queue)?).await?.into_inner();
-            answered(&mut answers).await?;
-            Ok(answers)
+            let request = api::ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 };
+            let mut pieces = match self.content().read(scope.request(request)?).await {
+                Err(status) if status.code() == Code::NotFound => return Ok(None),
+                answer => answer?.into_inner(),
+            };
+            let mut bytes = Vec::new();
+            loop {
+                match pieces.message().await {
+                    Ok(Some(piece)) if (bytes.len() + piece.data.len()) as u64 > limit => {
+                        return Err(Status::out_of_range(format!("it is larger than {limit} bytes")));
+                    }
+                    Ok(Some(piece)) => bytes.extend_from_slice(&piece.data),
+                    Ok(None) => return Ok(Some(bytes)),
+                    // Some versions find out only now.
+                    Err(status) if status.code() == Code::NotFound => return Ok(None),
+                    Err(status) => return Err(status),
+                }
+            }
         };
-        let answers = self.answer(|| format!("begin the upload {reference}"), asked).await?;
-        Ok(Upload { containerd: self.clone(), reference: reference.to_owned(), messages, answers, offset: 0 })
+        self.answer(|| format!("read {digest}"), asked).await
+    }
+
+    /// How many bytes have been written of a blob that was not committed yet; `None` if nobody has begun with it.
+    ///
+    /// # Errors
+    /// When containerd can't be reached or refuses.
+    pub async fn written(&self, scope: &Scope, reference: &str) -> Result<Option<u64>, ContainerdError> {
+        let asked = async {
+            let request = scope.request(api::StatusRequest { r#ref: reference.to_owned() })?;
+            match self.content().status(request).await {
+                Err(status) if status.code() == Code::NotFound => Ok(None),
+                answer => answer.map(|answer| answer.into_inner().status),
+            }
+        };
+        let status = self.answer(|| format!("look for the upload {reference}"), asked).await?;
+        Ok(status.map(|status| u64::try_from(status.offset).unwrap_or(0)))
     }
 
     /// Forgets a blob that was not committed.
@@ -108,67 +119,5 @@ impl Containerd {
             self.content().abort(request).await
         };
         self.answer(|| format!("forget the upload {reference}"), asked).await.map(drop)
-    }
-}
-
-async fn answered(answers: &mut Streaming<api::WriteContentResponse>) -> Result<i64, Status> {
-    match answers.message().await? {
-        Some(answer) => Ok(answer.offset),
-        None => Err(Status::aborted("containerd broke the upload off")),
-    }
-}
-
-impl Upload {
-    async fn send(&mut self, message: api::WriteContentRequest) -> Result<i64, ContainerdError> {
-        let (messages, answers) = (&self.messages, &mut self.answers);
-        let asked = async {
-            // Where nobody takes messages any more the answer says why.
-            let _ = messages.send(message).await;
-            answered(answers).await
-        };
-        self.containerd.answer(|| format!("write the upload {}", self.reference), asked).await
-    }
-
-    /// Writes the next bytes.
-    ///
-    /// # Errors
-    /// When containerd can't be reached or refuses.
-    pub async fn write(&mut self, data: Vec<u8>) -> Result<(), ContainerdError> {
-        if data.is_empty() {
-            return Ok(());
-        }
-        let message = api::WriteContentRequest {
-            action: api::WriteAction::Write.into(),
-            offset: self.offset,
-            data,
-            ..Default::default()
-        };
-        self.offset = self.send(message).await?;
-        Ok(())
-    }
-
-    /// Makes the blob part of the content store; containerd compares size and digest. A blob that is there already is
-    /// as good, and then held by the scope's lease too.
-    ///
-    /// # Errors
-    /// When containerd can't be reached or refuses.
-    pub async fn commit(
-        mut self,
-        scope: &Scope,
-        digest: Digest,
-        labels: BTreeMap<String, String>,
-    ) -> Result<(), ContainerdError> {
-        let message = api::WriteContentRequest {
-            action: api::WriteAction::Commit.into(),
-            offset: self.offset,
-            total: self.offset,
-            expected: digest.to_string(),
-            labels,
-            ..Default::default()
-        };
-        match self.send(message).await {
-            Err(error) if error.code() == Code::AlreadyExists => self.containerd.hold(scope, digest).await,
-            answer => answer.map(drop),
-        }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use lazyrun_index::Digest;
+use tonic::Code;
 use tonic::transport::Channel;
 
 use super::{Containerd, ContainerdError, Scope};
@@ -42,8 +43,40 @@ impl Containerd {
     /// # Errors
     /// When containerd can't be reached or refuses.
     pub async fn lease(&self, namespace: &str, time: Duration) -> Result<Lease, ContainerdError> {
+        self.new_lease(namespace, time, None).await
+    }
+
+    /// As [`Containerd::lease`], with a label by which it is found again: a lease that was made with the same before, and
+    /// has half of its time left, is taken. So an upload that broke off can be resumed.
+    ///
+    /// # Errors
+    /// When containerd can't be reached or refuses.
+    pub async fn lease_for(
+        &self,
+        namespace: &str,
+        time: Duration,
+        label: (&str, &str),
+    ) -> Result<Lease, ContainerdError> {
+        let since = SystemTime::now() - time / 2;
+        let found = self.leases_with(namespace, label).await?.into_iter().find(|lease| {
+            let made = lease.created_at.and_then(|made| SystemTime::try_from(made).ok());
+            made.is_some_and(|made| made > since)
+        });
+        match found {
+            Some(lease) => Ok(Lease(Scope { namespace: namespace.to_owned(), lease: Some(lease.id) })),
+            None => self.new_lease(namespace, time, Some(label)).await,
+        }
+    }
+
+    async fn new_lease(
+        &self,
+        namespace: &str,
+        time: Duration,
+        label: Option<(&str, &str)>,
+    ) -> Result<Lease, ContainerdError> {
         let until = prost_types::Timestamp::from(SystemTime::now() + time);
-        let labels = BTreeMap::from([(EXPIRES.to_owned(), until.to_string())]);
+        let mut labels = BTreeMap::from([(EXPIRES.to_owned(), until.to_string())]);
+        labels.extend(label.map(|(name, value)| (name.to_owned(), value.to_owned())));
         let id = unique("lease");
         let scope = Scope { namespace: namespace.to_owned(), lease: None };
         let asked = async {
@@ -66,6 +99,34 @@ impl Containerd {
             self.leases().add_resource(scope.request(message)?).await
         };
         self.answer(|| format!("hold {digest} by the lease {lease}"), asked).await.map(drop)
+    }
+
+    /// Ends all leases with this label; another caller may be faster with some.
+    ///
+    /// # Errors
+    /// When containerd can't be reached or refuses.
+    pub async fn end_all(&self, namespace: &str, label: (&str, &str)) -> Result<(), ContainerdError> {
+        for lease in self.leases_with(namespace, label).await? {
+            let scope = Scope { namespace: namespace.to_owned(), lease: Some(lease.id) };
+            match self.end(&Lease(scope)).await {
+                Err(error) if error.code() != Code::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn leases_with(
+        &self,
+        namespace: &str,
+        (name, value): (&str, &str),
+    ) -> Result<Vec<api::Lease>, ContainerdError> {
+        let scope = Scope { namespace: namespace.to_owned(), lease: None };
+        let asked = async {
+            let filters = vec![format!("labels.{name:?}=={value:?}")];
+            Ok(self.leases().list(scope.request(api::ListRequest { filters })?).await?.into_inner().leases)
+        };
+        self.answer(|| format!("list the leases of namespace {namespace}"), asked).await
     }
 
     /// Ends a lease; what it alone held is garbage then.

@@ -1,7 +1,10 @@
-//! A client of containerd's own services: its content store, its leases, its version.
+//! A client of containerd's own services: its content store, its images, its leases, its version.
 
 mod content;
+pub mod fetch;
+mod image;
 mod lease;
+mod upload;
 mod version;
 
 use std::path::{Path, PathBuf};
@@ -10,8 +13,9 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
-pub use content::{Info, Upload};
+pub use content::Info;
 pub use lease::{Lease, unique};
+pub use upload::Upload;
 
 /// Where containerd listens unless it was told.
 pub const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";

@@ -1,5 +1,6 @@
 //! The daemon: owns the store, the FUSE sessions, the views and the containers of one root directory.
 
+mod blobs;
 pub mod cache;
 pub mod containers;
 mod foresee;

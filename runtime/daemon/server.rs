@@ -155,6 +155,9 @@ impl Daemon {
                 self.with_progress(stream, |p| self.pull(image, hydrate, p)).await?
             }
             Request::Hydrate(action) => self.with_progress(stream, |p| self.hydrate(action, p)).await?,
+            Request::ContainerdFetch(request) => {
+                self.with_progress(stream, |p| self.fetch_blobs(request, p)).await?
+            }
             Request::Index { image, action } => {
                 self.with_progress(stream, |p| self.index(image, action, p)).await?
             }

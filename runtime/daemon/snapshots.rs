@@ -65,7 +65,7 @@ impl Daemon {
     }
 
     /// Takes up the views that an earlier daemon attached for containerd.
-    pub(super) fn recover_snapshots(&self) -> Result<()> {
+    pub(super) fn recover_snapshots(self: &Arc<Self>) -> Result<()> {
         let Some(snapshots) = &self.snapshots else { return Ok(()) };
         for (key, _) in snapshots.store.images()? {
             if let Err(error) = snapshots.images.of_row(&key, &snapshots.store) {
@@ -80,7 +80,7 @@ impl Daemon {
             }
         }
         snapshots.sweep();
-        Ok(())
+        snapshots.resume_blobs(self)
     }
 
     /// Takes all views down that are attached for containerd.

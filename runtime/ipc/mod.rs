@@ -2,6 +2,7 @@
 //! progress frames and one final frame.
 
 pub mod client;
+pub mod containerd;
 pub mod fds;
 pub mod frame;
 pub mod hydration;

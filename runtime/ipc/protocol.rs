@@ -7,6 +7,7 @@ use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::containerd::FetchRequest;
 use super::hydration::{HydrateMode, HydrationAction};
 use super::indexes::IndexAction;
 use super::profiles::ProfileAction;
@@ -122,6 +123,8 @@ pub enum Request {
     },
     /// Does something about hydration; [`HydrationAction`] says what it answers.
     Hydrate(HydrationAction),
+    /// Fills containerd's content store; answers a list of [`Fetched`](super::containerd::Fetched).
+    ContainerdFetch(FetchRequest),
     /// Does something with the indexes of an image's layers; [`IndexAction`] says what it answers.
     Index {
         /// The image.

@@ -86,5 +86,8 @@ pub(super) fn clean_up(daemon: &Daemon, snapshots: &Snapshots) -> Result<()> {
     }
     let gone = snapshots.store.forget_images()?;
     snapshots.images.forget(&gone);
+    if let Some(blobs) = &snapshots.blobs {
+        blobs.forget(&gone);
+    }
     daemon.collect_removed(&removed)
 }

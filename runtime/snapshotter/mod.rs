@@ -6,9 +6,10 @@
 //! layers gets the image's view ([`attached`]) below its own directory.
 //!
 //! The snapshotter never calls containerd: that holds locks while it waits for an answer. Only the diff service ([`diff`])
-//! does, for which containerd holds none.
+//! does, for which containerd holds none, and tasks that run behind the answers ([`blobs`]).
 
 pub mod attached;
+mod blobs;
 mod collect;
 mod diff;
 mod dirs;
@@ -30,10 +31,13 @@ use anyhow::{Context, Result};
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
+use crate::containerd::Containerd;
+use crate::daemon::Daemon;
 use crate::daemon::images::Images;
 use crate::ipc::protocol::{IndexOptions, RegistryOptions};
 use crate::paths::Paths;
 use attached::Attached;
+use blobs::Blobs;
 use dirs::Dirs;
 use images::SnapshotImages;
 use store::Store;
@@ -42,6 +46,17 @@ pub use server::serve;
 
 /// Where containerd finds the snapshotter unless it was told.
 pub const DEFAULT_ADDRESS: &str = "/run/lazyrun/snapshotter.sock";
+
+/// Whether layers that are taken over are downloaded into containerd's content store all the same
+/// (`lazyrun snapshotter --keep-blobs`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum KeepBlobs {
+    /// Only when `lazyrun containerd fetch` asks for them
+    #[default]
+    Off,
+    /// After each pull, when nothing else wants the link, within the limit of hydration
+    Background,
+}
 
 /// How the daemon serves containerd.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -53,6 +68,9 @@ pub struct SnapshotterOptions {
     /// Where containerd itself listens, if not where it does by default.
     #[serde(default)]
     pub containerd: Option<PathBuf>,
+    /// Whether it gets all layers.
+    #[serde(default)]
+    pub keep_blobs: KeepBlobs,
 }
 
 /// The snapshots of an instance.
@@ -65,6 +83,8 @@ pub struct Snapshots {
     pub images: Arc<SnapshotImages>,
     /// Where containerd listens.
     pub containerd: PathBuf,
+    /// What downloads layers for containerd, if that is wanted.
+    blobs: Option<Arc<Blobs>>,
     dirs: Dirs,
     // diffIDs of layers that were removed since what they leave was deleted.
     removed: Mutex<Vec<Vec<Digest>>>,
@@ -86,16 +106,33 @@ impl Snapshots {
         }
         let dirs = Dirs::new(paths.snapshots())?;
         let store = Store::open(&database).with_context(|| format!("opening {}", database.display()))?;
+        let store = Arc::new(store);
         let options = options.cloned().unwrap_or_default();
         let containerd = options.containerd.unwrap_or_else(|| crate::containerd::DEFAULT_ADDRESS.into());
+        let blobs = match options.keep_blobs {
+            KeepBlobs::Off => None,
+            KeepBlobs::Background => {
+                let containerd = Containerd::at(&containerd)?;
+                Some(Arc::new(Blobs::new(containerd, options.registry.clone(), Arc::clone(&store))))
+            }
+        };
         let images = SnapshotImages::new(Arc::clone(images), options.registry, options.index);
         Ok(Some(Self {
-            store: Arc::new(store),
+            store,
             attached: Attached::new(dirs.clone()),
             images: Arc::new(images),
             containerd,
+            blobs,
             dirs,
             removed: Mutex::default(),
         }))
+    }
+
+    /// Goes on with downloads for containerd that an earlier daemon had begun.
+    ///
+    /// # Errors
+    /// When the database can't be read.
+    pub(crate) fn resume_blobs(&self, daemon: &Arc<Daemon>) -> Result<()> {
+        self.blobs.as_ref().map_or(Ok(()), |blobs| blobs.resume(daemon))
     }
 }

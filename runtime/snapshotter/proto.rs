@@ -25,6 +25,14 @@ pub mod services {
         }
     }
 
+    /// `containerd.services.images`.
+    pub mod images {
+        /// `containerd.services.images.v1`.
+        pub mod v1 {
+            include!("proto/generated/containerd.services.images.v1.rs");
+        }
+    }
+
     /// `containerd.services.leases`.
     pub mod leases {
         /// `containerd.services.leases.v1`.

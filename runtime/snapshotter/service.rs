@@ -6,6 +6,7 @@ use tonic::codegen::tokio_stream;
 use tonic::{Request, Response, Status};
 
 use super::attached::{Held, visible_to};
+use super::blobs::Kept;
 use super::collect::clean_up;
 use super::error::SnapshotError;
 use super::filter;
@@ -73,7 +74,12 @@ impl Service {
         if kind == Kind::Active
             && let Some(wanted) = labels::wanted(&asked.labels)
         {
-            match self.take_over(&asked, wanted).await? {
+            let image = Self::kept(&asked, &wanted);
+            let taken = self.take_over(&asked, wanted).await?;
+            if let (Some(blobs), Taken::Committed | Taken::Staged(_)) = (&self.snapshots.blobs, &taken) {
+                blobs.begin(&self.daemon, image);
+            }
+            match taken {
                 Taken::Committed => return Err(SnapshotError::AlreadyExists(asked.key)),
                 Taken::Staged(chain) => return Ok(mounts::of(&self.snapshots.dirs, &chain)),
                 Taken::No => {}
@@ -150,6 +156,14 @@ impl Service {
         let view = self.daemon.view_of(ready, start).await?;
         let daemon = Arc::clone(&self.daemon);
         Ok(self.blocking(move |s| s.attached.attach(id, view, daemon.views())).await?)
+    }
+
+    /// The image of a request, as containerd has it.
+    fn kept(asked: &Asked, wanted: &Wanted) -> Kept {
+        let namespace = Some(asked.namespace.as_str()).filter(|namespace| !namespace.is_empty());
+        let namespace = namespace.or_else(|| labels::namespace_of(&asked.key)).unwrap_or_default();
+        let (reference, manifest) = (wanted.reference.clone(), wanted.manifest);
+        Kept { namespace: namespace.to_owned(), reference, manifest }
     }
 
     /// Makes a snapshot of a layer of an image, without its content, if it can be had that way.

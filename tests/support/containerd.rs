@@ -58,6 +58,30 @@ impl Containerd {
         Containerd::start_at(|| Command::new("containerd"), &proxy(address), Some(socket))
     }
 
+    /// As [`Containerd::with_snapshotter_at`], with the differ that serves beside the snapshotter; from version 1.7.4 on.
+    pub fn with_differ_at(address: &Path, socket: &Path) -> Containerd {
+        let differ = format!("{PROXY}-diff");
+        let more = format!(
+            "{}[proxy_plugins.{differ}]\ntype = \"diff\"\naddress = {address:?}\n\
+             [plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"{differ}\", \"walking\"]\n",
+            proxy(address)
+        );
+        Containerd::start_at(|| Command::new("containerd"), &more, Some(socket))
+    }
+
+    /// As [`Containerd::with_snapshotter`], told to pass on what a pull by its transfer service is for; from version 2.1
+    /// on.
+    pub fn with_annotations(address: &Path) -> Containerd {
+        let more = format!(
+            "{}[proxy_plugins.{PROXY}.exports]\nenable_remote_snapshot_annotations = \"true\"\n\
+             [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n\
+             platform = \"linux/{}\"\nsnapshotter = \"{PROXY}\"\n",
+            proxy(address),
+            if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
+        );
+        Containerd::start_at(|| Command::new("containerd"), &more, None)
+    }
+
     fn start_as(command: fn() -> Command, more: &str) -> Containerd {
         Containerd::start_at(command, more, None)
     }
@@ -159,6 +183,15 @@ impl Containerd {
         (*top.and_then(|row| row.first()).expect("a snapshot")).to_owned()
     }
 
+    /// As [`Containerd::top_snapshot`], where containers stand on it.
+    pub fn top_committed(&self) -> String {
+        let listed = self.output(["snapshots", "--snapshotter", PROXY, "ls"]);
+        let rows: Vec<Vec<&str>> = listed.lines().skip(1).map(|l| l.split_whitespace().collect()).collect();
+        let committed: Vec<_> = rows.iter().filter(|row| row.last() == Some(&"Committed")).collect();
+        let top = committed.iter().find(|row| !committed.iter().any(|other| other.get(1) == row.first()));
+        (*top.and_then(|row| row.first()).expect("a snapshot")).to_owned()
+    }
+
     /// Makes a snapshot of [`PROXY`] (`prepare` or `view`) on another one and mounts it.
     pub fn mount_snapshot(&mut self, how: &str, key: &str, parent: &str, dir: &Path) {
         // What `images mount` of containerd 1.6 does with another snapshotter than overlayfs: it takes overlayfs.
@@ -174,6 +207,15 @@ impl Containerd {
     pub fn remove(&self, reference: &str) {
         self.run(["images", "remove", "--sync", reference]);
     }
+}
+
+/// Major and minor version of the containerd that is found first.
+pub fn version() -> (u32, u32) {
+    let output = Command::new("containerd").arg("--version").output().expect("run containerd");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = said.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    let mut numbers = version.expect("a version").split('.').map(|n| n.parse().expect("a number"));
+    (numbers.next().expect("a number"), numbers.next().expect("a number"))
 }
 
 fn proxy(address: &Path) -> String {

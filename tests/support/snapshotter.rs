@@ -19,6 +19,7 @@ pub struct Snapshotter {
     server: Server,
     socket: PathBuf,
     options: Vec<String>,
+    flags: Vec<String>,
     env: Vec<(String, PathBuf)>,
     /// Its instance.
     pub lazyrun: Lazyrun,
@@ -27,27 +28,33 @@ pub struct Snapshotter {
 impl Snapshotter {
     /// Starts one and waits until it serves.
     pub fn start() -> Snapshotter {
-        Snapshotter::start_as(&[], &[])
+        Snapshotter::start_as(&[], &[], &[])
     }
 
     /// Starts one with these global options.
     pub fn with_options(options: &[&str]) -> Snapshotter {
-        Snapshotter::start_as(options, &[])
+        Snapshotter::start_as(options, &[], &[])
+    }
+
+    /// Starts one with these flags of its command.
+    pub fn with_flags(flags: &[&str]) -> Snapshotter {
+        Snapshotter::start_as(&[], flags, &[])
     }
 
     /// Starts one with these in its environment.
     pub fn with_env(env: &[(&str, &Path)]) -> Snapshotter {
-        Snapshotter::start_as(&[], env)
+        Snapshotter::start_as(&[], &[], env)
     }
 
-    fn start_as(options: &[&str], env: &[(&str, &Path)]) -> Snapshotter {
+    fn start_as(options: &[&str], flags: &[&str], env: &[(&str, &Path)]) -> Snapshotter {
         let env: Vec<(String, PathBuf)> =
             env.iter().map(|(n, v)| ((*n).to_owned(), v.to_path_buf())).collect();
         let lazyrun = Lazyrun::new().with_options(options);
         let socket = lazyrun.scratch("socket").join("s");
-        let options: Vec<String> = options.iter().map(|o| (*o).to_owned()).collect();
-        let server = spawn(&lazyrun, &options, &env, &socket);
-        let mut snapshotter = Snapshotter { server, socket, options, env, lazyrun };
+        let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<String>>();
+        let (options, flags) = (owned(options), owned(flags));
+        let server = spawn(&lazyrun, &options, &flags, &env, &socket);
+        let mut snapshotter = Snapshotter { server, socket, options, flags, env, lazyrun };
         snapshotter.wait();
         snapshotter
     }
@@ -85,7 +92,12 @@ impl Snapshotter {
         kill(Pid::from_raw(self.pid()), Signal::SIGKILL).expect("kill the snapshotter");
         // It ends with its keeper, and may have done so.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        self.server = spawn(&self.lazyrun, &self.options, &self.env, &self.socket);
+        // Until the last of their threads has gone the kernel takes connections for them.
+        wait_for("both to end", Duration::from_secs(30), || {
+            let refused = std::os::unix::net::UnixStream::connect(&self.socket).is_err();
+            (self.server.ended().is_some() && refused).then_some(())
+        });
+        self.server = spawn(&self.lazyrun, &self.options, &self.flags, &self.env, &self.socket);
         self.wait();
     }
 
@@ -106,6 +118,11 @@ impl Snapshotter {
         Containerd::with_snapshotter_at(&self.socket, &containerd_socket(&self.lazyrun))
     }
 
+    /// The same, from version 1.7.4 on, with its differ.
+    pub fn containerd_with_differ(&self) -> Containerd {
+        Containerd::with_differ_at(&self.socket, &containerd_socket(&self.lazyrun))
+    }
+
     /// What is mounted below its root.
     pub fn mounts(&self) -> Vec<String> {
         mounts_below(self.lazyrun.root())
@@ -124,9 +141,16 @@ fn containerd_socket(lazyrun: &Lazyrun) -> PathBuf {
     lazyrun.scratch("containerd").join("s")
 }
 
-fn spawn(lazyrun: &Lazyrun, options: &[String], env: &[(String, PathBuf)], socket: &Path) -> Server {
+fn spawn(
+    lazyrun: &Lazyrun,
+    options: &[String],
+    flags: &[String],
+    env: &[(String, PathBuf)],
+    socket: &Path,
+) -> Server {
     let mut command = Command::new(EXE);
-    command.arg("--root").arg(lazyrun.root()).args(options).arg("snapshotter").arg("--address").arg(socket);
+    command.arg("--root").arg(lazyrun.root()).args(options).arg("snapshotter").args(flags);
+    command.arg("--address").arg(socket);
     command.arg("--containerd-address").arg(containerd_socket(lazyrun)).envs(env.iter().cloned());
     Server::start(&mut command, &lazyrun.scratch("log").join("snapshotter"))
 }

@@ -174,7 +174,7 @@ impl BlobReader {
     }
 
     /// Says what the bytes are for.
-    pub(crate) fn for_class(mut self, class: Class) -> Self {
+    pub fn for_class(mut self, class: Class) -> Self {
         self.class = class;
         self
     }
@@ -216,6 +216,12 @@ impl BlobReader {
             self.ready = self.next().await?;
         }
         Ok(())
+    }
+
+    /// Says that the bytes do not have the blob's digest: mirrors that they came from are not asked for it any more. True
+    /// if there were any, so that another try brings other bytes.
+    pub fn disown(&self) -> bool {
+        self.witness.disown()
     }
 
     /// Tells later which hosts the bytes came from.

@@ -329,6 +329,14 @@ impl Fetcher {
         self.inner.throttle.set(bytes_per_second);
     }
 
+    /// Waits until background work that is no hydration may read on: faults go first, and the limit of hydration holds
+    /// for both together. `bytes` have come since the last call.
+    pub async fn background_turn(&self, bytes: u64) {
+        self.inner.throttle.charge(bytes);
+        self.inner.throttle.ready().await;
+        self.inner.scheduler.quiet().await;
+    }
+
     /// Ends what is under way for a whole layer: hydration and streams, also those that faults have started. Who waits
     /// for one gets an error.
     pub fn cancel(&self, id: LayerId) {

@@ -126,8 +126,8 @@ impl DiffService {
         if known.is_none_or(|known| known.labels.contains_key(UNCOMPRESSED)) {
             return Ok(());
         }
-        let value = digests.diff_id.to_string();
-        Ok(self.containerd.set_label(scope, digests.blob, UNCOMPRESSED, &value).await?)
+        let labels = BTreeMap::from([(UNCOMPRESSED.to_owned(), digests.diff_id.to_string())]);
+        Ok(self.containerd.set_labels(scope, digests.blob, labels).await?)
     }
 }
 

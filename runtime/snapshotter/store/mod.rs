@@ -1,5 +1,6 @@
 //! The database of snapshots: one redb file, one writer, the daemon. Each request is one transaction.
 
+mod blobs;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,8 @@ const CHILDREN: TableDefinition<'_, (&str, &str, &str), ()> = TableDefinition::n
 /// Names of snapshots that are layers of images, by namespace, chainID and name of the parent.
 const LAYERS: TableDefinition<'_, (&str, &str, &str), &str> = TableDefinition::new("layers.v1");
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images.v1");
+/// Images of which containerd is to get all layers, by its namespace and the image's key.
+const BLOBS: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("blobs.v1");
 
 type Result<T> = std::result::Result<T, SnapshotError>;
 type Records<'a> = Table<'a, (&'static str, &'static str), &'static [u8]>;
@@ -106,6 +109,7 @@ impl Store {
             write.open_table(CHILDREN)?;
             write.open_table(LAYERS)?;
             write.open_table(IMAGES)?;
+            write.open_table(BLOBS)?;
         }
         write.commit()?;
         Ok(Self { db })

@@ -78,3 +78,21 @@ fn a_later_format_is_refused() {
     let error = Store::open(&path).expect_err("refused").to_string();
     assert!(error.contains("later version"), "{error}");
 }
+
+#[test]
+fn what_containerd_is_to_get_is_noted() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("db");
+    let store = Store::open(&path).expect("open");
+    for namespace in ["a", "b", "b"] {
+        store.want_blobs(namespace, "image", true).expect("note");
+    }
+    drop(store);
+    let store = Store::open(&path).expect("open");
+    let noted = || store.wanted_blobs().expect("list").into_iter().map(|(n, _)| n).collect::<Vec<_>>();
+    assert_eq!(noted(), ["a", "b"]);
+    for namespace in ["b", "c"] {
+        store.want_blobs(namespace, "image", false).expect("forget");
+    }
+    assert_eq!(noted(), ["a"]);
+}
