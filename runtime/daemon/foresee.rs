@@ -31,9 +31,9 @@ const SETTLES_BEFORE: Duration = Duration::from_secs(5);
 const START: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    /// Has what earlier starts touched, or else what the command will load, fetched first, and the rest after it unless the image is to stay lazy, and records
-    /// what this one touches. It is recorded even if all contents are local as long as there is no profile of this
-    /// image.
+    /// Has what earlier starts touched, or else what the command will load, fetched first, and the rest after it unless
+    /// the image is to stay lazy, and records what this one touches. It is recorded even if all contents are local as long
+    /// as there is no profile of this image.
     ///
     /// # Errors
     /// A bad reference.
@@ -62,11 +62,7 @@ impl Daemon {
         let (purpose, first) =
             self.first_needs(ready, command_of(&ready.image, &RunOptions::default()), start);
         if let Some(first) = first {
-            let (hydration, layers) = (Arc::clone(&self.hydration), ready.layers.clone());
-            tokio::spawn(async move {
-                first.await;
-                hydration.begin_layers(&layers);
-            });
+            self.hydration.begin_layers_after(&ready.layers, first);
         }
         purpose
     }
