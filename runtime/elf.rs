@@ -28,6 +28,9 @@ const DT_RUNPATH: u64 = 29;
 const MAX_HEADERS: u16 = 256;
 /// Most bytes of a dynamic section that are looked at.
 const MAX_DYNAMIC: u64 = 64 << 10;
+/// Most libraries and most directories that count: real programs have some dozens, foreign ones may repeat one long list.
+const MAX_LIBRARIES: usize = 256;
+const MAX_DIRS: usize = 64;
 /// Most bytes of a name: what a path may have.
 const MAX_TEXT: usize = 4096;
 
@@ -69,12 +72,11 @@ pub(crate) fn needs(file: &impl Bytes) -> Option<Needs> {
     for (tag, value) in &entries {
         let string = || text(file, strings.checked_add(*value)?);
         match *tag {
-            DT_NEEDED => needs.libraries.push(string()?),
+            DT_NEEDED if needs.libraries.len() < MAX_LIBRARIES => needs.libraries.push(string()?),
             DT_RPATH | DT_RUNPATH => {
-                let joined = string()?.into_vec();
-                needs
-                    .paths
-                    .extend(joined.split(|b| *b == b':').map(|path| OsString::from_vec(path.to_vec())));
+                let (joined, room) = (string()?.into_vec(), MAX_DIRS.saturating_sub(needs.paths.len()));
+                let dirs = joined.split(|b| *b == b':').take(room);
+                needs.paths.extend(dirs.map(|path| OsString::from_vec(path.to_vec())));
             }
             _ => {}
         }
@@ -148,6 +150,32 @@ mod tests {
         let needs = needs(&std::fs::read("/proc/self/exe").unwrap().as_slice()).unwrap();
         assert!(needs.interpreter.is_some_and(|path| path.exists()));
         assert!(needs.libraries.iter().any(|name| name.to_string_lossy().starts_with("libc.")));
+    }
+
+    #[test]
+    fn what_is_repeated_without_end_is_bounded() {
+        // A header, one loaded segment over everything, and a dynamic section of nothing but run paths and libraries.
+        let mut file = vec![0; 64 + 2 * 56];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        file[32] = 64;
+        (file[54], file[56]) = (56, 2);
+        let strings = file.len() as u64;
+        file.extend(b":".repeat(4000));
+        file.push(0);
+        let dynamic = file.len() as u64;
+        let entries = [(DT_STRTAB, strings), (DT_RUNPATH, 0), (DT_NEEDED, 0)];
+        for (tag, value) in entries.into_iter().chain([(DT_RUNPATH, 0), (DT_NEEDED, 0)].repeat(2000)) {
+            file.extend(tag.to_le_bytes());
+            file.extend(value.to_le_bytes());
+        }
+        let len = file.len() as u64;
+        for (at, kind, offset, size) in [(64, PT_LOAD, 0, len), (120, PT_DYNAMIC, dynamic, len - dynamic)] {
+            file[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+            file[at + 8..at + 16].copy_from_slice(&u64::to_le_bytes(offset));
+            file[at + 32..at + 40].copy_from_slice(&u64::to_le_bytes(size));
+        }
+        let needs = needs(&file.as_slice()).expect("well-formed");
+        assert_eq!((needs.libraries.len(), needs.paths.len()), (MAX_LIBRARIES, MAX_DIRS));
     }
 
     #[test]

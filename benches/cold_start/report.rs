@@ -27,7 +27,7 @@ impl Report<'_> {
 
     /// What the start touches, by the index that is used.
     fn start(&self, way: Way) -> &Start {
-        if way == Way::Shared { &self.starts.along } else { &self.starts.plain }
+        if matches!(way, Way::Shared | Way::Snapshotter) { &self.starts.along } else { &self.starts.plain }
     }
 
     /// Seconds that the network needs at least.

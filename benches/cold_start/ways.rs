@@ -9,7 +9,8 @@ use lazyrun::bench::measure::{drop_page_cache, timed};
 use lazyrun::demo::shaper::Shaper;
 
 use crate::EXE;
-use crate::support::containerd::Containerd;
+use crate::support::containerd::{Containerd, PROXY};
+use crate::support::snapshotter::{Snapshotter, pull_command};
 
 /// One way of starting. All are cold: neither bytes nor page cache are here, except where it is said.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
@@ -24,6 +25,8 @@ pub(crate) enum Way {
     Index,
     /// Nothing is here; index and profile come from the registry.
     Shared,
+    /// The same under containerd, whose snapshotter is lazyrun: its client pulls as CRI does, then `ctr run`.
+    Snapshotter,
     /// Index and profile of an earlier start on this node.
     Kept,
     /// All bytes are here and in the page cache: the program's own time.
@@ -43,7 +46,7 @@ impl Way {
     /// manifest; config and referrers at once; the artifact; the index; the span. `None` when the bound says nothing.
     pub(crate) fn round_trips(self) -> Option<u32> {
         match self {
-            Way::Index | Way::Shared => Some(6),
+            Way::Index | Way::Shared | Way::Snapshotter => Some(6),
             Way::Kept => Some(2),
             Way::Containerd | Way::Pull | Way::NoIndex | Way::Warm => None,
         }
@@ -58,6 +61,7 @@ impl fmt::Display for Way {
             Way::NoIndex => "lazy, no index",
             Way::Index => "lazy, index in the registry",
             Way::Shared => "lazy, index and profile in the registry",
+            Way::Snapshotter => "the same under containerd",
             Way::Kept => "lazy, index and profile kept",
             Way::Warm => "warm",
         })
@@ -107,6 +111,7 @@ impl Bench<'_> {
             Way::NoIndex => self.lazyrun(&fresh(), &self.bare, &["--index-trust", "proven"]),
             Way::Index => self.lazyrun(&fresh(), &self.bare, &[]),
             Way::Shared => self.lazyrun(&fresh(), &self.image, &[]),
+            Way::Snapshotter => self.snapshotter(),
             Way::Kept => {
                 let instance = self.complete();
                 timed(&mut self.command(&instance, &self.bare, &[])).expect("a first start");
@@ -179,6 +184,17 @@ impl Bench<'_> {
         let pull = timed(&mut instance.command(["pull", "--quiet", "--index-trust", "proven", &self.bare]));
         let pull = pull.expect("pull").total.as_secs_f64();
         self.measure(&mut self.command(&instance, &self.bare, &[]), pull)
+    }
+
+    fn snapshotter(&self) -> Sample {
+        let snapshotter = Snapshotter::start();
+        let containerd = snapshotter.containerd();
+        let mut pull = pull_command(&containerd, PROXY, &self.image);
+        self.reset();
+        let pull = timed(&mut pull).expect("pull through the snapshotter").total.as_secs_f64();
+        let mut run = containerd.ctr(["run", "--rm", "--snapshotter", PROXY, &self.image, "bench"]);
+        run.args(self.args);
+        self.measure(&mut run, pull)
     }
 
     fn containerd(&self) -> Sample {

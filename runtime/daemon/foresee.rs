@@ -23,17 +23,17 @@ use crate::ipc::profiles::ProfileAction;
 use crate::ipc::protocol::ImageRequest;
 
 /// Hydration begins when a start has had so long with all that was foreseen: until then it would only take the link and
-/// the processors from it. As long as earlier starts touched something new, or where nobody knows, as this one waits for
-/// bytes; within these bounds.
+/// the processors from it. As long as earlier starts touched something new, within these bounds; where nobody knows, once
+/// this one has not waited for bytes for the lesser of them.
 const SETTLES_AFTER: Duration = Duration::from_millis(500);
 const SETTLES_BEFORE: Duration = Duration::from_secs(5);
-/// After this time a container counts as started, and what it reads is no longer recorded.
+/// After this time a container counts as started: what it reads is no longer recorded, and keeps hydration waiting no more.
 const START: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    /// Has what earlier starts touched, or else what the command will load, fetched first, and the rest after it unless the image is to stay lazy, and records
-    /// what this one touches. It is recorded even if all contents are local as long as there is no profile of this
-    /// image.
+    /// Has what earlier starts touched, or else what the command will load, fetched first, and the rest after it unless
+    /// the image is to stay lazy, and records what this one touches. It is recorded even if all contents are local as long
+    /// as there is no profile of this image.
     ///
     /// # Errors
     /// A bad reference.
@@ -62,11 +62,7 @@ impl Daemon {
         let (purpose, first) =
             self.first_needs(ready, command_of(&ready.image, &RunOptions::default()), start);
         if let Some(first) = first {
-            let (hydration, layers) = (Arc::clone(&self.hydration), ready.layers.clone());
-            tokio::spawn(async move {
-                first.await;
-                hydration.begin_layers(&layers);
-            });
+            self.hydration.begin_layers_after(&ready.layers, first);
         }
         purpose
     }
@@ -109,7 +105,7 @@ impl Daemon {
             if let Some(command) = command {
                 loading::fetch(this.images.fetcher(), &this.views, &layers, command).await;
             }
-            this.images.fetcher().settled(SETTLES_AFTER, SETTLES_BEFORE).await;
+            this.images.fetcher().settled(SETTLES_AFTER, START).await;
         };
         (purpose, Some(Box::pin(first)))
     }

@@ -158,10 +158,15 @@ fn spawn(
 /// Pulls an image as CRI and nerdctl do, with the annotations that remote snapshotters need; returns what it said if
 /// it failed.
 pub fn try_pull(containerd: &Containerd, snapshotter: &str, image: &str) -> Result<(), String> {
+    let output = pull_command(containerd, snapshotter, image).output().expect("run the client of containerd");
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+}
+
+/// The command that pulls so.
+pub fn pull_command(containerd: &Containerd, snapshotter: &str, image: &str) -> Command {
     let mut command = Command::new(go_program("pull"));
     command.arg(containerd.socket()).args([containerd.namespace(), snapshotter, image]);
-    let output = command.output().expect("run the client of containerd");
-    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+    command
 }
 
 /// Pulls an image through the snapshotter under test.

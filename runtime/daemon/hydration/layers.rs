@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, PoisonError};
 
+use futures_util::FutureExt as _;
 use lazyrun_fetcher::{Haste, Layer, NoProgress, Progress};
 use lazyrun_index::LayerId;
 
@@ -11,14 +12,27 @@ use super::Hydration;
 impl Hydration {
     /// Hydrates layers in the background, until done or [`Hydration::stop_layers`].
     pub fn begin_layers(self: &Arc<Self>, layers: &[Arc<Layer>]) {
+        self.begin_layers_after(layers, std::future::ready(()));
+    }
+
+    /// As [`Hydration::begin_layers`], once `first` is over. That goes on by itself, also where another start has begun to
+    /// hydrate the layers already.
+    pub fn begin_layers_after(
+        self: &Arc<Self>,
+        layers: &[Arc<Layer>],
+        first: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let first = first.shared();
+        tokio::spawn(first.clone());
         let mut jobs = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.retain(|_, job| !job.is_finished());
         for layer in layers.iter().filter(|l| !l.is_hydrated()) {
             if jobs.contains_key(&layer.id()) {
                 continue;
             }
-            let (this, layer, id) = (Arc::clone(self), Arc::clone(layer), layer.id());
+            let (this, layer, id, first) = (Arc::clone(self), Arc::clone(layer), layer.id(), first.clone());
             let job = tokio::spawn(async move {
+                first.await;
                 let progress: Arc<dyn Progress> = Arc::new(NoProgress);
                 match this.images.prove(&layer, Haste::Background, &progress).await {
                     Ok(()) => tracing::info!(layer = %id, "layer hydrated"),

@@ -7,6 +7,8 @@ use crate::container::spec::Command;
 
 /// Most words of a command or script that are looked for.
 const MAX_WORDS: usize = 64;
+/// Most directories of a `PATH` that are looked in.
+const MAX_DIRS: usize = 64;
 /// Shells, whose scripts are looked into.
 const SHELLS: [&str; 6] = ["sh", "bash", "dash", "ash", "zsh", "ksh"];
 /// Words after which a command follows.
@@ -23,14 +25,13 @@ const BUILTINS: [&str; 15] = [
 pub(super) fn programs(view: &View, command: &Command) -> Vec<File> {
     let mut words: Vec<&str> = Vec::new();
     let script = command.args.first().is_some_and(|program| is_shell(program.as_bytes()));
-    for (number, argument) in command.args.iter().enumerate() {
+    for (number, argument) in command.args.iter().take(MAX_WORDS).enumerate() {
         match script && number > 1 && is_script_option(&command.args[number - 1]) {
             true => words.extend(commands_of(argument)),
             false => words.push(argument),
         }
     }
-    words.truncate(MAX_WORDS);
-    words.into_iter().filter_map(|word| program(view, command, word.as_bytes())).collect()
+    words.into_iter().take(MAX_WORDS).filter_map(|word| program(view, command, word.as_bytes())).collect()
 }
 
 /// The interpreter of a script, and the programs that a shell script calls.
@@ -39,12 +40,13 @@ pub(super) fn of_script(view: &View, command: &Command, script: &[u8]) -> Vec<Fi
     else {
         return Vec::new();
     };
-    let words: Vec<&[u8]> = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty()).collect();
+    let words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+    let words: Vec<&[u8]> = words.take(MAX_WORDS).collect();
     let mut files: Vec<File> = words.iter().filter_map(|word| program(view, command, word)).collect();
     if words.iter().any(|word| is_shell(word)) {
         let text = String::from_utf8_lossy(script);
         let called = commands_of(&text);
-        files.extend(called.into_iter().take(MAX_WORDS).filter_map(|w| program(view, command, w.as_bytes())));
+        files.extend(called.into_iter().filter_map(|w| program(view, command, w.as_bytes())));
     }
     files
 }
@@ -65,8 +67,10 @@ fn program(view: &View, command: &Command, word: &[u8]) -> Option<File> {
 
 fn in_path(view: &View, command: &Command, name: &[u8]) -> Option<File> {
     let path = command.env.iter().find_map(|pair| pair.strip_prefix("PATH="))?;
-    let mut found =
-        path.split(':').filter_map(|dir| tree::file(view, &[dir.as_bytes(), b"/", name].concat()));
+    let mut found = path
+        .split(':')
+        .take(MAX_DIRS)
+        .filter_map(|dir| tree::file(view, &[dir.as_bytes(), b"/", name].concat()));
     found.find(|file| view.inode(file.ino).mode & 0o111 != 0)
 }
 
@@ -107,6 +111,9 @@ fn commands_of(script: &str) -> Vec<&str> {
             expected = false;
             if !BUILTINS.contains(&word) && word.bytes().all(is_of_name) && !commands.contains(&word) {
                 commands.push(word);
+                if commands.len() == MAX_WORDS {
+                    return commands;
+                }
             }
         }
     }
@@ -134,6 +141,8 @@ mod tests {
         let script = "#!/bin/sh\nset -e\n# run it\nA=1 B=\"$(id -u)\" exec /opt/x \"$@\"\n\nif ! x=y find / ; then sort; fi";
         assert_eq!(commands_of(script), ["id", "/opt/x", "find", "sort"]);
         assert_eq!(commands_of(""), Vec::<&str>::new());
+        let endless: String = (0..100_000).map(|i| format!("a{i};")).collect();
+        assert_eq!(commands_of(&endless).len(), MAX_WORDS);
         assert_eq!(commands_of("ä ö; \u{7f}|é"), Vec::<&str>::new());
     }
 

@@ -19,17 +19,20 @@ const PARENTS: [&str; 3] = ["/lib", "/usr/lib", "/usr/local/lib"];
 /// Those of 64-bit machines.
 const OTHERS: [&str; 2] = ["/lib64", "/usr/lib64"];
 
+/// Most directories of a kind that count.
+const MAX_DIRS: usize = 64;
+
 impl Libraries {
     /// Those of a view, for a process with this environment.
     pub(super) fn of(view: &View, command: &Command) -> Self {
         let named = command.env.iter().filter_map(|pair| pair.strip_prefix("LD_LIBRARY_PATH="));
-        let mut dirs: Vec<Vec<u8>> =
-            named.flat_map(|value| value.split(':')).map(|dir| dir.as_bytes().to_vec()).collect();
+        let named = named.flat_map(|value| value.split(':')).take(MAX_DIRS);
+        let mut dirs: Vec<Vec<u8>> = named.map(|dir| dir.as_bytes().to_vec()).collect();
         for parent in PARENTS {
             let Some((ino, _)) = tree::find(view, parent.as_bytes()) else { continue };
-            // Debian's multiarch directories: aarch64-linux-gnu, arm-linux-gnueabihf, x86_64-linux-musl.
-            let multiarch =
-                view.children(ino).filter(|(name, _)| name.windows(7).any(|part| part == b"-linux-"));
+            // Debian's multiarch directories: aarch64-linux-gnu, x86_64-linux-musl; i386-linux-gnu may be there, too.
+            let own = |name: &[u8]| name.starts_with(format!("{}-linux-", std::env::consts::ARCH).as_bytes());
+            let multiarch = view.children(ino).filter(|(name, _)| own(name)).take(MAX_DIRS);
             dirs.extend(multiarch.map(|(name, _)| join(parent.as_bytes(), name)));
         }
         dirs.extend(OTHERS.iter().chain(&PARENTS).map(|dir| dir.as_bytes().to_vec()));

@@ -13,12 +13,20 @@ use layer::{Item, TestLayer};
 #[path = "../../../fs/tests/common/layer.rs"]
 mod layer;
 
+/// Where Debian has libraries of the machine that the tests run on.
+fn multiarch(library: &str) -> String {
+    format!("/usr/lib/{}-linux-gnu/{library}", std::env::consts::ARCH)
+}
+
 fn view() -> View {
     let mut layer = TestLayer::default();
     let program = |path: &str| Item::new(path, EntryKind::File).mode(0o755);
     layer.symlink("bin", "usr/bin").symlink("lib", "/usr/lib").symlink("loop", "loop").dir("app");
     layer.file("app/main.py", b"import os").file("app/run", b"not executable");
-    layer.file("usr/lib/aarch64-linux-gnu/libc.so.6", b"c").file("usr/lib/libz.so.1.2", b"z");
+    layer
+        .file(&multiarch("libc.so.6")[1..], b"c")
+        .file("usr/lib/m68k-linux-gnu/libc.so.6", b"other")
+        .file("usr/lib/libz.so.1.2", b"z");
     layer.symlink("usr/lib/libz.so.1", "../lib/libz.so.1.2").file("opt/lib/libown.so", b"own");
     layer.file("usr/lib64/libc.so.6", b"another").file("lib64/ld.so", b"loader");
     for path in ["usr/bin/python3", "usr/bin/sh", "usr/bin/nginx", "usr/bin/curl", "opt/bin/tool"] {
@@ -89,7 +97,7 @@ fn libraries_are_found_as_the_loader_finds_them() {
         files.into_iter().map(|file| String::from_utf8(file.path).expect("text")).collect()
     };
     let found = find(&["libc.so.6", "libz.so.1", "libc.so.6", "libnone.so"], &[]);
-    assert_eq!(found, ["/lib64/ld.so", "/usr/lib/aarch64-linux-gnu/libc.so.6", "/usr/lib/libz.so.1.2"]);
+    assert_eq!(found, ["/lib64/ld.so", &multiarch("libc.so.6"), "/usr/lib/libz.so.1.2"]);
     assert_eq!(find(&["libown.so"], &[]), ["/lib64/ld.so"]);
     for dir in ["$ORIGIN/../lib", "${ORIGIN}/../lib", "/opt/lib"] {
         assert_eq!(find(&["libown.so"], &[dir])[1..], ["/opt/lib/libown.so"], "{dir}");
