@@ -259,6 +259,24 @@ fn blobs_are_kept_without_being_asked() {
 }
 
 #[test]
+fn a_removed_image_leaves_nothing_behind() {
+    let indexed = Indexed::behind(SLOW);
+    let snapshotter = Snapshotter::with_flags(&["--keep-blobs=background"]);
+    let containerd = snapshotter.containerd_with_diffs();
+    pull(&containerd, &indexed.image);
+    let left = || {
+        let active = containerd.output(["content", "active"]).lines().count() - 1;
+        let leases = containerd.output(["leases", "ls", "-q"]).matches("lazyrun-").count();
+        (active, leases)
+    };
+    let limit = Duration::from_secs(60);
+    wait_for("the download to begin", limit, || (left() > (0, 0)).then_some(()));
+    containerd.remove(&indexed.image);
+    // Uploads go with the garbage collection that the lease's end brings.
+    wait_for("the lease to be ended", limit, || (left().1 == 0).then_some(()));
+}
+
+#[test]
 fn two_at_once_fetch_each_layer_once() {
     let indexed = Indexed::behind(SLOW);
     let pulled = Pulled::new(&indexed.image);
@@ -318,6 +336,16 @@ fn what_cannot_be_done_is_said() {
 }
 
 #[test]
+fn one_image_that_fails_does_not_keep_others_from_being_fetched() {
+    let fixture = Fixture::new();
+    let pulled = Pulled::new(&fixture.image());
+    let images = ["no/such:1", &pulled.image, "no/other:1"];
+    let why = pulled.snapshotter.lazyrun.fails(1, &pulled.command(&images));
+    assert!(why.contains("no/such:1"), "{why}");
+    assert_layers(&pulled.containerd, &fixture);
+}
+
+#[test]
 fn all_variants_are_fetched_when_asked_for() {
     let fixture = Fixture::new();
     let registry = DockerRegistry::start();
@@ -336,6 +364,9 @@ fn all_variants_are_fetched_when_asked_for() {
         &image,
     ]));
     assert_eq!(said, "1\n", "the other config");
+    let why =
+        pulled.snapshotter.lazyrun.fails(125, &pulled.command(&["--platform", "linux/riscv64", &image]));
+    assert!(why.contains("no variant for linux/riscv64"), "{why}");
     pulled.collect_garbage();
     assert!(other.iter().all(|digest| pulled.has(digest)));
     // Now all of it can be pushed, which wants every variant.

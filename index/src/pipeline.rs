@@ -9,8 +9,9 @@ use crate::decode::{Cutter, Entrance, Output, decode};
 use crate::source::{ChannelSource, Piece, Source};
 use crate::{Compression, Digest, Hasher, IndexError};
 
-/// Size of the buffers that travel through the channels.
-const BUFFER: usize = 256 * 1024;
+/// Size of the buffers that travel through the channels. There may be a stream for each of many layers, and each has some
+/// sixteen of them.
+const BUFFER: usize = 128 * 1024;
 /// Number of buffers that may wait in a channel.
 const DEPTH: usize = 6;
 

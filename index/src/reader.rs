@@ -18,6 +18,10 @@ use crate::{
     Timestamp,
 };
 
+/// What the kernel maps of a file at once where one page is read, in bytes. With another setting of it a little more or less
+/// counts as memory.
+const FAULT_AROUND: usize = 64 << 10;
+
 /// The index of one layer: what the layer contains and where its bytes are in the blob.
 ///
 /// Cheap to share between threads. The file behind an opened index must not be changed while it is open; the
@@ -64,7 +68,28 @@ impl LayerIndex {
         // SAFETY: index files are written once, published by rename and never changed or truncated afterwards;
         // that no one else does so is the caller's promise, documented on the type.
         let map = unsafe { memmap2::MmapOptions::new().populate().map(&file) }.map_err(opening)?;
-        Self::new(Bytes::Mapped(map))
+        let index = Self::new(Bytes::Mapped(map))?;
+        // All of it was read for the check. Most of it are windows, of which only those of missing spans are ever used.
+        if (0..index.span_count()).any(|i| index.span_record(i).window_len.get() > 0) {
+            index.let_go(0..index.bytes.len());
+        }
+        Ok(index)
+    }
+
+    /// Has these bytes of a mapped index, and what the kernel has mapped around them, not count as memory of the process:
+    /// who reads them again gets them from the page cache.
+    fn let_go(&self, bytes: Range<usize>) {
+        let Bytes::Mapped(map) = &self.bytes else { return };
+        // The kernel goes by addresses.
+        let base = map.as_ptr().addr();
+        let (from, to) = (base + bytes.start, (base + bytes.end).next_multiple_of(FAULT_AROUND));
+        let first = (from - from % FAULT_AROUND).saturating_sub(base);
+        let end = (to - base).min(map.len());
+        // SAFETY: a shared mapping of a file that never changes, so the same bytes are read before and after.
+        // Where it can't be done, more memory is used and nothing else happens.
+        let _ = unsafe {
+            map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, end.saturating_sub(first))
+        };
     }
 
     /// An index that is in memory.
@@ -247,9 +272,12 @@ impl LayerIndex {
                 let window = if packed.is_empty() {
                     Vec::new()
                 } else {
-                    zstd::bulk::decompress(packed, size).map_err(|e| {
+                    let window = zstd::bulk::decompress(packed, size).map_err(|e| {
                         IndexError::bad_index(format!("the window of span {i} is damaged: {e}"))
-                    })?
+                    })?;
+                    let at = size_of::<HeaderRecord>() + at;
+                    self.let_go(at..at + packed.len());
+                    window
                 };
                 if window.len() != size {
                     return Err(IndexError::bad_index(format!("the window of span {i} has a wrong length")));

@@ -3,8 +3,8 @@
 use crate::common::make::{DEFAULT, FIXED, HUFFMAN_ONLY, archive, gzip, text, zstd};
 use crate::common::{Keep, index_blob, prove, small_spans};
 use lazyrun_index::{
-    Compression, Digest, EntryKind, IndexError, LayerSink, SpanInfo, StreamOptions, hydrate_layer,
-    index_layer,
+    Compression, Digest, EntryKind, IndexError, LayerIndex, LayerSink, SpanInfo, StreamOptions,
+    hydrate_layer, index_layer,
 };
 
 /// Indexes, proves, and compares the layer file with what was compressed.
@@ -227,4 +227,29 @@ fn errors_of_reader_and_sink_come_out() {
     assert!(matches!(lost, Err(IndexError::Read { offset: 0, .. })), "{lost:?}");
     let full = index_layer(&blob[..], &mut Full(1 << 20), out, &options);
     assert!(matches!(full, Err(IndexError::Sink { .. })), "{full:?}");
+}
+
+/// What of a file that is mapped counts as memory of this process, in KiB.
+fn resident(path: &std::path::Path) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (_, map) = maps.split_once(path.to_str().unwrap()).expect("it is mapped");
+    let line = map.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn windows_that_were_used_are_not_kept_in_memory() {
+    let blob = gzip(&archive(300, 40_000, 21), 6, DEFAULT);
+    let (dir, mut bytes) = (tempfile::tempdir().unwrap(), std::io::Cursor::new(Vec::new()));
+    index_layer(&blob[..], &mut (), &mut bytes, &small_spans()).unwrap();
+    let (path, size) = (dir.path().join("index"), bytes.get_ref().len() >> 10);
+    std::fs::write(&path, bytes.get_ref()).unwrap();
+    let index = LayerIndex::open(&path).unwrap();
+    assert!(size > 512 && resident(&path) < size / 4, "{} KiB of {size}", resident(&path));
+    let mut decoded = Vec::new();
+    for (i, span) in index.spans().enumerate() {
+        let compressed = &blob[span.blob_offset as usize..][..span.blob_len as usize];
+        index.decode_span(i, compressed, &mut decoded).unwrap();
+    }
+    assert!(resident(&path) < size / 2, "{} KiB of {size}", resident(&path));
 }

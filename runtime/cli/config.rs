@@ -24,7 +24,7 @@ fn check(context: &Context, args: CheckArgs) -> Result<ExitCode, Failure> {
     let info = daemon.and_then(|mut daemon| daemon.call::<Info>(&Request::Info, &mut Quiet).ok());
     let options = Options {
         containerd_config: args.containerd_config,
-        containerd_address: args.containerd_address,
+        containerd_address: args.containerd_address.as_deref().map(crate::containerd::socket),
         address: args.address,
         root: context.paths.root().to_owned(),
         daemon: info.map(|info| info.daemon_pid).filter(|pid| *pid > 0),

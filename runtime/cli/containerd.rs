@@ -48,7 +48,7 @@ pub(super) fn containerd(context: &Context, command: ContainerdCommand) -> Resul
         platform => Platforms::Best(platform.unwrap_or_else(Platform::host)),
     };
     let request = Request::ContainerdFetch(FetchRequest {
-        address: args.address,
+        address: args.address.as_deref().map(crate::containerd::socket),
         namespace: args.namespace,
         images: args.images,
         platforms,

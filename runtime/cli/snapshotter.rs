@@ -47,7 +47,7 @@ pub(super) fn serve(context: &Context, args: SnapshotterArgs) -> Result<ExitCode
     let options = SnapshotterOptions {
         registry,
         index: context.index.clone(),
-        containerd: args.containerd_address,
+        containerd: args.containerd_address.as_deref().map(crate::containerd::socket),
         keep_blobs: args.keep_blobs,
     };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;

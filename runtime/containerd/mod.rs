@@ -25,12 +25,18 @@ pub const NAMESPACE: &str = "containerd-namespace";
 pub const LEASE: &str = "containerd-lease";
 /// How long containerd may take to answer one message.
 const ANSWER: Duration = Duration::from_secs(60);
+/// How long where it reads or writes a whole blob for it: it hashes what was written of an upload that is resumed, and has
+/// the disk take all of one that is committed.
+const BLOB_ANSWER: Duration = Duration::from_secs(15 * 60);
 
 /// Why containerd did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerdError {
     /// There is nobody at the address, or something else than containerd.
-    #[error("containerd does not answer at {address}: {why} (--containerd-address says where it listens)")]
+    #[error(
+        "containerd does not answer at {address}: {why} (`--containerd-address`, or `--address` of \
+             `lazyrun containerd fetch`, says where it listens)"
+    )]
     Unreachable {
         /// The socket.
         address: String,
@@ -55,6 +61,17 @@ impl ContainerdError {
             Self::Refused { status, .. } => status.code(),
         }
     }
+}
+
+/// The socket that a user or `CONTAINERD_ADDRESS` names, which may be relative or have a scheme.
+pub fn socket(given: &Path) -> PathBuf {
+    let path = without_scheme(given);
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Some clients of containerd take addresses of gRPC.
+fn without_scheme(address: &Path) -> &Path {
+    address.to_str().and_then(|text| text.strip_prefix("unix://")).map_or(address, Path::new)
 }
 
 /// A containerd, at its socket. Connected to when it is first asked, and again after it was restarted.
@@ -98,6 +115,7 @@ impl Containerd {
     /// # Errors
     /// When the path can't be an address.
     pub fn at(address: &Path) -> Result<Self, ContainerdError> {
+        let address = without_scheme(address);
         let endpoint = address
             .to_str()
             .filter(|path| path.starts_with('/'))
@@ -114,16 +132,25 @@ impl Containerd {
         what: impl FnOnce() -> String,
         asked: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, ContainerdError> {
+        self.answer_within(ANSWER, what, asked).await
+    }
+
+    async fn answer_within<T>(
+        &self,
+        limit: Duration,
+        what: impl FnOnce() -> String,
+        asked: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, ContainerdError> {
         let unreachable =
             |why: String| ContainerdError::Unreachable { address: self.address.display().to_string(), why };
-        match tokio::time::timeout(ANSWER, asked).await {
+        match tokio::time::timeout(limit, asked).await {
             Ok(Ok(answer)) => Ok(answer),
             // A status that was made here, not by containerd, has what happened to the connection as its source.
             Ok(Err(status)) if std::error::Error::source(&status).is_some() => {
                 Err(unreachable(reason(&status)))
             }
             Ok(Err(status)) => Err(ContainerdError::Refused { what: what(), status }),
-            Err(_) => Err(unreachable(format!("no answer in {} s", ANSWER.as_secs()))),
+            Err(_) => Err(unreachable(format!("no answer in {} s", limit.as_secs()))),
         }
     }
 }
@@ -135,4 +162,35 @@ fn reason(status: &Status) -> String {
         error = source;
     }
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_named_in_several_ways() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(socket(Path::new("/run/c.sock")), Path::new("/run/c.sock"));
+        assert_eq!(socket(Path::new("unix:///run/c.sock")), Path::new("/run/c.sock"));
+        assert_eq!(socket(Path::new("c.sock")), here.join("c.sock"));
+    }
+
+    #[tokio::test]
+    async fn an_address_may_have_a_scheme_but_not_be_relative() {
+        assert_eq!(
+            Containerd::at(Path::new("unix:///run/c.sock")).unwrap().address,
+            Path::new("/run/c.sock")
+        );
+        let why = Containerd::at(Path::new("c.sock")).unwrap_err().to_string();
+        assert!(why.contains("absolute") && why.contains("`--address`"), "{why}");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_answer_in_time_is_not_waited_for() {
+        let containerd = Containerd::at(Path::new("/run/c.sock")).unwrap();
+        let never = std::future::pending::<Result<(), Status>>();
+        let why = containerd.answer_within(Duration::from_millis(1), String::new, never).await.unwrap_err();
+        assert_eq!(why.code(), Code::Unavailable);
+    }
 }

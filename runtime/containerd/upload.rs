@@ -1,13 +1,14 @@
 //! Writing a blob into containerd's content store.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use lazyrun_index::Digest;
 use tokio::sync::mpsc;
 use tonic::codegen::tokio_stream;
 use tonic::{Code, Status, Streaming};
 
-use super::{Containerd, ContainerdError, Scope};
+use super::{ANSWER, BLOB_ANSWER, Containerd, ContainerdError, Scope};
 use crate::snapshotter::proto::services::content::v1 as api;
 
 /// A blob on its way into the content store. It must be committed; one that is dropped before stays until it is aborted
@@ -65,6 +66,8 @@ impl Containerd {
         reference: &str,
         first: api::WriteContentRequest,
     ) -> Result<Upload, ContainerdError> {
+        // Only who knows the blob goes on with it.
+        let limit = if first.expected.is_empty() { ANSWER } else { BLOB_ANSWER };
         // Each message is answered before the next is sent.
         let (messages, queue) = mpsc::channel(1);
         // There is room for one.
@@ -75,7 +78,8 @@ impl Containerd {
             let offset = answered(&mut answers).await?;
             Ok((answers, offset))
         };
-        let (answers, offset) = self.answer(|| format!("begin the upload {reference}"), asked).await?;
+        let (answers, offset) =
+            self.answer_within(limit, || format!("begin the upload {reference}"), asked).await?;
         Ok(Upload { containerd: self.clone(), reference: reference.to_owned(), messages, answers, offset })
     }
 }
@@ -98,14 +102,18 @@ impl Upload {
         self.offset = 0;
     }
 
-    async fn send(&mut self, message: api::WriteContentRequest) -> Result<i64, ContainerdError> {
+    async fn send(
+        &mut self,
+        message: api::WriteContentRequest,
+        limit: Duration,
+    ) -> Result<i64, ContainerdError> {
         let (messages, answers) = (&self.messages, &mut self.answers);
         let asked = async {
             // Where nobody takes messages any more the answer says why.
             let _ = messages.send(message).await;
             answered(answers).await
         };
-        self.containerd.answer(|| format!("write the upload {}", self.reference), asked).await
+        self.containerd.answer_within(limit, || format!("write the upload {}", self.reference), asked).await
     }
 
     /// Writes the next bytes.
@@ -122,7 +130,7 @@ impl Upload {
             data,
             ..Default::default()
         };
-        self.offset = self.send(message).await?;
+        self.offset = self.send(message, ANSWER).await?;
         Ok(())
     }
 
@@ -145,7 +153,7 @@ impl Upload {
             labels,
             ..Default::default()
         };
-        match self.send(message).await {
+        match self.send(message, BLOB_ANSWER).await {
             Err(error) if error.code() == Code::AlreadyExists => self.containerd.hold(scope, digest).await,
             answer => answer.map(drop),
         }

@@ -10,8 +10,9 @@ use lazyrun_fetcher::Progress;
 use serde_json::Value;
 
 use super::Daemon;
-use crate::containerd::fetch::{Fetch, Pulled};
+use crate::containerd::fetch::{Fetch, Fetched, Pulled};
 use crate::containerd::{Containerd, DEFAULT_ADDRESS};
+use crate::failure::sentence;
 use crate::ipc::containerd::FetchRequest;
 
 impl Daemon {
@@ -34,11 +35,25 @@ impl Daemon {
             background: None,
             progress: &progress,
         };
-        let mut fetched = Vec::new();
+        let (mut fetched, mut failure) = (Vec::new(), None);
         for image in &request.images {
-            fetched.push(fetch.image(image).await?);
+            match fetch.image(image).await {
+                Ok(done) => fetched.push(done),
+                // One that fails is no reason to leave out the others.
+                Err(error) => {
+                    let error = with_name(error, image);
+                    match failure {
+                        None => failure = Some(error),
+                        Some(_) => progress.note(&sentence(&error)),
+                    }
+                }
+            }
         }
-        Ok(serde_json::to_value(fetched)?)
+        let Some(error) = failure else { return Ok(serde_json::to_value(fetched)?) };
+        for Fetched { image, fetched, blobs, .. } in fetched {
+            progress.note(&format!("{image} is done: {fetched} of its {blobs} blobs were fetched"));
+        }
+        Err(error)
     }
 
     /// The images of snapshots.
@@ -54,5 +69,13 @@ impl Daemon {
 
     fn containerd_address(&self) -> PathBuf {
         self.snapshots().map_or_else(|| DEFAULT_ADDRESS.into(), |snapshots| snapshots.containerd.clone())
+    }
+}
+
+/// An error that says which image it is about.
+fn with_name(error: anyhow::Error, image: &str) -> anyhow::Error {
+    match sentence(&error).contains(image) {
+        true => error,
+        false => error.context(format!("fetching {image}")),
     }
 }

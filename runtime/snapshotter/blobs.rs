@@ -2,7 +2,7 @@
 //!
 //! containerd is asked only here, in tasks of their own: while it waits for an answer of the snapshotter it holds locks.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use tokio::task::AbortHandle;
 
 use super::record::ImageRow;
 use super::store::Store;
-use crate::containerd::fetch::{Fetch, Fetched, Platforms, Pulled};
-use crate::containerd::{Containerd, Scope};
+use crate::containerd::fetch::{self, Fetch, Fetched, Platforms, Pulled};
+use crate::containerd::{Containerd, ContainerdError, Scope};
 use crate::daemon::Daemon;
 use crate::failure::sentence;
 use crate::ipc::protocol::RegistryOptions;
@@ -101,22 +101,55 @@ impl Blobs {
         jobs.insert(image, Job { task: task.abort_handle(), again: false });
     }
 
-    /// Ends downloads of images that are gone, by their rows' keys. Blocks on the disk.
-    pub(super) fn forget(&self, keys: &[String]) {
-        self.jobs().retain(|image, job| {
-            let gone = keys.contains(&image.key());
-            if gone {
+    /// Ends downloads of images that are gone, by their rows' keys. Blocks on the disk; to be called where tasks can be
+    /// spawned.
+    pub(super) fn forget(self: &Arc<Self>, keys: &[String]) {
+        // Held to the end: a pull that has put an image's row back meanwhile begins with its download only after that.
+        let mut jobs = self.jobs();
+        let back = |key: &String| matches!(self.store.image(key), Ok(Some(_)));
+        let keys: HashSet<&String> = keys.iter().filter(|key| !back(key)).collect();
+        let mut gone: HashSet<Kept> = jobs
+            .extract_if(|image, _| keys.contains(&image.key()))
+            .map(|(image, job)| {
                 job.task.abort();
-            }
-            !gone
-        });
+                image
+            })
+            .collect();
         for (namespace, key) in self.store.wanted_blobs().unwrap_or_default() {
-            if keys.contains(&key)
-                && let Err(error) = self.store.want_blobs(&namespace, &key, false)
-            {
+            if !keys.contains(&key) {
+                continue;
+            }
+            if let Err(error) = self.store.want_blobs(&namespace, &key, false) {
                 tracing::warn!(image = key, %error, "that an image is gone can't be noted");
             }
+            gone.extend(Kept::of_key(namespace, &key));
         }
+        drop(jobs);
+        for image in gone {
+            let this = Arc::clone(self);
+            tokio::spawn(async move { this.let_go(&image).await });
+        }
+    }
+
+    /// Has containerd drop what it got so far of an image that is gone, unless that has been pulled again.
+    async fn let_go(&self, image: &Kept) {
+        // What begins now with the same image waits for its turn, and then has a lease of its own.
+        let Ok(_turn) = self.turn.acquire().await else { return };
+        if self.jobs().contains_key(image) {
+            return;
+        }
+        if let Err(error) = self.end_leases(image).await {
+            tracing::warn!(image = image.reference, %error, "layers of a removed image stay for a day");
+        }
+    }
+
+    async fn end_leases(&self, image: &Kept) -> Result<(), ContainerdError> {
+        fetch::forget(&self.containerd, &image.namespace, image.manifest, &Self::platforms()).await
+    }
+
+    /// What is fetched of an image: a manifest's own blobs.
+    fn platforms() -> Platforms {
+        Platforms::Best(Platform::host())
     }
 
     /// Notes for the next daemon whether the image's layers are still to be downloaded.
@@ -143,20 +176,30 @@ impl Blobs {
                     if let Some(Fetched { fetched, bytes, .. }) = fetched {
                         tracing::info!(image = image.reference, fetched, bytes, "containerd has all layers");
                     }
-                    waits = delays.build();
                     self.note(image, false).await;
                     None
                 }
                 Err(error) => {
                     let (image, error, wait) = (&image.reference, sentence(&error), waits.next());
-                    tracing::warn!(image, error, ?wait, "layers can't be downloaded for containerd");
+                    match wait {
+                        Some(wait) => {
+                            tracing::warn!(image, error, ?wait, "layers can't be downloaded for containerd");
+                        }
+                        None => tracing::warn!(
+                            image,
+                            error,
+                            "layers can't be downloaded for containerd: given up until the image is pulled again or \
+                             lazyrun starts"
+                        ),
+                    }
                     wait
                 }
             };
-            if wait.is_none() && self.ends(image) {
-                return;
+            match wait {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None if self.ends(image) => return,
+                None => waits = delays.build(),
             }
-            tokio::time::sleep(wait.unwrap_or_default()).await;
         }
     }
 
@@ -175,6 +218,7 @@ impl Blobs {
         let _turn = self.turn.acquire().await?;
         let scope = Scope { namespace: image.namespace.clone(), lease: None };
         if self.containerd.info(&scope, image.manifest).await?.is_none() {
+            self.end_leases(image).await?;
             return Ok(None);
         }
         let reference: Reference = image.reference.parse()?;
@@ -184,7 +228,7 @@ impl Blobs {
             namespace: &image.namespace,
             client: &daemon.images().client(&self.registry)?,
             pulled: &[Pulled::new(reference.clone(), b"")],
-            platforms: &Platforms::Best(Platform::host()),
+            platforms: &Self::platforms(),
             background: Some(daemon.images().fetcher()),
             progress: &progress,
         };
@@ -193,5 +237,39 @@ impl Blobs {
 
     fn jobs(&self) -> MutexGuard<'_, HashMap<Kept, Job>> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(reference: &str) -> Kept {
+        Kept { namespace: "n".into(), reference: reference.into(), manifest: Digest::of(b"m") }
+    }
+
+    #[tokio::test]
+    async fn what_is_pulled_again_meanwhile_is_not_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(&dir.path().join("db")).unwrap());
+        let nobody = Containerd::at(&dir.path().join("nobody")).unwrap();
+        let blobs = Arc::new(Blobs::new(nobody, RegistryOptions::default(), Arc::clone(&store)));
+        for image in [kept("gone"), kept("back")] {
+            store.want_blobs(&image.namespace, &image.key(), true).unwrap();
+            let task = tokio::spawn(std::future::pending::<()>()).abort_handle();
+            blobs.jobs().insert(image, Job { task, again: false });
+        }
+        let row = ImageRow {
+            reference: "back".into(),
+            manifest: String::new(),
+            config: String::new(),
+            list: None,
+            registry: RegistryOptions::default(),
+        };
+        store.put_image(&kept("back").key(), &row).unwrap();
+        blobs.forget(&[kept("gone").key(), kept("back").key()]);
+        let left: Vec<Kept> = blobs.jobs().keys().cloned().collect();
+        assert_eq!(left, [kept("back")]);
+        assert_eq!(store.wanted_blobs().unwrap(), [("n".to_owned(), kept("back").key())]);
     }
 }

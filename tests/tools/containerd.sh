@@ -21,7 +21,8 @@ flock 9
 if [ -x "$home/usr/bin/dockerd" ]; then echo "$home/usr/bin"; exit 0; fi
 
 tmp=$(mktemp -d "$cache/containerd.XXXXXX")
-trap 'rm -rf "$tmp"' EXIT INT TERM
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 130' INT TERM
 mkdir -p "$tmp/state/lists/partial" "$tmp/cache/archives/partial" "$tmp/root"
 : >"$tmp/status"
 echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" >"$tmp/sources.list"

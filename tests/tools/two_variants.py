@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""two_variants.py REPOSITORY TAG NEW: makes an index NEW of the image TAG (for linux/amd64) and of a copy of it for
-linux/s390x; prints the digests of the copy."""
+"""two_variants.py REPOSITORY TAG NEW: makes an index NEW of the image TAG (for this machine's architecture) and of a copy of
+it for linux/s390x; prints the digests of the copy."""
 import hashlib
 import json
 import platform

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use lazyrun_fetcher::{BlobReader, Class, FetchError, Reference};
+use lazyrun_index::Digest;
 use tonic::Code;
 
 use super::Fetch;
@@ -74,7 +75,7 @@ async fn attempt(fetch: &Fetch<'_>, scope: &Scope, blob: &Blob) -> Result<Option
         if fetch.containerd.info(scope, digest).await?.is_some() {
             return Ok(None);
         }
-        let Some(mut upload) = begin(fetch, scope, blob, &reference).await? else { return Ok(None) };
+        let Some(mut upload) = begin(fetch, scope, &reference, digest, size).await? else { return Ok(None) };
         if upload.offset() > size {
             upload.restart();
         }
@@ -100,12 +101,20 @@ async fn attempt(fetch: &Fetch<'_>, scope: &Scope, blob: &Blob) -> Result<Option
     }
 }
 
-/// Opens the blob for writing, once nobody else does. `None`: it is there.
-async fn begin(fetch: &Fetch<'_>, scope: &Scope, blob: &Blob, reference: &str) -> Result<Option<Upload>> {
+/// Opens a blob for writing, once nobody else does. `None`: it is there.
+///
+/// # Errors
+/// When containerd can't be reached or refuses, and when somebody else does not get on with it.
+pub(super) async fn begin(
+    fetch: &Fetch<'_>,
+    scope: &Scope,
+    reference: &str,
+    digest: Digest,
+    size: u64,
+) -> Result<Option<Upload>> {
     let (mut written, mut since) = (None, Instant::now());
     loop {
-        let error = match fetch.containerd.resume(scope, reference, blob.entry.digest, blob.entry.size).await
-        {
+        let error = match fetch.containerd.resume(scope, reference, digest, size).await {
             Ok(upload) => return Ok(Some(upload)),
             Err(error) => error,
         };
@@ -173,13 +182,15 @@ async fn copy_from(
         if let Some(chunk) = &chunk {
             copied.read += chunk.len() as u64;
             piece.extend_from_slice(chunk);
-            if let Some(fetcher) = fetch.background {
-                fetcher.background_turn(chunk.len() as u64).await;
-            }
         }
         if piece.len() >= PIECE || chunk.is_none() {
+            let len = piece.len() as u64;
             upload.write(std::mem::replace(&mut piece, Vec::with_capacity(PIECE))).await?;
             fetch.progress.advance(digest, upload.offset(), size);
+            // Once a piece: a turn may take seconds while readers wait for the link, and what comes at a time is little.
+            if let Some(fetcher) = fetch.background.filter(|_| chunk.is_some()) {
+                fetcher.background_turn(len).await;
+            }
         }
         if chunk.is_none() {
             return Ok(copied);

@@ -17,7 +17,7 @@ use lazyrun_fetcher::{Fetcher, Platform, Progress, Reference, RegistryClient};
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
 
-use super::{Containerd, Scope};
+use super::{Containerd, ContainerdError, Scope};
 use crate::failure::Failure;
 use documents::Document;
 
@@ -129,7 +129,7 @@ impl Fetch<'_> {
     /// # Errors
     /// As [`Fetch::image`].
     pub async fn tree(&self, image: &str, root: Digest, from: Option<&Reference>) -> Result<Fetched> {
-        let purpose = format!("{root} {}", self.platforms);
+        let purpose = purpose(root, self.platforms);
         let label = (LEASE_LABEL, purpose.as_str());
         let lease = self.containerd.lease_for(self.namespace, HELD, label).await?;
         let blobs = walk::blobs(self, lease.scope(), root, from).await;
@@ -158,4 +158,22 @@ impl Fetch<'_> {
         self.containerd.end_all(self.namespace, label).await?;
         Ok(fetched)
     }
+}
+
+/// What the leases are for of calls that fetch the same.
+fn purpose(root: Digest, platforms: &Platforms) -> String {
+    format!("{root} {platforms}")
+}
+
+/// Lets go of what calls that broke off have fetched of an image that is gone.
+///
+/// # Errors
+/// When containerd can't be reached or refuses.
+pub async fn forget(
+    containerd: &Containerd,
+    namespace: &str,
+    root: Digest,
+    platforms: &Platforms,
+) -> Result<(), ContainerdError> {
+    containerd.end_all(namespace, (LEASE_LABEL, &purpose(root, platforms))).await
 }

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lazyrun_fetcher::Reference;
 use lazyrun_index::Digest;
 
 use super::documents::{Document, Entry, REFERENCE};
-use super::{Fetch, Platforms, Pulled};
+use super::{Fetch, Platforms, Pulled, blob};
 use crate::containerd::Scope;
 
 /// Largest manifest or index that is read, in bytes; containerd's own limit.
@@ -17,6 +17,8 @@ const MAX_DOCUMENT: u64 = 8 << 20;
 const MAX_DEPTH: usize = 4;
 /// Most documents of one image.
 const MAX_DOCUMENTS: usize = 512;
+/// Most blobs of one image.
+const MAX_BLOBS: usize = 16_384;
 /// Most repositories that are asked for a blob.
 const MAX_SOURCES: usize = 8;
 /// What labels begin with that tell where containerd got a blob from.
@@ -55,6 +57,7 @@ pub(super) async fn blobs(
     let sources = from.cloned().into_iter().collect();
     let mut nodes = vec![Node { digest: root, kind: "index", depth: 0, sources, optional: false }];
     let (mut seen, mut blobs, mut documents) = (HashSet::from([root]), Vec::new(), 0);
+    let mut found = false;
     while let Some(node) = nodes.pop() {
         documents += 1;
         ensure!(documents <= MAX_DOCUMENTS, "it has more than {MAX_DOCUMENTS} manifests");
@@ -70,6 +73,7 @@ pub(super) async fn blobs(
                 }
             }
             Document::Manifest(entries) => {
+                found = true;
                 for entry in entries {
                     if entry.is_foreign() {
                         let digest = entry.digest;
@@ -77,12 +81,19 @@ pub(super) async fn blobs(
                     } else if seen.insert(entry.digest) {
                         let sources = sources_of_blob(entry.digest, &sources, fetch.pulled);
                         blobs.push(Blob { entry, sources });
+                        ensure!(blobs.len() <= MAX_BLOBS, "it has more than {MAX_BLOBS} layers");
                     }
                 }
             }
         }
     }
-    Ok(blobs)
+    match fetch.platforms {
+        _ if found => Ok(blobs),
+        Platforms::Best(platform) => {
+            bail!("it has no variant for {platform}; --platform or --all-platforms chooses others")
+        }
+        Platforms::All => bail!("its index names no manifest"),
+    }
 }
 
 /// Which manifests of an index are looked into, and whether they may be missing.
@@ -129,9 +140,23 @@ async fn open(fetch: &Fetch<'_>, scope: &Scope, node: &Node) -> Result<Option<(D
     let document = parse(&bytes)?;
     let mut labels = references(&document, &BTreeMap::new());
     labels.extend([source_label(&source)]);
-    let mut upload = fetch.containerd.upload(scope, &format!("{}-{digest}", node.kind)).await?;
-    upload.write(bytes).await?;
-    upload.commit(scope, *digest, labels).await?;
+    let (reference, size) = (format!("{}-{digest}", node.kind), bytes.len() as u64);
+    match blob::begin(fetch, scope, &reference, *digest, size).await? {
+        Some(mut upload) => {
+            // What another namespace has is complete.
+            if upload.offset() != size {
+                upload.restart();
+                upload.write(bytes).await?;
+            }
+            upload.commit(scope, *digest, labels).await?;
+        }
+        // Somebody else was faster.
+        None => {
+            let known = fetch.containerd.info(scope, *digest).await?;
+            keep(fetch, scope, *digest, &document, &known.map_or_else(BTreeMap::new, |info| info.labels))
+                .await?;
+        }
+    }
     Ok(Some((document, Arc::clone(sources))))
 }
 
