@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod demo;
 mod elf;
 pub mod failure;
+mod file_limit;
 pub mod ipc;
 pub mod keeper;
 pub mod logs;

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::support::docker_registry::DockerRegistry;
 use crate::support::fixture::{BIG, Fixture, NEXT_TAG, TAG, big, sha256, two_versions};
 use crate::support::instance::Lazyrun;
+use crate::support::server::Server;
 use crate::support::wait_for;
 
 /// Half of the image.
@@ -435,6 +436,19 @@ fn a_check_finds_wrong_bytes_and_a_repair_brings_right_ones() {
     let sum =
         lazyrun.ok(&["run", "--rm", "--network", "none", &fixture.image(), "sha256sum", "/data/big.bin"]);
     assert!(sum.starts_with(&sha256(&big())), "{sum}");
+}
+
+#[test]
+fn a_snapshotter_sets_the_limits_that_it_is_started_with() {
+    let lazyrun = Lazyrun::new();
+    let mut command = lazyrun.command(&["--cache-limit", "50%", "snapshotter", "--address"]);
+    command.arg(lazyrun.scratch("socket").join("s"));
+    let mut server = Server::start(&mut command, &lazyrun.scratch("log").join("snapshotter"));
+    wait_for("the snapshotter to serve", Duration::from_secs(60), || {
+        server.assert_alive();
+        lazyrun.daemon_pid()
+    });
+    assert_eq!(usage(&lazyrun)["Cache"]["Limit"], "50%");
 }
 
 #[test]

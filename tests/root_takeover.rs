@@ -1,7 +1,8 @@
 //! The daemon killed and replaced under the feet of containers at work.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,13 +11,18 @@ use lazyrun::ipc::client::{Connection, Quiet};
 use lazyrun::ipc::protocol::Request;
 use lazyrun::paths::Paths;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 
 use crate::support::fixture::{Fixture, big};
 use crate::support::instance::{EXE, Lazyrun, finish_within};
 use crate::support::load::{Load, below, child_of, forget, forget_everywhere, keeper_pid, root_of};
 use crate::support::manager::Manager;
+use crate::support::server::Server;
+use crate::support::snapshotter::Snapshotter;
 use crate::support::wait_for;
+
+const RUN_PLAIN: [&str; 8] = ["run", "-d", "--name", "reader", "--network", "none", "--hydrate", "never"];
 
 /// Kills the daemon `kills` times at random moments while `containers` read and work; returns the longest read of
 /// each of its lives.
@@ -112,9 +118,47 @@ fn exe_of(pid: i32) -> PathBuf {
 
 /// A copy of the program, as an upgrade puts it there.
 fn another_program(lazyrun: &Lazyrun) -> PathBuf {
-    let copy = lazyrun.scratch("new").join("lazyrun");
+    let dir = lazyrun.scratch("new");
+    let taken = fs::read_dir(&dir).expect("a directory").count();
+    let copy = dir.join(format!("lazyrun-{taken}"));
     fs::copy(EXE, &copy).expect("copy the program");
     copy
+}
+
+/// Has this program take over, without a word.
+fn take_over(lazyrun: &Lazyrun, new: &Path) {
+    let taken = finish_within(
+        Command::new(new).arg("--root").arg(lazyrun.root()).args(["daemon", "--takeover"]),
+        Duration::from_secs(60),
+    );
+    let taken = taken.expect("the takeover to end");
+    assert_eq!((taken.code, taken.stdout.as_str(), taken.stderr.as_str()), (Some(0), "", ""));
+}
+
+/// With few mounts the descriptor of the new program is one of the low numbers that are taken in daemons.
+fn taken_over_with_few_mounts(lazyrun: &Lazyrun, image: &str, keeper: i32) {
+    let pull = ["pull", "--quiet", image];
+    let run = [&RUN_PLAIN[..], &[image, "sleep", "1000"]].concat();
+    for command in [&pull[..], &run[..]] {
+        lazyrun.ok(command);
+        let new = another_program(lazyrun);
+        take_over(lazyrun, &new);
+        let daemon = lazyrun.daemon_pid().expect("a daemon");
+        assert_eq!((exe_of(daemon), exe_of(keeper)), (new.clone(), new));
+    }
+}
+
+#[test]
+fn another_program_takes_over_where_little_or_nothing_is_mounted() {
+    let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
+    lazyrun.ok(&["pull", "--quiet", &fixture.image()]);
+    taken_over_with_few_mounts(&lazyrun, &fixture.image(), keeper_pid(&lazyrun));
+}
+
+#[test]
+fn another_program_takes_over_from_a_snapshotter_with_few_mounts() {
+    let (fixture, snapshotter) = (Fixture::new(), Snapshotter::start());
+    taken_over_with_few_mounts(&snapshotter.lazyrun, &fixture.image(), snapshotter.pid());
 }
 
 #[test]
@@ -125,12 +169,7 @@ fn another_program_takes_over_and_all_that_runs_goes_on() {
     let keeper = keeper_pid(&lazyrun);
     let old = child_of(keeper).expect("a daemon");
     load.take_longest();
-    let taken = finish_within(
-        Command::new(&new).arg("--root").arg(lazyrun.root()).args(["daemon", "--takeover"]),
-        Duration::from_secs(60),
-    );
-    let taken = taken.expect("the takeover to end");
-    assert_eq!((taken.code, taken.stdout.as_str(), taken.stderr.as_str()), (Some(0), "", ""));
+    take_over(&lazyrun, &new);
     let daemon = lazyrun.daemon_pid().expect("a daemon");
     assert_ne!(daemon, old);
     assert_eq!(
@@ -204,6 +243,10 @@ fn refused_after_the_bound(lazyrun: &Lazyrun, plan: &str) {
     assert!(waited > Duration::from_secs(1) && waited < Duration::from_secs(10), "refused after {waited:?}");
     let refused = lazyrun.run(&["images"]);
     assert_eq!(refused.code, Some(125), "{refused:#?}");
+    assert!(
+        refused.stderr.contains("there is no lazyrun daemon, and the next try has to wait"),
+        "{refused:#?}"
+    );
     // What was wrong is put right: the mounts are still there.
     fs::remove_dir(&meta).expect("take the obstacle away");
     fs::rename(&aside, &meta).expect("put the database back");
@@ -246,15 +289,17 @@ fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
     let root = root_of(&lazyrun, "reader");
     let (keeper, below) = (keeper_pid(&lazyrun), below(&lazyrun));
     let old = child_of(keeper).expect("a daemon");
+    // The next one will wait for what somebody writes there.
+    lazyrun.ok(&["--cache-limit", "50%", "images"]);
+    let (limits, aside) = (lazyrun.root().join("cache.json"), lazyrun.root().join("cache.aside"));
+    fs::rename(&limits, &aside).expect("take the limits away");
+    mkfifo(&limits, Mode::S_IRUSR | Mode::S_IWUSR).expect("put a pipe there");
     kill(Pid::from_raw(old), Signal::SIGKILL).expect("kill the daemon");
-    let new =
-        wait_for("a new daemon", Duration::from_secs(30), || child_of(keeper).filter(|pid| *pid != old));
-    // Not before it is the daemon: the keeper waits for that.
-    wait_for("the new daemon to be one", Duration::from_secs(30), || {
-        let command = fs::read_to_string(format!("/proc/{new}/cmdline")).unwrap_or_default();
-        command.contains("--kept").then_some(())
+    let mut pipe = wait_for("the new daemon to hang", Duration::from_secs(30), || {
+        File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&limits).ok()
     });
-    kill(Pid::from_raw(new), Signal::SIGSTOP).expect("stop the new daemon");
+    let new = child_of(keeper).expect("a daemon");
+    assert_ne!(new, old);
     let reader = std::thread::spawn({
         let (below, root) = (below.clone(), root.clone());
         move || read_uncached(&below, &root, 12 << 20)
@@ -263,12 +308,40 @@ fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
     while !reader.is_finished() && began.elapsed() < Duration::from_secs(15) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    kill(Pid::from_raw(new), Signal::SIGCONT).expect("let it go on");
-    // If it was ready before it was stopped, it answers now.
-    if let Err(error) = reader.join().expect("the reader") {
-        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
-    }
+    let in_time = reader.is_finished();
+    let hung = child_of(keeper);
+    fs::rename(&aside, &limits).expect("put the limits back");
+    pipe.write_all(&fs::read(&limits).expect("the limits")).expect("let it go on");
+    drop(pipe);
+    let read = reader.join().expect("the reader");
+    assert!(in_time, "nobody refused the read");
+    assert_eq!(hung, Some(new), "the daemon still hung");
+    assert_eq!(read.expect_err("nobody was there to answer").raw_os_error(), Some(libc::EIO));
     wait_for("reads to go on", Duration::from_secs(60), || read_uncached(&below, &root, 12 << 20).ok());
+    assert_eq!(child_of(keeper), Some(new), "one that goes on in time may");
+}
+
+#[test]
+fn a_keeper_that_waits_before_the_next_try_ends_when_told() {
+    let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
+    lazyrun.ok(&[&RUN_PLAIN[..], &[&fixture.image(), "sleep", "1000"]].concat());
+    let keeper = keeper_pid(&lazyrun);
+    let (meta, aside) = (lazyrun.root().join("meta.db"), lazyrun.root().join("meta.aside"));
+    fs::rename(&meta, &aside).expect("take the database away");
+    fs::create_dir(&meta).expect("put something else there");
+    kill(Pid::from_raw(child_of(keeper).expect("a daemon")), Signal::SIGKILL).expect("kill the daemon");
+    wait_for("the keeper to wait", Duration::from_secs(60), || {
+        let refused = lazyrun.run(&["images"]);
+        refused.stderr.contains("the next try has to wait").then_some(())
+    });
+    kill(Pid::from_raw(keeper), Signal::SIGTERM).expect("end the keeper");
+    wait_for("the keeper to end", Duration::from_secs(10), || {
+        let state = fs::read_to_string(format!("/proc/{keeper}/stat")).unwrap_or_default();
+        (state.is_empty() || state.contains(") Z ")).then_some(())
+    });
+    fs::remove_dir(&meta).expect("take the obstacle away");
+    fs::rename(&aside, &meta).expect("put the database back");
+    lazyrun.ok(&["rm", "-f", "reader"]);
 }
 
 #[test]
@@ -309,68 +382,83 @@ fn with_the_keeper_everything_ends_and_the_next_command_starts_anew() {
     lazyrun.reset();
 }
 
+/// A snapshotter under a service manager, with a container that reads lazily; in the end it is told to end.
+struct Managed {
+    service: Server,
+    manager: Manager,
+    args: Vec<String>,
+    log: PathBuf,
+    /// The big file, with nothing of it in memory.
+    file: File,
+    lazyrun: Lazyrun,
+    _fixture: Fixture,
+}
+
+impl Managed {
+    fn start() -> Managed {
+        let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
+        let mut manager = Manager::new(&lazyrun.scratch("manager"));
+        let socket = lazyrun.scratch("socket").join("s");
+        let path = |path: &Path| path.to_str().expect("a path").to_owned();
+        let args =
+            ["--root".into(), path(lazyrun.root()), "snapshotter".into(), "--address".into(), path(&socket)];
+        let log = lazyrun.scratch("log").join("snapshotter");
+        let service = manager.start(EXE, &args, &log);
+        let image = fixture.image();
+        lazyrun.ok(&[&RUN_PLAIN[..], &["--union", "overlay", &image, "sleep", "1000"]].concat());
+        let file = File::open(root_of(&lazyrun, "reader").join("data/big.bin")).expect("open the big file");
+        forget(&file);
+        manager.hear();
+        Managed { service, manager, args: args.into(), log, file, lazyrun, _fixture: fixture }
+    }
+
+    /// Kills the service's process, reads meanwhile, and starts the next one; how the read went.
+    fn kill_and_restart(&mut self) -> std::io::Result<Vec<u8>> {
+        kill(Pid::from_raw(self.service.pid() as i32), Signal::SIGKILL).expect("kill the keeper");
+        wait_for("the keeper to end", Duration::from_secs(10), || self.service.ended());
+        let file = self.file.try_clone().expect("the big file");
+        let reader = std::thread::spawn(move || {
+            let mut page = vec![0; 4096];
+            file.read_exact_at(&mut page, 20 << 20).map(|()| page)
+        });
+        self.service = self.manager.start(EXE, &self.args, &self.log);
+        wait_for("the read to end", Duration::from_secs(20), || {
+            self.manager.hear();
+            reader.is_finished().then_some(())
+        });
+        reader.join().expect("the reader")
+    }
+}
+
 #[test]
 fn under_systemd_mounts_outlive_the_keeper() {
-    let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
-    let mut manager = Manager::new(&lazyrun.scratch("manager"));
-    let (root, socket) = (lazyrun.root().to_owned(), lazyrun.scratch("socket").join("s"));
-    let args = [
-        "--root",
-        root.to_str().expect("a path"),
-        "snapshotter",
-        "--address",
-        socket.to_str().expect("a path"),
-    ];
-    let log = lazyrun.scratch("log").join("snapshotter");
-    let service = manager.start(EXE, &args, &log);
-    lazyrun.ok(&[
-        "run",
-        "-d",
-        "--name",
-        "reader",
-        "--network",
-        "none",
-        "--union",
-        "overlay",
-        "--hydrate",
-        "never",
-        &fixture.image(),
-        "sleep",
-        "1000",
-    ]);
-    let keeper = service.pid() as i32;
-    let load_root = root_of(&lazyrun, "reader");
-    let file = File::open(load_root.join("data/big.bin")).expect("open the big file");
-    let mounts: Vec<PathBuf> = fs::read_dir(format!("/proc/{keeper}/fd"))
-        .expect("the keeper's descriptors")
-        .flatten()
-        .map(|fd| fd.path().join("data/big.bin"))
-        .filter(|path| path.exists())
-        .collect();
-    assert!(!mounts.is_empty(), "the keeper holds no view");
-    forget(&file);
-    manager.hear();
+    let mut managed = Managed::start();
+    let keeper = managed.service.pid();
     assert!(
-        manager.stored.keys().any(|name| name.starts_with("lazyrun+view+")),
+        managed.manager.stored.keys().any(|name| name.starts_with("lazyrun+view+")),
         "{:?}",
-        manager.stored.keys()
+        managed.manager.stored.keys()
     );
-    kill(Pid::from_raw(keeper), Signal::SIGKILL).expect("kill the keeper");
-    drop(service);
-    let reader = std::thread::spawn(move || {
-        let mut page = vec![0; 4096];
-        file.read_exact_at(&mut page, 20 << 20).map(|()| page)
-    });
-    let service = manager.start(EXE, &args, &log);
-    let page = reader.join().expect("the reader").expect("a read goes on with the next keeper");
+    let page = managed.kill_and_restart().expect("a read goes on with the next keeper");
     assert!(page == big()[20 << 20..][..4096]);
-    assert_eq!(lazyrun.ok(&["exec", "reader", "cat", "/data/last"]), "behind the big file\n");
-    assert_ne!(service.pid() as i32, keeper);
+    assert_eq!(managed.lazyrun.ok(&["exec", "reader", "cat", "/data/last"]), "behind the big file\n");
+    assert_ne!(managed.service.pid(), keeper);
     // What ends in peace leaves nothing with the manager.
-    lazyrun.ok(&["rm", "-f", "reader"]);
-    kill(Pid::from_raw(service.pid() as i32), Signal::SIGTERM).expect("end the service");
-    let mut service = service;
-    wait_for("the service to end", Duration::from_secs(60), || service.ended());
-    manager.hear();
-    assert!(manager.stored.is_empty(), "{:?}", manager.stored.keys());
+    managed.lazyrun.ok(&["rm", "-f", "reader"]);
+    kill(Pid::from_raw(managed.service.pid() as i32), Signal::SIGTERM).expect("end the service");
+    wait_for("the service to end", Duration::from_secs(60), || managed.service.ended());
+    managed.manager.hear();
+    assert!(managed.manager.stored.is_empty(), "{:?}", managed.manager.stored.keys());
+}
+
+#[test]
+fn what_the_next_daemon_cannot_take_over_keeps_nobody_waiting() {
+    let mut managed = Managed::start();
+    let is_tree = |name: &String| !name.ends_with("+dev") && !name.ends_with("+journal");
+    let lost: Vec<String> = managed.manager.stored.keys().filter(|name| is_tree(name)).cloned().collect();
+    assert!(lost.iter().any(|name| name.starts_with("lazyrun+view+")), "{lost:?}");
+    for name in &lost {
+        managed.manager.stored.remove(name);
+    }
+    managed.kill_and_restart().expect_err("its mount was lost");
 }

@@ -42,6 +42,7 @@ pub(super) fn serve(context: &Context, args: SnapshotterArgs) -> Result<ExitCode
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::daemon("the snapshotter mounts images, which needs root; run it with sudo"));
     }
+    system::store_limits(context)?;
     // No name of an image: only the settings of this process are wanted.
     let registry = context.image("", PullPolicy::Missing).registry;
     let options = SnapshotterOptions {

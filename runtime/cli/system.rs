@@ -53,13 +53,19 @@ pub(super) fn daemon(context: &Context, kept: bool, snapshotter: Option<&str>) -
     if kept {
         return Ok(crate::daemon::main(&context.paths, &context.settings, snapshotter.as_ref()));
     }
+    store_limits(context)?;
+    let passed = manager::passed().map_err(|e| Failure::daemon(format!("systemd's descriptors: {e}")))?;
+    let given = Given { manager: Manager::of_this_process(), kept: passed.kept, snapshotter: None };
+    Ok(keeper::main(&context.paths, &context.settings, None, given))
+}
+
+/// Sets the limits of the cache that the command line has, for the daemons of a keeper that this process becomes.
+pub(super) fn store_limits(context: &Context) -> Result<(), Failure> {
     if context.limits != LimitChange::default() {
         context.paths.create().map_err(anyhow::Error::from)?;
         change_limits(&context.paths, context.limits)?;
     }
-    let passed = manager::passed().map_err(|e| Failure::daemon(format!("systemd's descriptors: {e}")))?;
-    let given = Given { manager: Manager::of_this_process(), kept: passed.kept, snapshotter: None };
-    Ok(keeper::main(&context.paths, &context.settings, None, given))
+    Ok(())
 }
 
 pub(super) fn take_over(context: &Context) -> Result<(), Failure> {

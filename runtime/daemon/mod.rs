@@ -16,10 +16,12 @@ pub mod meta;
 pub mod metrics;
 pub mod mounts;
 pub mod profile;
+mod progress;
 mod run;
 pub mod seen;
 mod server;
 mod snapshots;
+mod takeover;
 mod union_views;
 pub mod views;
 pub mod why;
@@ -39,7 +41,8 @@ use lazyrun_fs::mounter::Mounter;
 use lazyrun_fs::plan::{self, Plan, Probes};
 use lazyrun_index::{Digest, LayerId};
 
-use crate::failure::Failure;
+use crate::failure::{EXIT_LAZYRUN, Failure};
+use crate::file_limit;
 use crate::ipc::hydration::HydrateMode;
 use crate::keeper::store::{Kept, take_mount};
 use crate::keeper::{self, start};
@@ -58,7 +61,7 @@ use seen::Seen;
 use views::{ViewId, Views};
 
 pub use lifecycle::parse_signal;
-use server::Ended;
+use takeover::Ended;
 
 // Two threads answer FUSE: each holds a request buffer, and more don't help one reader (measured).
 const FUSE_THREADS: usize = 2;
@@ -94,6 +97,7 @@ pub struct Daemon {
 /// containerd as well.
 pub fn main(paths: &Paths, settings: &Settings, snapshotter: Option<&SnapshotterOptions>) -> ExitCode {
     memory::stay_small();
+    file_limit::raise();
     // SAFETY: the keeper placed these three descriptors before it started this process, and nothing has used
     // or closed them since.
     let (listener, store, ready) = unsafe {
@@ -120,23 +124,28 @@ pub fn main(paths: &Paths, settings: &Settings, snapshotter: Option<&Snapshotter
             let daemon = Daemon::start(paths.clone(), settings, store, snapshotter).await?;
             let containerd = containerd.map(|listener| snapshotter::serve(&daemon, listener)).transpose()?;
             let listener = std::os::unix::net::UnixListener::from(listener);
+            let nothing = std::fs::File::open("/dev/null")?;
             let _ = write!(ready, "{}", start::READY);
             drop(ready.flush());
-            drop(std::mem::replace(&mut ready, std::fs::File::open("/dev/null")?));
+            drop(std::mem::replace(&mut ready, nothing));
             let ended = daemon.serve(listener).await;
             if let Some(containerd) = containerd {
                 containerd.abort();
             }
-            if let Ok(Ended::HandedOver) = ended {
-                // At once: a read whose answer is dropped on the way out would fail, one that is not answered at all
-                // is the next daemon's.
-                std::process::exit(0);
+            // Those that others take over from end at once: a read whose answer is dropped on the way out would fail, one
+            // that is not answered at all is the next daemon's.
+            match ended {
+                Ok(Ended::InPeace) => anyhow::Ok(()),
+                Ok(Ended::HandedOver) => std::process::exit(0),
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "the daemon ends");
+                    std::process::exit(EXIT_LAZYRUN.into());
+                }
             }
-            ended
         })
     });
     match served {
-        Ok(_) => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let error = Failure::from(error);
             tracing::error!(%error, "the daemon ends");
@@ -221,18 +230,33 @@ impl Daemon {
         Ok(daemon)
     }
 
-    // Containers and mounts of an earlier daemon, with the views that the keeper held for them.
+    // Containers and mounts of an earlier daemon, with the views that the keeper held for them. Of what is not taken over
+    // nothing stays there: a daemon serves, so whoever waits for it would wait for ever.
     async fn recover(self: &Arc<Self>, mut before: BTreeMap<String, OwnedFd>) -> Result<()> {
         let names: Vec<String> =
             before.keys().filter(|n| views::parse_kept_name(n).is_some()).cloned().collect();
         for name in names {
             let Some(mount) = take_mount(&mut before, &name) else { continue };
             let Some(kept) = views::parse_kept_name(&name) else { continue };
-            let Some(layers) = self.layers_of_view(&kept.id)? else { continue };
-            if let Err(error) = self.views.adopt(&name, layers, mount) {
-                tracing::warn!(view = name, %error, "a view can't be taken over");
+            let served = mount.dev.is_some();
+            let tree = mount.tree.try_clone()?;
+            let adopted = match self.layers_of_view(&kept.id)? {
+                Some(layers) => self.views.adopt(&name, layers, mount),
+                None => Err(anyhow::anyhow!("its layers are not known")),
+            };
+            if let Err(error) = adopted {
+                tracing::warn!(view = name, error = format!("{error:#}"), "a view can't be taken over");
+                if served && let Err(error) = fuse::abort(tree.as_fd()) {
+                    tracing::warn!(view = name, %error, "reads of a view that is lost may hang");
+                }
+                self.kept.discard_served(&name)?;
             }
         }
+        for name in before.keys() {
+            tracing::warn!(name, "what the keeper holds under this name can't be used");
+            self.kept.discard(name)?;
+        }
+        drop(before);
         self.recover_snapshots()?;
         self.recover_containers().await?;
         self.recover_mounts().await
@@ -348,6 +372,8 @@ fn serve_flat(
             .context("taking over the layer files")?;
         return Ok((tree, handle));
     }
+    // Nothing of the lost one is to be taken for the new one's.
+    kept.discard_served(FLAT)?;
     let mount = fuse::mount(FuseKind::Flat).context("mounting the layer files")?;
     let handle = fuse::serve(server, mount.tree.as_fd(), mount.dev, options(false, None))
         .context("serving the layer files")?;

@@ -21,6 +21,7 @@ use super::why::Recorder;
 use crate::container::config::{ShimConfig, StatusLine};
 use crate::container::spec;
 use crate::failure::Failure;
+use crate::file_limit;
 use crate::ipc::fds;
 use crate::ipc::protocol::{NetworkMode, RunRequest, Started};
 use crate::ipc::why;
@@ -259,6 +260,8 @@ impl Daemon {
         }
         fds::place(&mut command, &placed)?;
         fds::own_session(&mut command);
+        // Containers are not to see how many the daemon needs.
+        file_limit::give_back(&mut command);
         let mut child = command.spawn().context("starting the shim")?;
         drop(command);
         let shim = proc::Identity::of(child.id()).context("the shim ended at once; see shim.log")?;

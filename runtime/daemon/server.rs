@@ -7,16 +7,14 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use lazyrun_fetcher::Progress;
 use lazyrun_index::Digest;
-use nix::fcntl::OFlag;
-use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::Daemon;
 use super::metrics::text::Format;
+use super::takeover::Ended;
 use super::views::Purpose;
 use crate::failure::Failure;
 use crate::ipc::hydration::HydrateMode;
@@ -24,36 +22,14 @@ use crate::ipc::protocol::{ContainerPaths, ImageRequest, Info, Mounted, Reply, R
 use crate::ipc::{fds, frame, why};
 use crate::proc;
 
-// Progress is a picture of now: when the reader is slow, frames are dropped, never queued without bound.
-const PROGRESS_QUEUE: usize = 64;
-// How long callers may keep a daemon that is to be replaced.
-const HAND_OVER_WAIT: Duration = Duration::from_secs(10);
-
-/// How a daemon comes to its end.
-pub(super) enum Ended {
-    /// Nothing is left of what it did.
-    InPeace,
-    /// Another one takes over what it serves.
-    HandedOver,
-}
-
-struct Reporter(mpsc::Sender<Reply>);
-
-impl Progress for Reporter {
-    fn advance(&self, layer: Digest, done: u64, total: u64) {
-        let _ = self.0.try_send(Reply::Progress { layer, done, total });
-    }
-
-    fn note(&self, text: &str) {
-        let _ = self.0.try_send(Reply::Note(text.to_owned()));
-    }
-}
+// The pause after a caller could not be let in, most likely because too many files are open.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
 impl Daemon {
     /// Answers requests until told to stop.
     ///
     /// # Errors
-    /// When the socket fails.
+    /// When it can't begin to.
     pub(super) async fn serve(self: Arc<Self>, listener: std::os::unix::net::UnixListener) -> Result<Ended> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
@@ -64,7 +40,14 @@ impl Daemon {
         loop {
             tokio::select! {
                 connection = listener.accept() => {
-                    let (stream, _) = connection.context("accepting a connection")?;
+                    let (stream, _) = match connection {
+                        Ok(connection) => connection,
+                        Err(error) => {
+                            tracing::warn!(%error, "a caller has to wait");
+                            tokio::time::sleep(ACCEPT_PAUSE).await;
+                            continue;
+                        }
+                    };
                     let this = Arc::clone(&self);
                     calls.spawn(async move {
                         if let Err(error) = this.answer(stream).await {
@@ -77,51 +60,21 @@ impl Daemon {
                 () = self.stop.notified() => return Ok(Ended::InPeace),
                 () = self.hand_over.notified() => {
                     drop(listener);
-                    return self.hand_over(calls).await;
+                    return Ok(self.hand_over(calls).await);
                 }
                 Some(_) = calls.join_next() => {}
             }
         }
         self.end_all().await;
-        self.blocking(|this| {
+        let synced = self.blocking(|this| {
             this.seen.starts.close_all();
-            Ok(())
-        })
-        .await?;
-        // After an orderly end nothing needs to be verified again.
-        self.blocking(|this| Ok(this.images.fetcher().store().sync()?)).await?;
-        Ok(Ended::InPeace)
-    }
-
-    // Finishes what was asked, as far as that is soon; who calls from now on waits for the next daemon. Mounts are served
-    // to the end.
-    async fn hand_over(self: &Arc<Self>, mut calls: JoinSet<()>) -> Result<Ended> {
-        tracing::info!("another daemon takes over");
-        let finished = async { while calls.join_next().await.is_some() {} };
-        if tokio::time::timeout(HAND_OVER_WAIT, finished).await.is_err() {
-            tracing::warn!(calls = calls.len(), "calls that take long break: another daemon takes over");
-        }
-        // The end of the process drops none of these either.
-        calls.detach_all();
-        self.blocking(|this| {
-            this.seen.starts.close_all();
+            // After an orderly end nothing needs to be verified again.
             Ok(this.images.fetcher().store().sync()?)
-        })
-        .await?;
-        Ok(Ended::HandedOver)
-    }
-
-    /// Has the keeper start the program of the process behind this connection, and tell it how that went.
-    fn ask_for_take_over(&self, caller: &UnixStream) -> Result<()> {
-        let peer = caller.peer_cred().context("asking who calls")?;
-        let pid = peer.pid().context("the kernel does not say who calls")?;
-        let path = format!("/proc/{pid}/exe");
-        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-        let program = nix::fcntl::open(path.as_str(), flags, Mode::empty())
-            .with_context(|| format!("opening the program that is to take over ({path})"))?;
-        self.kept.replace(&program, caller.as_fd()).context("asking the keeper for another daemon")?;
-        self.hand_over.notify_one();
-        Ok(())
+        });
+        if let Err(error) = synced.await {
+            tracing::warn!(error = format!("{error:#}"), "what was fetched can't be marked as whole");
+        }
+        Ok(Ended::InPeace)
     }
 
     async fn answer(self: Arc<Self>, mut stream: UnixStream) -> Result<()> {
@@ -283,41 +236,6 @@ impl Daemon {
     ) -> Result<T> {
         let this = Arc::clone(self);
         tokio::task::spawn_blocking(move || job(&this)).await.context("the daemon's own thread failed")?
-    }
-
-    // Runs a job while its progress goes to the caller; a caller that hangs up cancels the job.
-    async fn with_progress<T, F>(
-        &self,
-        stream: &mut UnixStream,
-        job: impl FnOnce(Arc<dyn Progress>) -> F,
-    ) -> Result<T>
-    where
-        F: Future<Output = Result<T>>,
-    {
-        let (reports, mut queue) = mpsc::channel(PROGRESS_QUEUE);
-        let job = job(Arc::new(Reporter(reports)));
-        tokio::pin!(job);
-        loop {
-            tokio::select! {
-                biased;
-                done = &mut job => {
-                    // Progress that comes too late is of no interest, a note is.
-                    while let Ok(reply) = queue.try_recv() {
-                        if matches!(reply, Reply::Note(_)) {
-                            frame::send(stream, &reply).await?;
-                        }
-                    }
-                    return done;
-                }
-                Some(reply) = queue.recv() => frame::send(stream, &reply).await?,
-                ready = stream.readable() => {
-                    ready?;
-                    if let Ok(0) = stream.try_read(&mut [0; 1]) {
-                        return Err(Failure::daemon("the caller hung up").into());
-                    }
-                }
-            }
-        }
     }
 
     async fn pull(

@@ -154,7 +154,8 @@ impl Views {
         };
         let server = match dev {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, self.options(true, journal))?),
-            None => None,
+            None if plan == Plan::Erofs => None,
+            None => bail!("its FUSE connection is lost"),
         };
         let pins = if direct { pin(&layers) } else { Vec::new() };
         let view = MountedView {

@@ -66,9 +66,19 @@ impl Connection {
         events: &mut dyn Events,
     ) -> Result<(T, Option<OwnedFd>), Failure> {
         let lost = |e: io::Error| Failure::daemon(format!("the connection to the lazyrun daemon broke: {e}"));
-        frame::write(&self.stream, request).map_err(lost)?;
+        // Who has no daemon to offer says so and hangs up without listening.
+        let unheard = match frame::write(&self.stream, request) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                Some(e)
+            }
+            other => other.map(|()| None).map_err(lost)?,
+        };
         loop {
-            match frame::read(&self.stream).map_err(lost)? {
+            let reply = match (frame::read(&self.stream), &unheard) {
+                (Ok(None) | Err(_), Some(e)) => return Err(lost(e.kind().into())),
+                (reply, _) => reply.map_err(lost)?,
+            };
+            match reply {
                 Some(Reply::Progress { layer, done, total }) => {
                     events.progress(&layer.hex()[..12], done, total);
                 }
@@ -96,5 +106,24 @@ impl Connection {
     pub fn acknowledge(&mut self) -> Result<(), Failure> {
         frame::write(&self.stream, &true)
             .map_err(|e| Failure::daemon(format!("the connection to the lazyrun daemon broke: {e}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_without_listening_is_heard() {
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        frame::write(&theirs, &Reply::Failed { code: 7, message: "no daemon".into() }).expect("reply");
+        drop(theirs);
+        let mut connection = Connection { stream: ours };
+        let failure = connection.call::<()>(&Request::Info, &mut Quiet).expect_err("no daemon");
+        assert_eq!((failure.code, failure.message.as_str()), (7, "no daemon"));
+        let (stream, theirs) = UnixStream::pair().expect("pair");
+        drop(theirs);
+        let failure = Connection { stream }.call::<()>(&Request::Info, &mut Quiet).expect_err("no daemon");
+        assert!(failure.message.contains("broke"), "{failure}");
     }
 }

@@ -1,7 +1,7 @@
 //! Passing descriptors: over a Unix socket (SCM_RIGHTS), one byte of payload each time, and to a child process.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -9,6 +9,9 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 
 /// The most descriptors that go in one message; the kernel's own limit is 253.
 pub const MAX_FDS: usize = 64;
+
+/// All numbers that children find descriptors at are below.
+const ABOVE_TARGETS: RawFd = 64;
 
 /// Sends `fds` with one byte of payload.
 ///
@@ -52,6 +55,16 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
     Ok(fds)
 }
 
+/// A copy whose number is above all targets of [`place`], so that a child still has it under that number.
+///
+/// # Errors
+/// When no more descriptors can be had.
+pub fn copy_above_targets(fd: impl AsFd) -> io::Result<OwnedFd> {
+    let high = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(ABOVE_TARGETS))?;
+    // SAFETY: fcntl made this descriptor just now and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(high) })
+}
+
 /// Has a child find descriptors at given numbers, whatever their numbers are here.
 ///
 /// # Errors
@@ -59,10 +72,8 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
 pub fn place(command: &mut Command, fds: &[(BorrowedFd<'_>, RawFd)]) -> io::Result<()> {
     let mut placed = Vec::with_capacity(fds.len());
     for (fd, target) in fds {
-        // Copies above all targets, so that placing one never overwrites another.
-        let high = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))?;
-        // SAFETY: fcntl made this descriptor just now and nobody else owns it.
-        placed.push((unsafe { OwnedFd::from_raw_fd(high) }, *target));
+        // So that placing one never overwrites another.
+        placed.push((copy_above_targets(fd)?, *target));
     }
     let dup = move || {
         for (fd, target) in &placed {
@@ -89,7 +100,6 @@ pub fn own_session(command: &mut Command) {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     #[test]

@@ -9,14 +9,14 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::store::FdStore;
+use super::store::{self, FdStore, MESSAGE_BOUND};
 use super::{Keeper, LISTENER_FD, READY_FD, SNAPSHOTTER_FD, STORE_FD, start};
 use crate::ipc::fds;
-use crate::logs;
+use crate::{file_limit, logs};
 
 /// What a daemon says when it can't start may be this long, in bytes.
 const MAX_SAID: usize = 4096;
@@ -72,10 +72,12 @@ pub(super) struct Child {
     pub(super) store: Option<UnixStream>,
     ready: Option<UnixStream>,
     said: String,
+    // Why the keeper had to end it.
+    pub(super) broken: Option<String>,
 }
 
 impl Child {
-    /// Starts a daemon and hands it over what is kept.
+    /// Starts a daemon and hands it over what is kept. There is none left where that fails.
     pub(super) fn spawn(keeper: &Keeper<'_>) -> io::Result<Self> {
         let (store, its_store) = UnixStream::pair()?;
         let (ready, its_ready) = UnixStream::pair()?;
@@ -96,6 +98,8 @@ impl Child {
             placed.push((snapshotter.listener.as_fd(), SNAPSHOTTER_FD));
         }
         place(&mut command, &placed)?;
+        store::bound(&store, MESSAGE_BOUND)?;
+        ready.set_nonblocking(true)?;
         let pid = Pid::from_raw(command.spawn()?.id().cast_signed());
         drop((command, its_store, its_ready));
         let mut child = Self {
@@ -105,24 +109,31 @@ impl Child {
             store: None,
             ready: Some(ready),
             said: String::new(),
+            broken: None,
         };
-        match keeper.store.hand_over(&store) {
-            Ok(()) => {
-                store.set_nonblocking(true)?;
-                child.store = Some(store);
-            }
+        match keeper.store.hand_over(&store).and_then(|()| store.set_nonblocking(true)) {
+            Ok(()) => child.store = Some(store),
             // It died before it had taken all; its end will tell.
             Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
-            Err(e) => return Err(e),
+            Err(e) => {
+                child.kill();
+                let _ = waitpid(child.pid, None);
+                return Err(io::Error::new(e.kind(), format!("it does not take over what is kept: {e}")));
+            }
         }
-        child.ready.iter().try_for_each(|ready| ready.set_nonblocking(true))?;
         Ok(child)
     }
 
     /// The daemon of the keeper that this process was before, which serves.
-    pub(super) fn resumed(pid: Pid, store: UnixStream) -> Self {
-        let now = Instant::now();
-        Self { pid, born: now, served: Some(now), store: Some(store), ready: None, said: start::READY.into() }
+    pub(super) fn resumed(pid: Pid, store: UnixStream) -> io::Result<Self> {
+        store::bound(&store, MESSAGE_BOUND)?;
+        let (now, said) = (Instant::now(), start::READY.into());
+        Ok(Self { pid, born: now, served: Some(now), store: Some(store), ready: None, said, broken: None })
+    }
+
+    /// Ends it at once, if it has not ended.
+    pub(super) fn kill(&self) {
+        let _ = kill(self.pid, Signal::SIGKILL);
     }
 
     /// What becomes readable when it has something to say.
@@ -130,14 +141,18 @@ impl Child {
         [self.store.as_ref().map(AsFd::as_fd), self.ready.as_ref().map(AsFd::as_fd)]
     }
 
-    /// Does what it has asked of the descriptor store so far.
-    pub(super) fn serve_store(&mut self, store: &mut FdStore) -> io::Result<()> {
-        if let Some(socket) = &self.store
-            && !store.serve(socket)?
-        {
-            self.store = None;
+    /// Does what it has asked of the descriptor store so far. One that asks what can't be done is killed: what is kept
+    /// would no longer be what it takes that for.
+    pub(super) fn serve_store(&mut self, store: &mut FdStore) {
+        match self.store.as_ref().map(|socket| store.serve(socket)) {
+            None | Some(Ok(true)) => {}
+            Some(Ok(false)) => self.store = None,
+            Some(Err(error)) => {
+                self.broken = Some(format!("what it asks of the keeper can't be done: {error}"));
+                self.store = None;
+                self.kill();
+            }
         }
-        Ok(())
     }
 
     /// Takes what it has said so far; `true` the one time that this is that it serves.
@@ -184,6 +199,7 @@ impl Child {
 /// when the daemon dies, and the next keeper would find the root in use.
 fn place(command: &mut Command, placed: &[(BorrowedFd<'_>, RawFd)]) -> io::Result<()> {
     fds::place(command, placed)?;
+    file_limit::give_back(command);
     let keeper = nix::unistd::getpid();
     let prepare = move || {
         prctl::set_pdeathsig(Signal::SIGKILL)?;
@@ -197,4 +213,26 @@ fn place(command: &mut Command, placed: &[(BorrowedFd<'_>, RawFd)]) -> io::Resul
     // SAFETY: only prctl, getppid and sigprocmask run between fork and exec, which are async-signal-safe.
     unsafe { command.pre_exec(prepare) };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ipc::frame;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn one_that_asks_nonsense_is_ended() {
+        let mut process = Command::new("sleep").arg("1000").spawn().expect("a process");
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        ours.set_nonblocking(true).expect("nonblocking");
+        let mut child = Child::resumed(Pid::from_raw(process.id().cast_signed()), ours).expect("a child");
+        let mut store = FdStore::default();
+        child.serve_store(&mut store);
+        assert!(child.broken.is_none(), "nothing was asked");
+        frame::write(&theirs, &"Something new").expect("ask");
+        child.serve_store(&mut store);
+        assert!(child.broken.is_some() && child.store.is_none());
+        assert_eq!(process.wait().expect("its end").signal(), Some(libc::SIGKILL));
+    }
 }

@@ -35,7 +35,9 @@ impl Manager {
 
     pub(super) fn keep(&self, name: &str, fd: BorrowedFd<'_>) {
         if self.present {
-            let message = format!("FDSTORE=1\nFDNAME={}\n", their_name(name));
+            // Unasked, systemd (246 and later) polls what it stores, to drop what has ended; mount trees can't be
+            // polled, and it would not take them.
+            let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={}\n", their_name(name));
             if let Err(error) = tell(&message, &[fd.as_raw_fd()]) {
                 eprintln!(
                     "lazyrun keeper: systemd can't be given {name}, which ends with this process: {error}"

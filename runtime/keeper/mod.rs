@@ -27,6 +27,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::failure::EXIT_LAZYRUN;
+use crate::file_limit;
 use crate::ipc::frame;
 use crate::ipc::protocol::Reply;
 use crate::logs;
@@ -52,8 +53,12 @@ const SHORT_LIFE: Duration = Duration::from_secs(5);
 const MAX_SHORT_LIVES: u32 = 5;
 // The longest pause before the next try, while there are mounts to be served.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
-// A daemon that does not serve after this never will.
+// A daemon that does not serve after this never will; after failures the next ones get more, up to the longest, lest
+// one that is only slow is killed again and again.
 const START_BOUND: Duration = Duration::from_secs(60);
+const MAX_START_BOUND: Duration = Duration::from_secs(600);
+// A new program has half the time after which reads fail, so that the old one can be back before, but never less.
+const MIN_REPLACEMENT_BOUND: Duration = Duration::from_secs(5);
 // How long one that is to be replaced may take to finish what it was asked.
 const HAND_OVER_BOUND: Duration = Duration::from_secs(20);
 
@@ -192,6 +197,7 @@ impl<'a> Keeper<'a> {
     ) -> io::Result<Self> {
         // What is made here must look the same whoever started it: upper directories show in containers.
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+        file_limit::raise();
         let lock = take_over(paths)?;
         let socket = paths.control();
         match std::fs::remove_file(&socket) {
@@ -200,6 +206,11 @@ impl<'a> Keeper<'a> {
         }
         let listener = UnixListener::bind(&socket)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
+        let mut outage = Outage::new(fault_bound(settings));
+        if !given.kept.is_empty() {
+            // Since the last keeper was killed nobody serves what it held.
+            outage.begin();
+        }
         Ok(Self {
             snapshotter: given.snapshotter,
             paths,
@@ -208,7 +219,7 @@ impl<'a> Keeper<'a> {
             listener,
             signals: take_signals()?,
             store: FdStore::new(given.kept, given.manager),
-            outage: Outage::new(fault_bound(settings)),
+            outage,
             program: Program::Own,
             ready,
             running: None,
@@ -223,7 +234,17 @@ impl<'a> Keeper<'a> {
         loop {
             let mut child = match self.running.take() {
                 Some(child) => child,
-                None => Child::spawn(self)?,
+                None => match Child::spawn(self) {
+                    Ok(child) => child,
+                    Err(error) => {
+                        self.outage.begin();
+                        self.failed(&format!("it can't be started: {error}"))?;
+                        if self.stop_asked()? || self.stopping {
+                            break;
+                        }
+                        continue;
+                    }
+                },
             };
             let ended = self.watch(&mut child)?;
             drop(child);
@@ -239,6 +260,10 @@ impl<'a> Keeper<'a> {
                 }
                 Ended::Killed => {}
                 Ended::Failed(reason) => self.failed(&reason)?,
+            }
+            // Also while it waited before the next try.
+            if self.stopping {
+                break;
             }
         }
         self.clean_up();
@@ -287,17 +312,26 @@ impl<'a> Keeper<'a> {
         }
     }
 
+    // How long the next daemon may take until it serves.
+    fn start_bound(&self) -> Duration {
+        if self.replacing.is_some() {
+            return START_BOUND.min(fault_bound(self.settings) / 2).max(MIN_REPLACEMENT_BOUND);
+        }
+        MAX_START_BOUND.min(START_BOUND * (self.failures + 1))
+    }
+
     /// Watches a daemon until its end.
     fn watch(&mut self, child: &mut Child) -> io::Result<Ended> {
         let mut replacement = None;
-        let mut kill_at = child.served.is_none().then(|| child.born + START_BOUND);
-        let mut late = false;
+        let start_bound = self.start_bound();
+        let mut kill_at = child.served.is_none().then(|| child.born + start_bound);
+        let mut late = None;
         loop {
             let healthy_at = child.served.filter(|_| self.outage.is_on()).map(|served| served + SHORT_LIFE);
             let until = [kill_at, healthy_at, self.outage.deadline()].into_iter().flatten().min();
             self.wait(child.fds(), until)?;
             // What the daemon stored before it died counts, so its messages come first.
-            child.serve_store(&mut self.store)?;
+            child.serve_store(&mut self.store);
             if child.hear()? {
                 self.serves(child);
                 kill_at = None;
@@ -310,7 +344,9 @@ impl<'a> Keeper<'a> {
                 let _ = kill(child.pid, Signal::SIGTERM);
             }
             if let Some(status) = child.ended()? {
-                child.serve_store(&mut self.store)?;
+                child.serve_store(&mut self.store);
+                // It may have been about to ask that.
+                replacement = self.store.take_replacement().or(replacement);
                 child.hear()?;
                 return Ok(self.judge(child, status, replacement, late));
             }
@@ -320,9 +356,9 @@ impl<'a> Keeper<'a> {
                 self.outage.end();
             }
             if kill_at.is_some_and(|at| at <= now) {
-                late = child.served.is_none();
+                late = child.served.is_none().then_some(start_bound);
                 kill_at = None;
-                let _ = kill(child.pid, Signal::SIGKILL);
+                child.kill();
             }
             self.outage.refuse(&self.store, false);
         }
@@ -354,10 +390,13 @@ impl<'a> Keeper<'a> {
         child: &Child,
         status: child::Status,
         replacement: Option<Replacement>,
-        late: bool,
+        late: Option<Duration>,
     ) -> Ended {
         if let Some(replacement) = replacement {
             return Ended::Replaced(replacement);
+        }
+        if let Some(reason) = &child.broken {
+            return Ended::Failed(reason.clone());
         }
         match (child.served, status) {
             (Some(_), child::Status::Success) => return Ended::InPeace,
@@ -374,10 +413,10 @@ impl<'a> Keeper<'a> {
             }
             _ => {}
         }
-        let said = match child.said() {
-            "" if late => format!("it did not serve within {START_BOUND:?}"),
-            "" => format!("it ended without a word ({status}); see daemon.log in its root"),
-            said => said.to_owned(),
+        let said = match (child.said(), late) {
+            ("", Some(bound)) => format!("it did not serve within {bound:?}"),
+            ("", None) => format!("it ended without a word ({status}); see daemon.log in its root"),
+            (said, _) => said.to_owned(),
         };
         // Starting it again would only say it again.
         if child.served.is_none()

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use lazyrun_fs::fuse::{Refuser, recall_unanswered};
+use lazyrun_fs::fuse::{RefusedRequest, Refuser, recall_unanswered};
 
 use super::store::FdStore;
 
@@ -19,12 +19,14 @@ pub(super) struct Outage {
     // The bound has passed.
     refusing: bool,
     refusers: BTreeMap<String, Refuser>,
+    buffer: RefusedRequest,
 }
 
 impl Outage {
     /// None yet; readers wait for `bound`.
     pub(super) fn new(bound: Duration) -> Self {
-        Self { bound, since: None, serving: false, refusing: false, refusers: BTreeMap::new() }
+        let (refusers, buffer) = (BTreeMap::new(), RefusedRequest::default());
+        Self { bound, since: None, serving: false, refusing: false, refusers, buffer }
     }
 
     /// There is no daemon any more.
@@ -90,6 +92,6 @@ impl Outage {
             }
         }
         // A connection that ended has nobody left who waits.
-        self.refusers.retain(|_, refuser| refuser.refuse_waiting().is_ok());
+        self.refusers.retain(|_, refuser| refuser.refuse_waiting(&mut self.buffer).is_ok());
     }
 }

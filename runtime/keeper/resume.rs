@@ -19,6 +19,7 @@ use super::manager::Manager;
 use super::outage::Outage;
 use super::store::FdStore;
 use super::{Keeper, Snapshotter, fault_bound, replaced, take_signals, tell};
+use crate::file_limit;
 use crate::logs;
 use crate::paths::Paths;
 use crate::settings::Settings;
@@ -78,7 +79,9 @@ impl<'a> Keeper<'a> {
         let mut command = Command::new(self.program.path());
         command.arg0("lazyrun").arg("--root").arg(self.paths.root()).args(["keeper", "--state"]);
         command.arg(written.as_raw_fd().to_string()).envs(self.settings.environment());
+        file_limit::give_back(&mut command);
         let error = command.exec();
+        file_limit::raise();
         // The next daemon must not get them.
         let _ = open(FdFlag::FD_CLOEXEC);
         error
@@ -86,6 +89,7 @@ impl<'a> Keeper<'a> {
 
     /// The keeper whose state was written down there.
     pub(super) fn resume(paths: &'a Paths, settings: &'a Settings, state: OwnedFd) -> io::Result<Self> {
+        file_limit::raise();
         let mut text = String::new();
         std::fs::File::from(state).read_to_string(&mut text)?;
         let state: State = serde_json::from_str(&text)?;
@@ -112,7 +116,7 @@ impl<'a> Keeper<'a> {
             outage: Outage::new(fault_bound(settings)),
             program: Program::Own,
             ready: None,
-            running: Some(Child::resumed(Pid::from_raw(state.daemon), store)),
+            running: Some(Child::resumed(Pid::from_raw(state.daemon), store)?),
             replacing: None,
             failures: 0,
             stopping: false,

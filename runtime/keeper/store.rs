@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use lazyrun_fs::fuse::ServerHandle;
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,18 @@ pub struct Replacement {
     pub caller: OwnedFd,
 }
 
+/// No daemon that is alive takes so long for its part of a message.
+pub(super) const MESSAGE_BOUND: Duration = Duration::from_secs(10);
+
+/// Has the keeper's end of a socket to a daemon wait no longer than `limit` for it, where it blocks at all.
+///
+/// # Errors
+/// The socket's.
+pub(super) fn bound(daemon: &UnixStream, limit: Duration) -> io::Result<()> {
+    daemon.set_read_timeout(Some(limit))?;
+    daemon.set_write_timeout(Some(limit))
+}
+
 /// The keeper's side: what is kept, by name.
 #[derive(Debug, Default)]
 pub struct FdStore {
@@ -99,7 +112,7 @@ impl FdStore {
     /// Gives a new daemon everything that is kept.
     ///
     /// # Errors
-    /// The socket's.
+    /// The socket's, `WouldBlock` if the daemon does not take it.
     pub fn hand_over(&self, daemon: &UnixStream) -> io::Result<()> {
         frame::write(daemon, &self.kept.keys().collect::<Vec<_>>())?;
         for fd in self.kept.values() {
@@ -158,6 +171,8 @@ impl FdStore {
                 let odd = || io::Error::new(io::ErrorKind::InvalidData, "no program came");
                 let [program, caller] =
                     <[OwnedFd; 2]>::try_from(fds::receive(daemon.as_fd())?).map_err(|_| odd())?;
+                // Children are started by its number, and in them low numbers are taken by what is placed there.
+                let program = fds::copy_above_targets(program)?;
                 self.replacement = Some(Replacement { program, caller });
             }
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -257,6 +272,7 @@ impl Kept {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn what_one_daemon_leaves_the_next_one_gets() {
@@ -280,5 +296,40 @@ mod tests {
         UnixStream::from(got.remove("x").expect("x")).write_all(b"!").expect("write");
         let mut byte = [0];
         end.read_exact(&mut byte).expect("read");
+    }
+
+    #[test]
+    fn a_program_to_come_is_not_overwritten_by_what_daemons_find_in_place() {
+        let (a, b) = UnixStream::pair().expect("pair");
+        let mut store = FdStore::default();
+        store.hand_over(&a).expect("nothing yet");
+        let (kept, _) = Kept::connect(b).expect("connect");
+        let program = std::fs::File::open("/proc/self/exe").expect("a program").into();
+        kept.replace(&program, a.as_fd()).expect("ask");
+        a.set_nonblocking(true).expect("nonblocking");
+        assert!(store.serve(&a).expect("serve"));
+        let program = store.take_replacement().expect("a program").program;
+        let placed = [super::super::LISTENER_FD, super::super::SNAPSHOTTER_FD];
+        assert!(placed.iter().all(|target| program.as_raw_fd() > *target), "{program:?}");
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_say_all_of_a_message_holds_nobody_up() {
+        let (a, b) = UnixStream::pair().expect("pair");
+        bound(&a, Duration::from_millis(50)).expect("a bound");
+        a.set_nonblocking(true).expect("nonblocking");
+        (&b).write_all(&[9, 0]).expect("half a length");
+        let error = FdStore::default().serve(&a).expect_err("the rest does not come");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        // Nor one that takes nothing.
+        let (a, _b) = UnixStream::pair().expect("pair");
+        bound(&a, Duration::from_millis(50)).expect("a bound");
+        let mut store = FdStore::default();
+        store.kept.insert("x".into(), a.as_fd().try_clone_to_owned().expect("a copy"));
+        let mut refused = None;
+        while refused.is_none() {
+            refused = store.hand_over(&a).err();
+        }
+        assert_eq!(refused.map(|e| e.kind()), Some(io::ErrorKind::WouldBlock));
     }
 }

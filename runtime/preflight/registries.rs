@@ -11,7 +11,7 @@ use crate::ipc::protocol::RegistryOptions;
 use crate::registries;
 
 /// Variables that say where settings are.
-const VARIABLES: [&str; 7] = [
+const VARIABLES: [&str; 9] = [
     "HOME",
     "DOCKER_CONFIG",
     "REGISTRY_AUTH_FILE",
@@ -19,6 +19,8 @@ const VARIABLES: [&str; 7] = [
     "XDG_CONFIG_HOME",
     "LAZYRUN_HOSTS_DIR",
     "CONTAINERS_REGISTRIES_CONF",
+    "LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_CONFIG",
+    "LAZYRUN_IMAGE_CREDENTIAL_PROVIDER_BIN_DIR",
 ];
 
 /// Every file there is.

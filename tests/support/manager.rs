@@ -2,6 +2,7 @@
 //! and gives them to the next one (sd_notify(3), sd_listen_fds(3)).
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
@@ -10,6 +11,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use lazyrun::ipc::fds;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use super::server::Server;
@@ -34,7 +36,7 @@ impl Manager {
     }
 
     /// Starts the service with what is stored for it, and waits until it is ready.
-    pub fn start(&mut self, program: &str, args: &[&str], log: &Path) -> Server {
+    pub fn start(&mut self, program: &str, args: &[impl AsRef<OsStr>], log: &Path) -> Server {
         let names: Vec<&str> = self.stored.keys().map(String::as_str).collect();
         let mut command = Command::new("sh");
         // Only the process itself knows its number.
@@ -87,7 +89,12 @@ impl Manager {
             if value("FDSTOREREMOVE=").is_some() {
                 self.stored.remove(&name);
             } else if value("FDSTORE=").is_some() {
-                self.stored.insert(name, fds.pop().expect("a descriptor"));
+                let fd = fds.pop().expect("a descriptor");
+                // systemd polls what it stores unless told not to, and what can't be polled it does not store.
+                let flags = fcntl(&fd, FcntlArg::F_GETFL).expect("a descriptor's flags");
+                if flags & libc::O_PATH == 0 || value("FDPOLL=") == Some("0".into()) {
+                    self.stored.insert(name, fd);
+                }
             }
         }
     }

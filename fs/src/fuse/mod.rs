@@ -24,7 +24,7 @@ pub use content::{Answer, LayerFiles, ReadReply};
 pub use flat::Flat;
 pub use mount::{FuseError, FuseKind, FuseMount, abort, mount, set_readahead};
 pub use readonly::Server;
-pub use refuse::{Refuser, recall_unanswered};
+pub use refuse::{RefusedRequest, Refuser, recall_unanswered};
 pub use session::{ServeOptions, ServerHandle, is_connected, serve};
 pub use stats::{Requests, StatsSnapshot};
 pub use viewfs::ViewFs;

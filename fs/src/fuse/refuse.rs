@@ -11,6 +11,9 @@ use super::MAX_READ;
 use super::journal::Journal;
 use super::wire::{self, RequestHeader};
 
+/// Requests that are looked at before the caller is at work again.
+const AT_A_TIME: usize = 256;
+
 nix::ioctl_read!(fuse_dev_clone, 229, 0, u32);
 
 /// A second server of a connection, which answers everything with EIO. Dropping it changes nothing for the first.
@@ -18,7 +21,17 @@ nix::ioctl_read!(fuse_dev_clone, 229, 0, u32);
 pub struct Refuser {
     // Of its own, because reading must not block here, while others may well wait on theirs.
     clone: OwnedFd,
-    buffer: Vec<u8>,
+}
+
+/// Where requests are read before they are refused; one is enough for all connections.
+#[derive(Debug)]
+pub struct RefusedRequest(Vec<u8>);
+
+impl Default for RefusedRequest {
+    fn default() -> Self {
+        // As large as the kernel wants it; only its first page is touched.
+        Self(vec![0; MAX_READ as usize + 4096])
+    }
 }
 
 impl Refuser {
@@ -33,29 +46,32 @@ impl Refuser {
         let mut source = u32::try_from(dev.as_raw_fd()).map_err(io::Error::other)?;
         // SAFETY: the request reads one u32, the number of an open descriptor.
         unsafe { fuse_dev_clone(clone.as_raw_fd(), &raw mut source) }?;
-        // As large as the kernel wants it; only its first page is touched.
-        Ok(Self { clone: clone.into(), buffer: vec![0; MAX_READ as usize + 4096] })
+        Ok(Self { clone: clone.into() })
     }
 
-    /// Refuses all requests that wait now, and returns how many. Call it again when the descriptor is readable.
+    /// Refuses requests that wait now, not without end, and returns how many. Call it again when the descriptor is
+    /// readable.
     ///
     /// # Errors
     /// `ENODEV` when the connection has ended, else the device's.
-    pub fn refuse_waiting(&mut self) -> io::Result<usize> {
+    pub fn refuse_waiting(&self, buffer: &mut RefusedRequest) -> io::Result<usize> {
+        let buffer = &mut buffer.0;
         let mut refused = 0;
-        loop {
-            let n = match nix::unistd::read(&self.clone, &mut self.buffer) {
+        // Readers that try again at once would keep the caller here for ever.
+        for _ in 0..AT_A_TIME {
+            let n = match nix::unistd::read(&self.clone, buffer) {
                 Ok(n) => n,
                 Err(Errno::EAGAIN) => return Ok(refused),
                 Err(Errno::ENOENT | Errno::EINTR) => continue,
                 Err(e) => return Err(e.into()),
             };
-            let Some(header) = RequestHeader::parse(&self.buffer[..n]) else { continue };
+            let Some(header) = RequestHeader::parse(&buffer[..n]) else { continue };
             if header.wants_answer() {
                 wire::answer(&self.clone, header.unique, libc::EIO, &[])?;
                 refused += 1;
             }
         }
+        Ok(refused)
     }
 }
 

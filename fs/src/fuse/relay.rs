@@ -48,7 +48,15 @@ impl Relay {
     /// Starts to relay between the kernel and the session behind `session`, beginning with what an earlier server left
     /// in the journal. It ends with the connection.
     pub(super) fn start(journal: Journal, dev: OwnedFd, session: OwnedFd) -> io::Result<Arc<Self>> {
-        let left = journal.unanswered();
+        let mut left = journal.unanswered();
+        // One that was taken and not yet cleared gets no answer, with which its slot would be cleared.
+        left.retain(|taken| {
+            let open = taken.header.wants_answer();
+            if !open {
+                journal.clear(taken.slot);
+            }
+            open
+        });
         let mut open = Open { slots: HashMap::new(), free: (0..SLOTS).rev().collect() };
         open.free.retain(|slot| left.iter().all(|taken| taken.slot != *slot));
         open.slots.extend(left.iter().map(|taken| (taken.header.unique, taken.slot)));

@@ -20,6 +20,10 @@ use config::Provider;
 /// No answer is kept longer, whatever it says.
 const MAX_KEPT: Duration = Duration::from_secs(24 * 3600);
 
+/// So long after a plugin failed it is not run again for the same registry: a node that starts many images would else run
+/// one that hangs for each of them, one after the other.
+const FAILURE_KEPT: Duration = Duration::from_secs(10);
+
 /// Where the kubelet's credential providers are: what its flags `--image-credential-provider-config` and
 /// `--image-credential-provider-bin-dir` name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,13 +42,15 @@ type Key = (String, String);
 pub(crate) struct Providers {
     files: ProviderFiles,
     kept: Mutex<HashMap<Key, (Instant, Arc<Answer>)>>,
-    /// One run of a plugin at a time; who waited finds what the other got.
-    turn: tokio::sync::Mutex<()>,
+    /// Why a plugin failed for a registry, a moment ago.
+    failed: Mutex<HashMap<Key, (Instant, String)>>,
+    /// One run of a plugin at a time, by its name; who waited finds what the other got.
+    turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Providers {
     pub(crate) fn new(files: ProviderFiles) -> Self {
-        Providers { files, kept: Mutex::default(), turn: tokio::sync::Mutex::default() }
+        Providers { files, kept: Mutex::default(), failed: Mutex::default(), turns: Mutex::default() }
     }
 
     /// The credential for a repository, from the first plugin that is for it and has one.
@@ -80,14 +86,19 @@ impl Providers {
     }
 
     async fn answer(&self, provider: &Provider, registry: &str, image: &str) -> Result<Arc<Answer>, String> {
-        if let Some(kept) = self.kept(provider, registry, image) {
-            return Ok(kept);
+        if let Some(known) = self.known(provider, registry, image) {
+            return known;
         }
-        let _turn = self.turn.lock().await;
-        if let Some(kept) = self.kept(provider, registry, image) {
-            return Ok(kept);
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(turns.entry(provider.name.clone()).or_default())
+        };
+        let _turn = turn.lock().await;
+        if let Some(known) = self.known(provider, registry, image) {
+            return known;
         }
-        let answer = Arc::new(exec::ask(&self.files.bin_dir, provider, image).await?);
+        let asked = exec::ask(&self.files.bin_dir, provider, image).await;
+        let answer = Arc::new(asked.inspect_err(|error| self.keep_failure(provider, registry, error))?);
         let time = answer.time.unwrap_or(provider.kept_for).min(MAX_KEPT);
         if !time.is_zero() {
             let of = match answer.key {
@@ -101,6 +112,23 @@ impl Providers {
             kept.insert((provider.name.clone(), of.to_owned()), (now + time, Arc::clone(&answer)));
         }
         Ok(answer)
+    }
+
+    fn keep_failure(&self, provider: &Provider, registry: &str, error: &str) {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        failed.retain(|_, (until, _)| *until > now);
+        failed.insert((provider.name.clone(), registry.to_owned()), (now + FAILURE_KEPT, error.to_owned()));
+    }
+
+    /// What needs no run of the plugin.
+    fn known(&self, provider: &Provider, registry: &str, image: &str) -> Option<Result<Arc<Answer>, String>> {
+        if let Some(kept) = self.kept(provider, registry, image) {
+            return Some(Ok(kept));
+        }
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let (until, error) = failed.get(&(provider.name.clone(), registry.to_owned()))?;
+        (*until > Instant::now()).then(|| Err(error.clone()))
     }
 
     fn kept(&self, provider: &Provider, registry: &str, image: &str) -> Option<Arc<Answer>> {

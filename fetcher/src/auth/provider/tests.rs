@@ -108,10 +108,23 @@ async fn many_who_wait_ask_once() {
 }
 
 #[tokio::test]
+async fn one_that_fails_is_not_run_again_at_once() {
+    let node = Node::new(&config("p", "*.r.io"));
+    node.plugin("p", "nonsense");
+    let providers = Providers::new(node.files());
+    for image in ["x", "y", "x"] {
+        assert!(user(&providers, "a.r.io", image).await.unwrap_err().contains("does not answer as"));
+    }
+    assert_eq!(node.asked().len(), 1);
+    user(&providers, "b.r.io", "x").await.unwrap_err();
+    assert_eq!(node.asked().len(), 2, "another registry is another question");
+}
+
+#[tokio::test]
 async fn what_goes_wrong_is_told_without_secrets() {
     let node = Node::new(&config("p", "*.r.io"));
-    let providers = Providers::new(node.files());
-    let fails = async || user(&providers, "a.r.io", "x").await.unwrap_err();
+    // Each time anew: a failure is kept for a while.
+    let fails = async || user(&Providers::new(node.files()), "a.r.io", "x").await.unwrap_err();
     assert!(fails().await.contains("could not be started"));
     for (said, why) in [("s3cret", "does not answer as"), (r#"{"kind": "x"}"#, "does not answer as")] {
         node.plugin("p", said);
@@ -122,7 +135,7 @@ async fn what_goes_wrong_is_told_without_secrets() {
     assert!(fails().await.contains("exit status: 3"));
     // A plugin without a credential is none, and for public images nothing is wrong with that.
     node.plugin("p", &answer("Registry", "").replace("*.r.io", "elsewhere.io"));
-    assert_eq!(user(&providers, "a.r.io", "x").await.unwrap(), None);
+    assert_eq!(user(&Providers::new(node.files()), "a.r.io", "x").await.unwrap(), None);
 }
 
 #[test]
