@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use lazyrun_index::{LayerSink, Layout, SpanInfo, hydrate_layer};
+use tokio::runtime::Handle;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
 use super::claims::{LayerState, Run};
@@ -239,6 +241,9 @@ async fn stream_from_any(
         let problem = Failure::default();
         let (feeder, reader) = pump(problem.clone());
         let mut sink = StreamSink {
+            inner: Arc::clone(inner),
+            begun: false,
+            large: None,
             layer: Arc::clone(layer),
             state: inner.state(layer.id()),
             span: Vec::new(),
@@ -282,6 +287,11 @@ async fn stream_from_any(
 /// Stores streamed spans once they are verified. Until then they are held in memory: the layer file may already
 /// have the same span, proven and in use.
 struct StreamSink {
+    inner: Arc<Inner>,
+    /// Whether there is room for the span.
+    begun: bool,
+    /// The turn of a large span.
+    large: Option<OwnedSemaphorePermit>,
     layer: Arc<Layer>,
     state: Arc<LayerState>,
     span: Vec<u8>,
@@ -298,9 +308,13 @@ impl LayerSink for StreamSink {
         if offset != self.offset + self.span.len() as u64 {
             return Err(io::Error::other("streamed bytes are not in order"));
         }
-        if self.span.is_empty() && self.next < self.layer.index().span_count() {
+        if !self.begun && self.next < self.layer.index().span_count() {
+            let len = self.layer.index().span(self.next).len;
+            let turn = self.inner.memory.large(len, || self.state.stream_wanted());
+            self.large = Handle::current().block_on(turn);
             // Its length was bounded when the index was checked; growing by doubling would take twice as much.
-            self.span.reserve_exact(self.layer.index().span(self.next).len as usize);
+            self.span.reserve_exact((len as usize).saturating_sub(self.span.len()));
+            self.begun = true;
         }
         self.span.extend_from_slice(bytes);
         Ok(())
@@ -319,10 +333,9 @@ impl LayerSink for StreamSink {
         }
         self.next = span.index as usize + 1;
         self.span.drain(..len);
-        if self.span.is_empty() {
-            // The next one may be a thousand times smaller, and there may be many streams.
-            self.span = Vec::new();
-        }
+        // The next one may be a thousand times smaller, and there may be many streams.
+        self.span.shrink_to_fit();
+        (self.begun, self.large) = (false, None);
         self.offset += span.len;
         if self.unsaved >= SAVE_EVERY {
             self.layer.save_map()?;
