@@ -72,7 +72,8 @@ fn a_lazy_start_is_counted_to_the_byte() {
     assert!(fetched <= passed && passed <= most, "{fetched} of {passed} bytes in {requests} requests");
     let class = |class| sum("lazyrun_fetched_bytes_total", &[("class", class)]);
     assert!(class("fault") > 160_000.0 && class("metadata") > 1000.0, "{metrics:?}");
-    assert_eq!((class("stream"), class("prefetch")), (0.0, 0.0), "it has indexes and no profile");
+    assert_eq!(class("stream"), 0.0, "it has indexes");
+    assert!(class("prefetch") < 4e6, "of what a start needs only the program was known: {metrics:?}");
     assert!(class("hydrate") > fixture.compressed() as f64 * 0.9, "the indexes were proven");
 
     let host = shaper.addr().to_string();

@@ -126,6 +126,8 @@ struct Keeper<'a> {
     program: Program,
     // Who waits to hear that the first daemon serves.
     ready: Option<OwnedFd>,
+    // Whether an earlier keeper's mounts wait for a daemon.
+    inherited: bool,
     // A daemon that was there before this program was.
     running: Option<Child>,
     // What has just taken the place of another daemon, and who waits to hear of it.
@@ -207,7 +209,8 @@ impl<'a> Keeper<'a> {
         let listener = UnixListener::bind(&socket)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
         let mut outage = Outage::new(fault_bound(settings));
-        if !given.kept.is_empty() {
+        let inherited = !given.kept.is_empty();
+        if inherited {
             // Since the last keeper was killed nobody serves what it held.
             outage.begin();
         }
@@ -222,6 +225,7 @@ impl<'a> Keeper<'a> {
             outage,
             program: Program::Own,
             ready,
+            inherited,
             running: None,
             replacing: None,
             failures: 0,
@@ -418,12 +422,9 @@ impl<'a> Keeper<'a> {
             ("", None) => format!("it ended without a word ({status}); see daemon.log in its root"),
             (said, _) => said.to_owned(),
         };
-        // Starting it again would only say it again.
-        if child.served.is_none()
-            && !child.said().is_empty()
-            && self.replacing.is_none()
-            && self.store.is_empty()
-        {
+        // Starting it again would only say it again. What the very first one stored nobody uses.
+        let unused = self.store.is_empty() || (self.ready.is_some() && !self.inherited);
+        if child.served.is_none() && !child.said().is_empty() && self.replacing.is_none() && unused {
             self.say_ready(&said);
             return Ended::Told;
         }

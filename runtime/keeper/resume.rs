@@ -116,6 +116,7 @@ impl<'a> Keeper<'a> {
             outage: Outage::new(fault_bound(settings)),
             program: Program::Own,
             ready: None,
+            inherited: true,
             running: Some(Child::resumed(Pid::from_raw(state.daemon), store)?),
             replacing: None,
             failures: 0,
