@@ -239,7 +239,7 @@ fn resident(path: &std::path::Path) -> usize {
 
 #[test]
 fn windows_that_were_used_are_not_kept_in_memory() {
-    let blob = gzip(&archive(300, 40_000, 21), 6, DEFAULT);
+    let blob = gzip(&archive(600, 60_000, 21), 6, DEFAULT);
     let (dir, mut bytes) = (tempfile::tempdir().unwrap(), std::io::Cursor::new(Vec::new()));
     index_layer(&blob[..], &mut (), &mut bytes, &small_spans()).unwrap();
     let (path, size) = (dir.path().join("index"), bytes.get_ref().len() >> 10);
