@@ -91,26 +91,26 @@ struct ProgramHeader {
     size: u64,
 }
 
-/// Bytes of a program header that are looked at.
-const HEADER: u16 = 40;
+/// Bytes of a program header of a 64-bit file.
+const HEADER: u16 = 56;
 
 fn program_headers(file: &impl Bytes, head: &[u8; 64]) -> Option<Vec<ProgramHeader>> {
-    let (table, entry_size, count) = (u64_in(head, 32)?, u16_in(head, 54)?, u16_in(head, 56)?);
-    if count > MAX_HEADERS || (count > 0 && entry_size < HEADER) {
+    let (table, size, count) = (u64_in(head, 32)?, u16_in(head, 54)?, u16_in(head, 56)?);
+    if count > MAX_HEADERS || (count > 0 && size != HEADER) {
         return None;
     }
-    let bytes = file.at(table, usize::from(entry_size) * usize::from(count))?;
-    (0..usize::from(count))
-        .map(|i| {
-            let at = usize::from(entry_size) * i;
-            Some(ProgramHeader {
-                kind: u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?),
-                offset: u64_in(&bytes, at + 8)?,
-                address: u64_in(&bytes, at + 16)?,
-                size: u64_in(&bytes, at + 32)?,
-            })
+    let bytes = file.at(table, usize::from(HEADER) * usize::from(count))?;
+    let header = |header: &[u8]| {
+        Some(ProgramHeader {
+            kind: u32::from_le_bytes(header.get(..4)?.try_into().ok()?),
+            offset: u64_in(header, 8)?,
+            address: u64_in(header, 16)?,
+            size: u64_in(header, 32)?,
         })
-        .collect()
+    };
+    let headers: Option<Vec<_>> = bytes.chunks(HEADER.into()).map(header).collect();
+    // Fewer where the file ends too early.
+    headers.filter(|headers| headers.len() == usize::from(count))
 }
 
 fn dynamic_entries(file: &impl Bytes, dynamic: &ProgramHeader) -> Option<Vec<(u64, u64)>> {

@@ -15,7 +15,7 @@ use tonic::{Code, Request, Status};
 
 use crate::support::fixture::{Fixture, TAG};
 use crate::support::instance::Lazyrun;
-use crate::support::snapshotter::Snapshotter;
+use crate::support::snapshotter::{Snapshotter, chain_ids};
 
 const TARGET: &str = "containerd.io/snapshot.ref";
 
@@ -116,14 +116,7 @@ fn image(fixture: &Fixture) -> Image {
     let digest = manifest["digest"].as_str().unwrap().to_owned();
     let config = json(&fixture.blob(&digest))["config"]["digest"].as_str().unwrap().to_owned();
     let config = json(&fixture.blob(&config));
-    let mut chains: Vec<String> = Vec::new();
-    for diff_id in config["rootfs"]["diff_ids"].as_array().unwrap() {
-        let diff_id = diff_id.as_str().unwrap();
-        chains.push(match chains.last() {
-            None => diff_id.to_owned(),
-            Some(below) => Digest::of(format!("{below} {diff_id}").as_bytes()).to_string(),
-        });
-    }
+    let chains = chain_ids(&config);
     let labels = chains.iter().zip(&fixture.layers).map(|(chain, layer)| {
         let label = |name: &str, value: &str| (format!("containerd.io/snapshot{name}"), value.to_owned());
         Labels::from([

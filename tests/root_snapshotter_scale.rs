@@ -7,7 +7,6 @@ use lazyrun::demo::layout::{Encoding, ImageSettings, LayerBlob, LayerWriter, Lay
 use lazyrun::demo::registry::Registry;
 use lazyrun::demo::shaper::Shape;
 use lazyrun::snapshotter::proto::services::snapshots::v1::{self as api, snapshots_client::SnapshotsClient};
-use lazyrun_index::Digest;
 use serde_json::Value;
 use tempfile::TempDir;
 use tonic::transport::Endpoint;
@@ -16,7 +15,7 @@ use tonic::{Code, Request};
 use crate::support::containerd::PROXY;
 use crate::support::fixture::{TAG, big, sha256};
 use crate::support::indexed::Indexed;
-use crate::support::snapshotter::{Snapshotter, pull};
+use crate::support::snapshotter::{Snapshotter, chain_ids, pull};
 
 /// Layers of the large image; containerd's own limit of overlayfs is near.
 const LAYERS: usize = 128;
@@ -52,14 +51,7 @@ fn names(dir: &TempDir) -> (String, Vec<String>) {
     let blob = |digest: &Value| read(&format!("blobs/sha256/{}", &digest.as_str().unwrap()[7..]));
     let manifest = read("index.json")["manifests"][0]["digest"].clone();
     let config = blob(&blob(&manifest)["config"]["digest"]);
-    let mut chains: Vec<String> = Vec::new();
-    for diff_id in config["rootfs"]["diff_ids"].as_array().unwrap() {
-        let diff_id = diff_id.as_str().unwrap();
-        chains.push(match chains.last() {
-            None => diff_id.to_owned(),
-            Some(below) => Digest::of(format!("{below} {diff_id}").as_bytes()).to_string(),
-        });
-    }
+    let chains = chain_ids(&config);
     (manifest.as_str().unwrap().to_owned(), chains)
 }
 

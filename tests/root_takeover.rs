@@ -223,8 +223,7 @@ fn read_uncached(below: &[PathBuf], root: &Path, at: usize) -> std::io::Result<V
 fn refused_after_the_bound(lazyrun: &Lazyrun, plan: &str) {
     let fixture = Fixture::new();
     let image = fixture.image();
-    let run = ["run", "-d", "--name", "reader", "--network", "none", "--union", plan, "--hydrate", "never"];
-    lazyrun.ok(&[&run[..], &[&image, "sleep", "1000"]].concat());
+    lazyrun.ok(&[&RUN_PLAIN[..], &["--union", plan, &image, "sleep", "1000"]].concat());
     let root = root_of(lazyrun, "reader");
     let below = below(lazyrun);
     assert!(read_uncached(&below, &root, 4096).expect("a read") == big()[4096..8192]);
@@ -273,19 +272,7 @@ fn without_a_daemon_reads_fail_after_the_bound_without_resend() {
 fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
     let lazyrun = Lazyrun::new().with_options(&["--fault-timeout", "2s"]);
     let fixture = Fixture::new();
-    lazyrun.ok(&[
-        "run",
-        "-d",
-        "--name",
-        "reader",
-        "--network",
-        "none",
-        "--hydrate",
-        "never",
-        &fixture.image(),
-        "sleep",
-        "1000",
-    ]);
+    lazyrun.ok(&[&RUN_PLAIN[..], &[&fixture.image(), "sleep", "1000"]].concat());
     let root = root_of(&lazyrun, "reader");
     let (keeper, below) = (keeper_pid(&lazyrun), below(&lazyrun));
     let old = child_of(keeper).expect("a daemon");
@@ -348,19 +335,7 @@ fn a_keeper_that_waits_before_the_next_try_ends_when_told() {
 fn with_the_keeper_everything_ends_and_the_next_command_starts_anew() {
     let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());
     let image = fixture.image();
-    lazyrun.ok(&[
-        "run",
-        "-d",
-        "--name",
-        "reader",
-        "--network",
-        "none",
-        "--hydrate",
-        "never",
-        &image,
-        "sleep",
-        "1000",
-    ]);
+    lazyrun.ok(&[&RUN_PLAIN[..], &[&image, "sleep", "1000"]].concat());
     let root = root_of(&lazyrun, "reader");
     let keeper = keeper_pid(&lazyrun);
     let daemon = child_of(keeper).expect("a daemon");

@@ -150,7 +150,7 @@ struct RawDescriptor {
     media_type: Option<String>,
     digest: String,
     size: Option<u64>,
-    platform: Option<RawPlatform>,
+    platform: Option<Platform>,
     artifact_type: Option<String>,
     #[serde(default, deserialize_with = "annotations")]
     annotations: BTreeMap<String, String>,
@@ -166,15 +166,6 @@ pub(crate) fn annotations<'de, D: Deserializer<'de>>(
         _ => None,
     });
     Ok(texts.collect())
-}
-
-#[derive(Deserialize)]
-struct RawPlatform {
-    #[serde(default)]
-    os: String,
-    #[serde(default)]
-    architecture: String,
-    variant: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -218,11 +209,7 @@ fn parse_list(reference: &Reference, manifests: Vec<RawDescriptor>) -> Result<Ve
         .into_iter()
         .map(|raw| {
             let digest = parse_digest(reference, "manifest", &raw.digest)?;
-            let platform = raw.platform.map(|p| Platform {
-                os: p.os,
-                architecture: p.architecture,
-                variant: p.variant.filter(|v| !v.is_empty()),
-            });
+            let platform = raw.platform;
             Ok(ListEntry { digest, platform, artifact_type: raw.artifact_type.filter(|t| !t.is_empty()) })
         })
         .collect()

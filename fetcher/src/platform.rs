@@ -3,18 +3,25 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Operating system, architecture and variant in OCI (Go) words: `linux/arm64/v8`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Platform {
     /// Operating system, `linux`.
+    #[serde(default)]
     pub os: String,
     /// Architecture by Go's name: `amd64`, `arm64`, `arm`, `riscv64`, …
+    #[serde(default)]
     pub architecture: String,
     /// Variant of the architecture, `v7` for `arm`; none where there is only one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "non_empty", skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
+}
+
+/// Documents may say that there is no variant by an empty one.
+fn non_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|variant| !variant.is_empty()))
 }
 
 impl Platform {

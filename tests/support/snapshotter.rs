@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use super::containerd::{Containerd, PROXY};
+use super::fixture::sha256;
 use super::instance::{EXE, Lazyrun};
 use super::server::Server;
 use super::wait_for;
@@ -205,4 +207,17 @@ fn build(name: &str) -> PathBuf {
     std::fs::remove_file(&program).expect("unlink the program");
     let fd = std::os::fd::IntoRawFd::into_raw_fd(kept);
     PathBuf::from(format!("/proc/{}/fd/{fd}", std::process::id()))
+}
+
+/// The chainIDs of an image's layers by its config, bottom first (OCI image-spec, "Layer ChainID").
+pub fn chain_ids(config: &Value) -> Vec<String> {
+    let mut chains: Vec<String> = Vec::new();
+    for diff_id in config["rootfs"]["diff_ids"].as_array().expect("diffIDs") {
+        let diff_id = diff_id.as_str().expect("a diffID");
+        chains.push(match chains.last() {
+            None => diff_id.to_owned(),
+            Some(below) => format!("sha256:{}", sha256(format!("{below} {diff_id}").as_bytes())),
+        });
+    }
+    chains
 }

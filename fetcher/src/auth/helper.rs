@@ -1,11 +1,10 @@
 //! Credential helpers: programs named `docker-credential-*` that keep secrets (docker-credential-helpers' protocol).
 
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::json;
-use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
 
 use super::config::Credential;
 
@@ -53,38 +52,23 @@ pub(super) async fn erase(helper: &str, key: &str) -> Result<bool, String> {
     Ok(known)
 }
 
-/// Runs a helper; `None`: it has nothing of that name. What it says may be a secret and is in no error.
+/// Runs a helper; `None`: it has nothing of that name.
 async fn run(helper: &str, verb: &str, input: &[u8]) -> Result<Option<Vec<u8>>, String> {
     if helper.is_empty()
         || !helper.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
     {
         return Err("the credential helper's name is not a plain word".to_owned());
     }
-    let program = program(helper);
-    let run = async {
-        let mut child = tokio::process::Command::new(&program)
-            .arg(verb)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|e| format!("{program} could not be started: {e}"))?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A helper that answers without reading closes the pipe; its answer counts.
-            let _ = stdin.write_all(input).await;
-        }
-        child.wait_with_output().await.map_err(|e| format!("{program} failed: {e}"))
-    };
-    let output = tokio::time::timeout(HELPER_TIMEOUT, run)
-        .await
-        .map_err(|_| format!("{program} did not answer within {} s", HELPER_TIMEOUT.as_secs()))??;
-    if output.status.success() {
-        return Ok(Some(output.stdout));
+    let name = program(helper);
+    let mut command = Command::new(&name);
+    command.arg(verb);
+    let answer = super::program::ask(command, &name, input, HELPER_TIMEOUT).await?;
+    if answer.status.success() {
+        return Ok(Some(answer.said));
     }
-    let said = String::from_utf8_lossy(&output.stdout).to_ascii_lowercase();
+    let said = String::from_utf8_lossy(&answer.said).to_ascii_lowercase();
     if said.contains("credentials not found") || said.contains("no credentials") {
         return Ok(None);
     }
-    Err(format!("{program} failed ({})", output.status))
+    Err(format!("{name} failed ({})", answer.status))
 }

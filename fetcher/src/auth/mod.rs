@@ -6,6 +6,7 @@
 mod challenge;
 mod config;
 mod helper;
+mod program;
 mod provider;
 mod save;
 mod token;

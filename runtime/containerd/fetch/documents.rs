@@ -44,16 +44,7 @@ struct RawEntry {
     media_type: String,
     digest: String,
     size: u64,
-    platform: Option<RawPlatform>,
-}
-
-#[derive(Deserialize)]
-struct RawPlatform {
-    #[serde(default)]
-    os: String,
-    #[serde(default)]
-    architecture: String,
-    variant: Option<String>,
+    platform: Option<Platform>,
 }
 
 impl Document {
@@ -90,12 +81,8 @@ impl TryFrom<RawEntry> for Entry {
     type Error = anyhow::Error;
 
     fn try_from(raw: RawEntry) -> Result<Self> {
-        let platform = raw.platform.map(|p| Platform {
-            os: p.os,
-            architecture: p.architecture,
-            variant: p.variant.filter(|variant| !variant.is_empty()),
-        });
-        Ok(Self { digest: raw.digest.parse()?, size: raw.size, media_type: raw.media_type, platform })
+        let RawEntry { media_type, digest, size, platform } = raw;
+        Ok(Self { digest: digest.parse()?, size, media_type, platform })
     }
 }
 
