@@ -61,6 +61,11 @@ pub struct ResolvedImage {
 }
 
 impl ResolvedImage {
+    /// The layers' diffIDs, bottom first.
+    pub fn diff_ids(&self) -> Vec<Digest> {
+        self.layers.iter().map(|layer| layer.diff_id).collect()
+    }
+
     /// Builds an image from stored bytes, with the same checks as a fresh one.
     ///
     /// # Errors

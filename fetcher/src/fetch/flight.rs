@@ -89,15 +89,17 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
         }
     }
 
-    /// Stops the work under `key`; who waits for it gets [`FetchError::Interrupted`].
-    pub(super) fn cancel(&self, key: &LayerId) {
+    /// Stops the work under `key`, if there is any; who waits for it gets [`FetchError::Interrupted`].
+    pub(super) fn cancel(&self, key: &LayerId) -> bool {
         let flight = {
             let active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
             active.get(key).and_then(Weak::upgrade)
         };
-        if let Some(flight) = flight {
+        flight.is_some_and(|flight| {
+            let active = !flight.task.is_finished();
             flight.task.abort();
-        }
+            active
+        })
     }
 }
 

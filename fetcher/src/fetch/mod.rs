@@ -338,10 +338,10 @@ impl Fetcher {
     }
 
     /// Ends what is under way for a whole layer: hydration and streams, also those that faults have started. Who waits
-    /// for one gets an error.
-    pub fn cancel(&self, id: LayerId) {
-        self.inner.hydrations.cancel(&id);
-        self.inner.streams.cancel(&id);
+    /// for one gets an error. Says whether there was something; what it was just writing may yet be written.
+    pub fn cancel(&self, id: LayerId) -> bool {
+        let hydrates = self.inner.hydrations.cancel(&id);
+        self.inner.streams.cancel(&id) || hydrates
     }
 
     /// Compares a layer's index with the blob, entry by entry, by one stream that stores nothing.

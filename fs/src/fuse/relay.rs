@@ -161,11 +161,12 @@ impl Relay {
 
     // The answer was written, so that nobody needs the request any more.
     fn settle(&self, unique: u64) {
-        let slot = self.lock().slots.remove(&unique);
-        if let Some(slot) = slot {
-            self.journal.clear(slot);
-            self.put_back(slot);
-        }
+        let mut open = self.lock();
+        let Some(slot) = open.slots.remove(&unique) else { return };
+        self.journal.clear(slot);
+        open.free.push(slot);
+        drop(open);
+        self.room.notify_one();
     }
 
     // Waits until there is one: what is not taken stays in the kernel's queue.

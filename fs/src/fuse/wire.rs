@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 /// Bytes of `fuse_in_header`.
 pub(super) const IN_HEADER: usize = 40;
 /// `FUSE_INIT`.
-pub(super) const OP_INIT: u32 = 26;
+const OP_INIT: u32 = 26;
 /// `FUSE_NOTIFY_INVAL_INODE`: forget cached contents of a file.
 const NOTIFY_INVAL_INODE: i32 = 2;
 /// `FUSE_NOTIFY_RESEND` (Linux 6.9): hand out again what was read and never answered.
@@ -77,7 +77,7 @@ fn write(dev: impl AsFd, error: i32, unique: u64, body: &[u8]) -> io::Result<()>
 pub(super) fn init_request() -> [u8; IN_HEADER + 64] {
     let mut req = [0; IN_HEADER + 64];
     let mut put = |at: usize, value: u32| req[at..at + 4].copy_from_slice(&value.to_ne_bytes());
-    put(0, 104);
+    put(0, (IN_HEADER + 64) as u32);
     put(4, OP_INIT);
     put(8, 2);
     put(40, 7);

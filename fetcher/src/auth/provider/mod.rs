@@ -36,21 +36,22 @@ pub struct ProviderFiles {
 
 /// For what an answer is kept: the provider's name and the image, registry or everything.
 type Key = (String, String);
+/// What a plugin answered, or why it failed.
+type Known = Result<Arc<Answer>, String>;
 
 /// Asks the plugins, and keeps what they answer for as long as they say.
 #[derive(Debug)]
 pub(crate) struct Providers {
     files: ProviderFiles,
-    kept: Mutex<HashMap<Key, (Instant, Arc<Answer>)>>,
-    /// Why a plugin failed for a registry, a moment ago.
-    failed: Mutex<HashMap<Key, (Instant, String)>>,
+    /// Until when each is good.
+    kept: Mutex<HashMap<Key, (Instant, Known)>>,
     /// One run of a plugin at a time, by its name; who waited finds what the other got.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Providers {
     pub(crate) fn new(files: ProviderFiles) -> Self {
-        Providers { files, kept: Mutex::default(), failed: Mutex::default(), turns: Mutex::default() }
+        Providers { files, kept: Mutex::default(), turns: Mutex::default() }
     }
 
     /// The credential for a repository, from the first plugin that is for it and has one.
@@ -85,7 +86,7 @@ impl Providers {
         failed.map_or(Ok(None), Err)
     }
 
-    async fn answer(&self, provider: &Provider, registry: &str, image: &str) -> Result<Arc<Answer>, String> {
+    async fn answer(&self, provider: &Provider, registry: &str, image: &str) -> Known {
         if let Some(known) = self.known(provider, registry, image) {
             return known;
         }
@@ -97,46 +98,34 @@ impl Providers {
         if let Some(known) = self.known(provider, registry, image) {
             return known;
         }
-        let asked = exec::ask(&self.files.bin_dir, provider, image).await;
-        let answer = Arc::new(asked.inspect_err(|error| self.keep_failure(provider, registry, error))?);
-        let time = answer.time.unwrap_or(provider.kept_for).min(MAX_KEPT);
+        let asked = exec::ask(&self.files.bin_dir, provider, image).await.map(Arc::new);
+        let (of, time) = match &asked {
+            Ok(answer) => {
+                let of = match answer.key {
+                    CacheKey::Image => image,
+                    CacheKey::Registry => registry,
+                    CacheKey::Global => "",
+                };
+                (of, answer.time.unwrap_or(provider.kept_for).min(MAX_KEPT))
+            }
+            Err(_) => (registry, FAILURE_KEPT),
+        };
         if !time.is_zero() {
-            let of = match answer.key {
-                CacheKey::Image => image,
-                CacheKey::Registry => registry,
-                CacheKey::Global => "",
-            };
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             let now = Instant::now();
             kept.retain(|_, (until, _)| *until > now);
-            kept.insert((provider.name.clone(), of.to_owned()), (now + time, Arc::clone(&answer)));
+            kept.insert((provider.name.clone(), of.to_owned()), (now + time, asked.clone()));
         }
-        Ok(answer)
-    }
-
-    fn keep_failure(&self, provider: &Provider, registry: &str, error: &str) {
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        failed.retain(|_, (until, _)| *until > now);
-        failed.insert((provider.name.clone(), registry.to_owned()), (now + FAILURE_KEPT, error.to_owned()));
+        asked
     }
 
     /// What needs no run of the plugin.
-    fn known(&self, provider: &Provider, registry: &str, image: &str) -> Option<Result<Arc<Answer>, String>> {
-        if let Some(kept) = self.kept(provider, registry, image) {
-            return Some(Ok(kept));
-        }
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        let (until, error) = failed.get(&(provider.name.clone(), registry.to_owned()))?;
-        (*until > Instant::now()).then(|| Err(error.clone()))
-    }
-
-    fn kept(&self, provider: &Provider, registry: &str, image: &str) -> Option<Arc<Answer>> {
+    fn known(&self, provider: &Provider, registry: &str, image: &str) -> Option<Known> {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        // An image's name has a slash and a registry's has none.
-        [image, registry, ""].into_iter().find_map(|of| {
-            let (until, answer) = kept.get(&(provider.name.clone(), of.to_owned()))?;
-            (*until > Instant::now()).then(|| Arc::clone(answer))
+        // An image's name has a slash and a registry's has none. Failures are kept by registry, so that comes last.
+        [image, "", registry].into_iter().find_map(|of| {
+            let (until, known) = kept.get(&(provider.name.clone(), of.to_owned()))?;
+            (*until > Instant::now()).then(|| known.clone())
         })
     }
 }
@@ -148,7 +137,7 @@ impl Providers {
 pub(crate) fn summary(files: &ProviderFiles) -> Result<(Vec<String>, Vec<String>), String> {
     let providers = config::read(&files.config)?;
     let wrong = providers.iter().filter_map(|provider| {
-        let path = exec::program(&files.bin_dir, provider).ok()?;
+        let path = exec::program(&files.bin_dir, provider);
         (!is_program(&path))
             .then(|| format!("{} is no program: its images get no credentials", path.display()))
     });
