@@ -1,5 +1,6 @@
 //! The number of files that a process may have open. Keeper and daemon hold two or three descriptors for each mounted
-//! image, more than the usual 1024 on a busy node; what they start gets the limit that they were given.
+//! image, more than the usual 1024 on a busy node; servers of writable mounts hold files that containers have open. Containers
+//! get the limit that was given, and so do daemons before they raise it.
 
 use std::io;
 use std::os::unix::process::CommandExt;

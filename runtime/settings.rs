@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use lazyrun_fetcher::FetchOptions;
+
 use crate::logs::Format;
 use crate::units::{Rate, Timeout};
 
@@ -39,9 +41,9 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The bound of a fault, if one is set.
-    pub fn fault_timeout(&self) -> Option<Duration> {
-        self.fault_timeout.map(|timeout| timeout.0)
+    /// The bound of a fault.
+    pub fn fault_timeout(&self) -> Duration {
+        self.fault_timeout.map_or_else(|| FetchOptions::default().fault_timeout, |timeout| timeout.0)
     }
 
     /// The environment that says the same.

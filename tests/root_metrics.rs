@@ -139,6 +139,8 @@ fn metrics_are_where_they_were_asked_for() {
     let second = Lazyrun::new().with_env("LAZYRUN_METRICS_ADDRESS", &format!("unix:{path}"));
     let why = second.fails(125, &["pull", "--quiet", &fixture.image()]);
     assert!(why.contains(path) && why.contains("--metrics-address"), "{why}");
+    let why = second.fails(125, &["daemon"]);
+    assert!(why.contains(path) && why.contains("--metrics-address"), "in the foreground: {why}");
     drop(second.with_env("LAZYRUN_METRICS_ADDRESS", ""));
     let old = first.daemon_pid().expect("a daemon");
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(old), nix::sys::signal::Signal::SIGKILL).expect("kill");

@@ -112,6 +112,13 @@ fn soak_takeover_without_resend() {
     }
 }
 
+fn wait_for_end(what: &str, pid: i32) {
+    wait_for(&format!("{what} to end"), Duration::from_secs(10), || {
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        (state.is_empty() || state.contains(") Z ")).then_some(())
+    });
+}
+
 fn exe_of(pid: i32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/exe")).expect("a process's program")
 }
@@ -322,10 +329,7 @@ fn a_keeper_that_waits_before_the_next_try_ends_when_told() {
         refused.stderr.contains("the next try has to wait").then_some(())
     });
     kill(Pid::from_raw(keeper), Signal::SIGTERM).expect("end the keeper");
-    wait_for("the keeper to end", Duration::from_secs(10), || {
-        let state = fs::read_to_string(format!("/proc/{keeper}/stat")).unwrap_or_default();
-        (state.is_empty() || state.contains(") Z ")).then_some(())
-    });
+    wait_for_end("the keeper", keeper);
     fs::remove_dir(&meta).expect("take the obstacle away");
     fs::rename(&aside, &meta).expect("put the database back");
     lazyrun.ok(&["rm", "-f", "reader"]);
@@ -342,10 +346,7 @@ fn with_the_keeper_everything_ends_and_the_next_command_starts_anew() {
     let file = File::open(root.join("data/big.bin")).expect("open the big file");
     forget_everywhere(&below(&lazyrun), &file);
     kill(Pid::from_raw(keeper), Signal::SIGKILL).expect("kill the keeper");
-    wait_for("the daemon to end", Duration::from_secs(10), || {
-        let state = fs::read_to_string(format!("/proc/{daemon}/stat")).unwrap_or_default();
-        (state.is_empty() || state.contains(") Z ")).then_some(())
-    });
+    wait_for_end("the daemon", daemon);
     let error = file.read_exact_at(&mut [0; 4096], 16 << 20).expect_err("its bytes are nowhere");
     assert!(matches!(error.raw_os_error(), Some(libc::EIO | libc::ENOTCONN)), "{error}");
     drop(file);
@@ -403,6 +404,15 @@ impl Managed {
         });
         reader.join().expect("the reader")
     }
+
+    /// What ends in peace leaves nothing with the manager.
+    fn end(&mut self) {
+        self.lazyrun.ok(&["rm", "-f", "reader"]);
+        kill(Pid::from_raw(self.service.pid() as i32), Signal::SIGTERM).expect("end the service");
+        wait_for("the service to end", Duration::from_secs(60), || self.service.ended());
+        self.manager.hear();
+        assert!(self.manager.stored.is_empty(), "{:?}", self.manager.stored.keys());
+    }
 }
 
 #[test]
@@ -418,12 +428,7 @@ fn under_systemd_mounts_outlive_the_keeper() {
     assert!(page == big()[20 << 20..][..4096]);
     assert_eq!(managed.lazyrun.ok(&["exec", "reader", "cat", "/data/last"]), "behind the big file\n");
     assert_ne!(managed.service.pid(), keeper);
-    // What ends in peace leaves nothing with the manager.
-    managed.lazyrun.ok(&["rm", "-f", "reader"]);
-    kill(Pid::from_raw(managed.service.pid() as i32), Signal::SIGTERM).expect("end the service");
-    wait_for("the service to end", Duration::from_secs(60), || managed.service.ended());
-    managed.manager.hear();
-    assert!(managed.manager.stored.is_empty(), "{:?}", managed.manager.stored.keys());
+    managed.end();
 }
 
 #[test]
@@ -436,4 +441,5 @@ fn what_the_next_daemon_cannot_take_over_keeps_nobody_waiting() {
         managed.manager.stored.remove(name);
     }
     managed.kill_and_restart().expect_err("its mount was lost");
+    managed.end();
 }

@@ -25,7 +25,7 @@ fn check(context: &Context, args: CheckArgs) -> Result<ExitCode, Failure> {
     let options = Options {
         containerd_config: args.containerd_config,
         containerd_address: args.containerd_address.as_deref().map(crate::containerd::socket),
-        address: args.address,
+        address: args.address.as_deref().map(crate::containerd::socket),
         root: context.paths.root().to_owned(),
         daemon: info.map(|info| info.daemon_pid).filter(|pid| *pid > 0),
         registry: context.registry(),

@@ -11,7 +11,8 @@ use crate::preflight;
 pub enum ConfigCommand {
     /// Check whether this node is set up to use lazyrun as containerd's snapshotter; exits with 1 on errors
     ///
-    /// Give it the same --root, --hosts-dir and --insecure-registry as the snapshotter.
+    /// Give it the same --root, --hosts-dir, --insecure-registry and --image-credential-provider-config and -bin-dir as the
+    /// snapshotter; /etc/default/lazyrun is not read.
     Check(CheckArgs),
 }
 

@@ -10,12 +10,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
 
 use super::{Context, system};
 use crate::failure::Failure;
-use crate::ipc::protocol::PullPolicy;
 use crate::keeper::manager::{self, Manager};
 use crate::keeper::{self, Given, start};
 use crate::snapshotter::{DEFAULT_ADDRESS, KeepBlobs, SnapshotterOptions};
@@ -43,18 +41,16 @@ pub(super) fn serve(context: &Context, args: SnapshotterArgs) -> Result<ExitCode
         return Err(Failure::daemon("the snapshotter mounts images, which needs root; run it with sudo"));
     }
     system::store_limits(context)?;
-    // No name of an image: only the settings of this process are wanted.
-    let registry = context.image("", PullPolicy::Missing).registry;
     let options = SnapshotterOptions {
-        registry,
+        registry: context.registry(),
         index: context.index.clone(),
         containerd: args.containerd_address.as_deref().map(crate::containerd::socket),
         keep_blobs: args.keep_blobs,
     };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
-    let mut passed = manager::passed()
+    let passed = manager::passed()
         .map_err(|e| Failure::daemon(format!("the sockets of systemd can't be used: {e}")))?;
-    let (listener, bound) = match passed.sockets.pop() {
+    let (listener, bound) = match passed.sockets.into_iter().next() {
         Some(listener) => (listener.into(), None),
         None => {
             let address = args.address.unwrap_or_else(|| DEFAULT_ADDRESS.into());
@@ -123,12 +119,7 @@ type Told = std::thread::JoinHandle<Result<(), String>>;
 /// Where the daemon says that it is ready, which systemd is told, and what it said if it is not.
 fn tell_when_ready() -> Result<(OwnedFd, Told), Failure> {
     let failed = |e: io::Error| Failure::daemon(format!("the snapshotter can't be started: {e}"));
-    // The keeper takes these from a descriptor; no other thread may get them.
-    let mut keepers = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP] {
-        keepers.add(signal);
-    }
-    keepers.thread_block().map_err(|e| failed(e.into()))?;
+    keeper::block_signals().map_err(failed)?;
     let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
     let wait = move || {
         let mut said = String::new();

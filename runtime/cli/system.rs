@@ -174,8 +174,26 @@ pub(super) fn reset(context: &Context, force: bool) -> Result<(), Failure> {
         return Ok(());
     }
     // A root that was left behind by a crash may still have a bridge and mounts: the daemon knows how to clean.
-    let mut daemon = context.daemon()?;
-    daemon.call::<()>(&Request::Reset { force }, &mut Quiet)?;
+    let mut told = context.daemon()?.call::<()>(&Request::Reset { force }, &mut Quiet);
+    if told.is_err() && context.running_daemon().is_none() {
+        // It was about to end.
+        wait_for_keeper(context)?;
+        told = context.daemon()?.call(&Request::Reset { force }, &mut Quiet);
+    }
+    told?;
+    wait_for_keeper(context)?;
+    for dir in [context.paths.root(), context.paths.run()] {
+        match std::fs::remove_dir_all(dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Failure::daemon(format!("{} can't be deleted: {e}", dir.display())));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn wait_for_keeper(context: &Context) -> Result<(), Failure> {
     let deadline = Instant::now() + RESET_TIMEOUT;
     while keeper_lives(context) {
         if Instant::now() > deadline {
@@ -184,14 +202,6 @@ pub(super) fn reset(context: &Context, force: bool) -> Result<(), Failure> {
             ));
         }
         std::thread::sleep(Duration::from_millis(5));
-    }
-    for dir in [context.paths.root(), context.paths.run()] {
-        match std::fs::remove_dir_all(dir) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Failure::daemon(format!("{} can't be deleted: {e}", dir.display())));
-            }
-            _ => {}
-        }
     }
     Ok(())
 }

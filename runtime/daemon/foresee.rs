@@ -20,7 +20,7 @@ use crate::container::spec::{Command, RunOptions};
 use crate::failure::Failure;
 use crate::ipc::hydration::HydrateMode;
 use crate::ipc::profiles::ProfileAction;
-use crate::ipc::protocol::ImageRequest;
+use crate::ipc::protocol::{ImageRequest, RunRequest};
 
 /// Hydration begins when a start has had so long with all that was foreseen: until then it would only take the link and
 /// the processors from it. As long as earlier starts touched something new, within these bounds; where nobody knows, once
@@ -40,16 +40,14 @@ impl Daemon {
     pub(super) fn foresee(
         self: &Arc<Self>,
         ready: &Ready,
-        command: Option<Command>,
-        request: &ImageRequest,
-        hydrate: HydrateMode,
+        request: &RunRequest,
         start: &Recorder,
     ) -> Result<Purpose> {
-        let (purpose, first) = self.first_needs(ready, command, start);
+        let (purpose, first) = self.first_needs(ready, &request.options, start);
         if let Some(first) = first {
             // Wanted from now on, so that a daemon that is killed during the start goes on with it.
-            let key = match hydrate {
-                HydrateMode::Auto => self.hydration.want(request, false)?,
+            let key = match request.hydrate {
+                HydrateMode::Auto => self.hydration.want(&request.image, false)?,
                 HydrateMode::Never => ready.image.reference.to_string(),
             };
             self.hydration.begin_after(key, first);
@@ -59,8 +57,7 @@ impl Daemon {
 
     /// As [`Daemon::foresee`], for layers that are containerd's and no recorded image's.
     pub(super) fn foresee_layers(self: &Arc<Self>, ready: &Ready, start: &Recorder) -> Purpose {
-        let (purpose, first) =
-            self.first_needs(ready, command_of(&ready.image, &RunOptions::default()), start);
+        let (purpose, first) = self.first_needs(ready, &RunOptions::default(), start);
         if let Some(first) = first {
             self.hydration.begin_layers_after(&ready.layers, first);
         }
@@ -71,7 +68,7 @@ impl Daemon {
     fn first_needs(
         self: &Arc<Self>,
         ready: &Ready,
-        command: Option<Command>,
+        options: &RunOptions,
         start: &Recorder,
     ) -> (Purpose, Option<BoxFuture<'static, ()>>) {
         let layers = ready.layers.clone();
@@ -85,6 +82,7 @@ impl Daemon {
         if !missing {
             return (purpose, None);
         }
+        let command = own.is_none().then(|| command_of(&ready.image, options)).flatten();
         let start = start.recording();
         if own.is_some() {
             start.profile(if ready.profile.is_some() { "registry" } else { "local" });
@@ -234,7 +232,7 @@ impl Daemon {
     fn forget_profile(&self, name: &str) -> Result<bool> {
         let record = self.images.find(name)?.into_iter().next().context("no record")?;
         let image = self.images.load(&record)?;
-        let diff_ids: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+        let diff_ids = image.diff_ids();
         let chain = chain_id(&diff_ids).context("the image has no layers")?;
         self.service.recorder.finish(chain);
         self.profiles.delete(chain)
@@ -248,7 +246,7 @@ pub(super) fn no_profile(image: &Reference) -> Failure {
 }
 
 /// What the image and the options have executed; `None` when they do not say.
-pub(super) fn command_of(image: &ResolvedImage, options: &RunOptions) -> Option<Command> {
+fn command_of(image: &ResolvedImage, options: &RunOptions) -> Option<Command> {
     let config = ImageConfiguration::from_reader(image.config.as_ref()).ok()?;
     Command::of(&config, options, None).ok()
 }

@@ -233,15 +233,14 @@ impl Daemon {
     // Containers and mounts of an earlier daemon, with the views that the keeper held for them. Of what is not taken over
     // nothing stays there: a daemon serves, so whoever waits for it would wait for ever.
     async fn recover(self: &Arc<Self>, mut before: BTreeMap<String, OwnedFd>) -> Result<()> {
-        let names: Vec<String> =
-            before.keys().filter(|n| views::parse_kept_name(n).is_some()).cloned().collect();
-        for name in names {
+        let views: Vec<_> =
+            before.keys().filter_map(|name| Some((name.clone(), views::parse_kept_name(name)?))).collect();
+        for (name, kept) in views {
             let Some(mount) = take_mount(&mut before, &name) else { continue };
-            let Some(kept) = views::parse_kept_name(&name) else { continue };
             let served = mount.dev.is_some();
             let tree = mount.tree.try_clone()?;
             let adopted = match self.layers_of_view(&kept.id)? {
-                Some(layers) => self.views.adopt(&name, layers, mount),
+                Some(layers) => self.views.adopt(kept, layers, mount),
                 None => Err(anyhow::anyhow!("its layers are not known")),
             };
             if let Err(error) = adopted {
@@ -257,7 +256,7 @@ impl Daemon {
             self.kept.discard(name)?;
         }
         drop(before);
-        self.recover_snapshots()?;
+        self.recover_snapshots().await?;
         self.recover_containers().await?;
         self.recover_mounts().await
     }
@@ -265,7 +264,7 @@ impl Daemon {
     fn layers_of_view(&self, id: &ViewId) -> Result<Option<Vec<Arc<Layer>>>> {
         for record in self.images.records()? {
             let Ok(image) = self.images.load(&record) else { continue };
-            let diff_ids: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+            let diff_ids = image.diff_ids();
             if views::chain_id(&diff_ids) == Some(id.chain) {
                 let layers = self.known_layers(&id.layer_ids(&diff_ids));
                 return Ok(layers.filter(|layers| ViewId::of(layers) == *id));
@@ -345,8 +344,7 @@ impl Daemon {
 }
 
 fn fetch_options(settings: &Settings) -> FetchOptions {
-    let options = FetchOptions::default();
-    FetchOptions { fault_timeout: settings.fault_timeout().unwrap_or(options.fault_timeout), ..options }
+    FetchOptions { fault_timeout: settings.fault_timeout(), ..FetchOptions::default() }
 }
 
 /// The layer files of a record; early records have no names of files, only diffIDs.

@@ -201,6 +201,11 @@ pub(crate) fn in_table(mountinfo: &[u8], target: &Path) -> bool {
 
 /// The device number, `major:minor`, of what a mount table has at `target`.
 pub(crate) fn device_in_table(mountinfo: &[u8], target: &Path) -> Option<String> {
+    fields_in_table(mountinfo, target).map(|fields| String::from_utf8_lossy(fields[2]).into_owned())
+}
+
+/// The fields of the line that a mount table has for `target` (proc_pid_mountinfo(5)), at least those up to the mount point.
+pub(crate) fn fields_in_table<'a>(mountinfo: &'a [u8], target: &Path) -> Option<Vec<&'a [u8]>> {
     // Field 5 of a line is the mount point, with space, tab, newline and backslash in octal; the last one is on top.
     let mut escaped = Vec::new();
     for &byte in target.as_os_str().as_encoded_bytes() {
@@ -209,11 +214,11 @@ pub(crate) fn device_in_table(mountinfo: &[u8], target: &Path) -> Option<String>
             byte => escaped.push(byte),
         }
     }
-    let fields = mountinfo.rsplit(|b| *b == b'\n').map(|line| line.splitn(6, |b| *b == b' '));
-    fields.map(Iterator::collect::<Vec<_>>).find_map(|fields| {
-        let here = fields.get(4).is_some_and(|point| **point == *escaped);
-        here.then(|| String::from_utf8_lossy(fields[2]).into_owned())
-    })
+    let lines = mountinfo.rsplit(|b| *b == b'\n');
+    let line = lines
+        .map(|line| line.split(|b| *b == b' '))
+        .find(|fields| fields.clone().nth(4) == Some(&escaped))?;
+    Some(line.collect())
 }
 
 #[cfg(test)]

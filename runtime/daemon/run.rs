@@ -15,7 +15,6 @@ use oci_spec::image::ImageConfiguration;
 
 use super::Daemon;
 use super::containers::{Container, Holds, Record, write_record};
-use super::foresee::command_of;
 use super::views::MountedView;
 use super::why::Recorder;
 use crate::container::config::{ShimConfig, StatusLine};
@@ -91,8 +90,7 @@ impl Daemon {
             let ready = self.images.found(&request.image, progress).await?;
             self.uses(start, &ready);
             let kept_lazy = self.keep_lazy(request.hydrate, id, &ready.layers);
-            let command = command_of(&ready.image, &request.options);
-            let purpose = self.foresee(&ready, command, &request.image, request.hydrate, start)?;
+            let purpose = self.foresee(&ready, &request, start)?;
             let (view, ()) = tokio::try_join!(
                 self.views.get(ready.layers.clone(), plan, purpose),
                 self.images.record_apart(&ready.image, &request.image.registry)

@@ -1,5 +1,6 @@
 //! The control socket: one request a connection.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::task::JoinSet;
 
 use super::Daemon;
 use super::metrics::text::Format;
+use super::snapshots::unwanted;
 use super::takeover::Ended;
 use super::views::Purpose;
 use crate::failure::Failure;
@@ -66,15 +68,19 @@ impl Daemon {
             }
         }
         self.end_all().await;
+        self.settle().await;
+        Ok(Ended::InPeace)
+    }
+
+    /// Marks what was fetched as whole: the next daemon need not verify it again.
+    pub(super) async fn settle(self: &Arc<Self>) {
         let synced = self.blocking(|this| {
             this.seen.starts.close_all();
-            // After an orderly end nothing needs to be verified again.
             Ok(this.images.fetcher().store().sync()?)
         });
         if let Err(error) = synced.await {
             tracing::warn!(error = format!("{error:#}"), "what was fetched can't be marked as whole");
         }
-        Ok(Ended::InPeace)
     }
 
     async fn answer(self: Arc<Self>, mut stream: UnixStream) -> Result<()> {
@@ -351,13 +357,15 @@ impl Daemon {
             )
             .into());
         }
-        let mut removed = Vec::new();
+        let (mut removed, mut chains) = (Vec::new(), Vec::new());
         for record in &records {
+            chains.extend(self.images.load(record).map(|image| image.diff_ids()));
             self.images.remove(record)?;
             self.seen.forget(&record.reference);
             removed.push(record.reference.clone());
         }
         self.hydration.forget(&removed)?;
+        self.hydration.stop_layers(unwanted(&chains, &self.wanted_layers()?));
         self.collect_layers()?;
         Ok(removed)
     }
@@ -365,17 +373,9 @@ impl Daemon {
     // Deletes layers and views that no image and no mount has any more.
     pub(super) fn collect_layers(&self) -> Result<()> {
         self.sweep_mounts();
-        let mut wanted = Vec::new();
-        let mut chains = Vec::new();
-        for record in self.images.records()? {
-            let diff_ids: Vec<Digest> = self.images.load(&record)?.layers.iter().map(|l| l.diff_id).collect();
-            chains.extend(super::views::chain_id(&diff_ids));
-            wanted.extend(diff_ids);
-        }
-        for diff_ids in self.snapshot_layers()? {
-            chains.extend(super::views::chain_id(&diff_ids));
-            wanted.extend(diff_ids);
-        }
+        let wanted = self.wanted_layers()?;
+        let chains: Vec<Digest> = wanted.iter().filter_map(|of| super::views::chain_id(of)).collect();
+        let wanted: BTreeSet<Digest> = wanted.into_iter().flatten().collect();
         let mut dropped = Vec::new();
         let busy = self.views.release(|view| !chains.contains(&view.id.chain));
         let store = self.images.fetcher().store();
@@ -404,7 +404,7 @@ impl Daemon {
         };
         let mut diff_ids = Vec::new();
         for record in &records {
-            diff_ids.extend(self.images.load(record)?.layers.iter().map(|l| l.diff_id));
+            diff_ids.extend(self.images.load(record)?.diff_ids());
         }
         if image.is_none() {
             diff_ids.extend(self.snapshot_layers()?.into_iter().flatten());

@@ -47,14 +47,7 @@ impl Daemon {
         }
         // The end of the process drops none of these either.
         calls.detach_all();
-        let synced = self.blocking(|this| {
-            this.seen.starts.close_all();
-            Ok(this.images.fetcher().store().sync()?)
-        });
-        // The next daemon verifies again what it finds; what is read meanwhile must not fail for that.
-        if let Err(error) = synced.await {
-            tracing::warn!(error = format!("{error:#}"), "what was fetched can't be marked as whole");
-        }
+        self.settle().await;
         Ended::HandedOver
     }
 }

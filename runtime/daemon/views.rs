@@ -147,11 +147,9 @@ impl Views {
     ///
     /// # Errors
     /// When its FUSE connection can't be served again.
-    pub fn adopt(&self, name: &str, layers: Vec<Arc<Layer>>, mount: KeptMount) -> Result<()> {
+    pub fn adopt(&self, kept: KeptView, layers: Vec<Arc<Layer>>, mount: KeptMount) -> Result<()> {
+        let KeptView { id, plan, direct } = kept;
         let KeptMount { tree, dev, journal } = mount;
-        let Some(KeptView { id, plan, direct }) = parse_kept_name(name) else {
-            bail!("odd view name {name}")
-        };
         let server = match dev {
             Some(dev) => Some(self.serve_view(&layers, &tree, dev, self.options(true, journal))?),
             None if plan == Plan::Erofs => None,

@@ -20,7 +20,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use lazyrun_fetcher::FetchOptions;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -126,8 +125,8 @@ struct Keeper<'a> {
     program: Program,
     // Who waits to hear that the first daemon serves.
     ready: Option<OwnedFd>,
-    // Whether an earlier keeper's mounts wait for a daemon.
-    inherited: bool,
+    // Whether somebody may use what is kept: what an earlier keeper left, or what a daemon has served.
+    used: bool,
     // A daemon that was there before this program was.
     running: Option<Child>,
     // What has just taken the place of another daemon, and who waits to hear of it.
@@ -147,12 +146,12 @@ struct Replacing {
 enum Ended {
     /// As it was told to.
     InPeace,
-    /// It can't start, and said so to who started it.
-    Told,
+    /// It can't start, for this reason, and nobody uses anything yet.
+    Told(String),
     /// For the next one to come.
     Replaced(Replacement),
-    /// By somebody's hand.
-    Killed,
+    /// By somebody's hand, or after it had served for long: the next one starts at once.
+    Fell,
     /// By itself, soon, or before it served.
     Failed(String),
 }
@@ -176,18 +175,19 @@ fn take_over(paths: &Paths) -> io::Result<Flock<std::fs::File>> {
     }
 }
 
-fn fault_bound(settings: &Settings) -> Duration {
-    settings.fault_timeout().unwrap_or(FetchOptions::default().fault_timeout)
+/// Blocks the signals that the keeper takes from a descriptor; to be called before there are other threads, which must not
+/// get them.
+///
+/// # Errors
+/// When the kernel refuses, which does not happen.
+pub fn block_signals() -> io::Result<SigSet> {
+    let set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP]);
+    set.thread_block()?;
+    Ok(set)
 }
 
-/// Blocks the signals that the keeper takes from a descriptor.
 fn take_signals() -> io::Result<SignalFd> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    set.thread_block()?;
-    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+    Ok(SignalFd::with_flags(&block_signals()?, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
 }
 
 impl<'a> Keeper<'a> {
@@ -208,9 +208,9 @@ impl<'a> Keeper<'a> {
         }
         let listener = UnixListener::bind(&socket)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
-        let mut outage = Outage::new(fault_bound(settings));
-        let inherited = !given.kept.is_empty();
-        if inherited {
+        let mut outage = Outage::new(settings.fault_timeout());
+        let used = !given.kept.is_empty();
+        if used {
             // Since the last keeper was killed nobody serves what it held.
             outage.begin();
         }
@@ -225,7 +225,7 @@ impl<'a> Keeper<'a> {
             outage,
             program: Program::Own,
             ready,
-            inherited,
+            used,
             running: None,
             replacing: None,
             failures: 0,
@@ -256,13 +256,21 @@ impl<'a> Keeper<'a> {
             // A request that no daemon survives ends here as well, once it has had its time.
             self.outage.refuse(&self.store, true);
             match ended {
-                Ended::InPeace | Ended::Told => break,
+                Ended::InPeace => break,
+                Ended::Told(reason) if self.ready.is_none() => {
+                    self.clean_up();
+                    return Err(io::Error::other(reason));
+                }
+                Ended::Told(reason) => {
+                    self.say_ready(&reason);
+                    break;
+                }
                 _ if self.stopping => break,
                 Ended::Replaced(replacement) => {
                     let old = std::mem::replace(&mut self.program, Program::File(replacement.program));
                     self.replacing = Some(Replacing { caller: replacement.caller, old });
                 }
-                Ended::Killed => {}
+                Ended::Fell => {}
                 Ended::Failed(reason) => self.failed(&reason)?,
             }
             // Also while it waited before the next try.
@@ -319,7 +327,7 @@ impl<'a> Keeper<'a> {
     // How long the next daemon may take until it serves.
     fn start_bound(&self) -> Duration {
         if self.replacing.is_some() {
-            return START_BOUND.min(fault_bound(self.settings) / 2).max(MIN_REPLACEMENT_BOUND);
+            return START_BOUND.min(self.settings.fault_timeout() / 2).max(MIN_REPLACEMENT_BOUND);
         }
         MAX_START_BOUND.min(START_BOUND * (self.failures + 1))
     }
@@ -370,6 +378,7 @@ impl<'a> Keeper<'a> {
 
     // A daemon says that it serves.
     fn serves(&mut self, child: &Child) {
+        self.used = true;
         self.say_ready(start::READY);
         self.outage.interrupt();
         if self.failures == 0 {
@@ -404,16 +413,11 @@ impl<'a> Keeper<'a> {
         }
         match (child.served, status) {
             (Some(_), child::Status::Success) => return Ended::InPeace,
-            // Whoever did that, it was not the daemon.
-            (Some(_), child::Status::Killed) => {
+            // Whoever killed it, it was not the daemon.
+            (Some(served), status) if status == child::Status::Killed || served.elapsed() >= SHORT_LIFE => {
                 self.failures = 0;
                 self.outage.end();
-                return Ended::Killed;
-            }
-            (Some(served), _) if served.elapsed() >= SHORT_LIFE => {
-                self.failures = 0;
-                self.outage.end();
-                return Ended::Killed;
+                return Ended::Fell;
             }
             _ => {}
         }
@@ -423,10 +427,9 @@ impl<'a> Keeper<'a> {
             (said, _) => said.to_owned(),
         };
         // Starting it again would only say it again. What the very first one stored nobody uses.
-        let unused = self.store.is_empty() || (self.ready.is_some() && !self.inherited);
+        let unused = self.store.is_empty() || !self.used;
         if child.served.is_none() && !child.said().is_empty() && self.replacing.is_none() && unused {
-            self.say_ready(&said);
-            return Ended::Told;
+            return Ended::Told(said);
         }
         Ended::Failed(said)
     }

@@ -1,7 +1,7 @@
 //! The time without a daemon that serves. For as long as the bound of a fault readers wait for the next one; then they
 //! are refused, because who waits behind EROFS could not even be killed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -77,7 +77,8 @@ impl Outage {
             eprintln!("lazyrun keeper: no daemon has served for {bound:?}; reads fail until there is one");
         }
         self.refusing = true;
-        self.refusers.retain(|name, _| store.connections().any(|(kept, ..)| kept == name));
+        let kept: BTreeSet<&str> = store.connections().map(|(name, ..)| name).collect();
+        self.refusers.retain(|name, _| kept.contains(name.as_str()));
         for (name, dev, journal) in store.connections() {
             let new = !self.refusers.contains_key(name);
             // The kernel hands out anew even what a daemon has that does not get ready.

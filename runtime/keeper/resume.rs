@@ -11,6 +11,7 @@ use std::process::Command;
 
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +19,7 @@ use super::child::{Child, Program};
 use super::manager::Manager;
 use super::outage::Outage;
 use super::store::FdStore;
-use super::{Keeper, Snapshotter, fault_bound, replaced, take_signals, tell};
+use super::{Keeper, Snapshotter, replaced, take_signals, tell};
 use crate::file_limit;
 use crate::logs;
 use crate::paths::Paths;
@@ -82,6 +83,9 @@ impl<'a> Keeper<'a> {
         file_limit::give_back(&mut command);
         let error = command.exec();
         file_limit::raise();
+        // It has set that to what programs begin with; a log that nobody reads any more must not end the keeper.
+        // SAFETY: no handler is installed.
+        let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) };
         // The next daemon must not get them.
         let _ = open(FdFlag::FD_CLOEXEC);
         error
@@ -113,10 +117,10 @@ impl<'a> Keeper<'a> {
             listener: UnixListener::from(take(state.listener)?),
             signals: take_signals()?,
             store: FdStore::new(kept?, manager),
-            outage: Outage::new(fault_bound(settings)),
+            outage: Outage::new(settings.fault_timeout()),
             program: Program::Own,
             ready: None,
-            inherited: true,
+            used: true,
             running: Some(Child::resumed(Pid::from_raw(state.daemon), store)?),
             replacing: None,
             failures: 0,

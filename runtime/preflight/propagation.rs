@@ -1,12 +1,12 @@
 //! Whether what lazyrun mounts below its root can be seen by containerd.
 
-use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::Rows;
+use crate::daemon::mounts::fields_in_table;
 
 const WHAT: &str = "mount propagation";
 
@@ -79,22 +79,11 @@ fn judge(ours: &[u8], theirs: &[u8], root: &Path) -> Result<PathBuf, String> {
     }
 }
 
-/// The mount that covers a path: the last with the longest mount point.
+/// The mount that covers a path.
 fn covering(mountinfo: &[u8], path: &Path) -> Option<Mount> {
-    let mut best: Option<Mount> = None;
-    for mount in mountinfo.split(|b| *b == b'\n').filter_map(parse) {
-        let longer = |best: &Mount| mount.point.as_os_str().len() >= best.point.as_os_str().len();
-        if path.starts_with(&mount.point) && best.as_ref().is_none_or(longer) {
-            best = Some(mount);
-        }
-    }
-    best
-}
-
-/// A line of mountinfo (proc_pid_mountinfo(5)).
-fn parse(line: &[u8]) -> Option<Mount> {
-    let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
-    let mut mount = Mount { point: unescape(fields.get(4)?), shared: None, master: None };
+    let (point, fields) =
+        path.ancestors().find_map(|point| Some((point, fields_in_table(mountinfo, point)?)))?;
+    let mut mount = Mount { point: point.to_owned(), shared: None, master: None };
     for field in fields.iter().skip(6).take_while(|field| **field != b"-") {
         let text = std::str::from_utf8(field).unwrap_or_default();
         match text.split_once(':') {
@@ -104,27 +93,6 @@ fn parse(line: &[u8]) -> Option<Mount> {
         }
     }
     Some(mount)
-}
-
-/// Space, tab, newline and backslash are in octal.
-fn unescape(text: &[u8]) -> PathBuf {
-    let mut out = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&byte, tail)) = rest.split_first() {
-        let octal = (byte == b'\\').then(|| tail.get(..3)).flatten();
-        let octal = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match octal {
-            Some(value) => {
-                out.push(value);
-                rest = &tail[3..];
-            }
-            None => {
-                out.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(out).into()
 }
 
 #[cfg(test)]

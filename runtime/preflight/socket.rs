@@ -90,13 +90,19 @@ pub(super) async fn check(address: &Path, unit: Option<&Unit>, rows: &mut Rows) 
         Some(_) => format!("systemctl enable --now {UNIT}"),
         None => format!("start `lazyrun snapshotter --address {shown}` before containerd, as a service"),
     };
-    let gone = match std::fs::symlink_metadata(address) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Some("does not exist".to_owned()),
-        Ok(meta) if !meta.file_type().is_socket() => Some("is not a socket".to_owned()),
-        _ => UnixStream::connect(address).err().and_then(|error| match error.kind() {
-            io::ErrorKind::PermissionDenied => None,
-            io::ErrorKind::ConnectionRefused => Some("is left over: nobody listens there".to_owned()),
-            _ => Some(format!("can't be connected to: {error}")),
+    let is_socket = || std::fs::metadata(address).is_ok_and(|meta| meta.file_type().is_socket());
+    let gone = match UnixStream::connect(address) {
+        Ok(_) => None,
+        Err(error) => Some(match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                rows.warning(WHAT, format!("{shown} may be asked by root only"), "run this as root");
+                return;
+            }
+            io::ErrorKind::NotFound => "does not exist".to_owned(),
+            // So says connect(2) of any other file, too.
+            io::ErrorKind::ConnectionRefused if !is_socket() => "is not a socket".to_owned(),
+            io::ErrorKind::ConnectionRefused => "is left over: nobody listens there".to_owned(),
+            _ => format!("can't be connected to: {error}"),
         }),
     };
     if let Some(gone) = gone {
@@ -105,15 +111,7 @@ pub(super) async fn check(address: &Path, unit: Option<&Unit>, rows: &mut Rows) 
     }
     match ask(address).await {
         Ok(()) => rows.ok(WHAT, format!("a snapshotter answers at {shown}")),
-        Err(why) => {
-            let denied = UnixStream::connect(address)
-                .is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
-            if denied {
-                rows.warning(WHAT, format!("{shown} may be asked by root only"), "run this as root");
-            } else {
-                rows.error(WHAT, format!("no snapshotter answers at {shown}: {why}"), start);
-            }
-        }
+        Err(why) => rows.error(WHAT, format!("no snapshotter answers at {shown}: {why}"), start),
     }
 }
 

@@ -29,6 +29,15 @@ pub struct Held {
     view: Arc<MountedView>,
 }
 
+/// What became of something that an earlier daemon attached.
+#[derive(Debug)]
+pub enum Adopted {
+    /// It is this view, and works.
+    View(Arc<MountedView>),
+    /// Its view went with its daemon.
+    Stale,
+}
+
 impl Held {
     /// The view.
     pub fn view(&self) -> &Arc<MountedView> {
@@ -72,13 +81,13 @@ impl Attached {
     }
 
     /// Takes up what an earlier daemon attached, as the mount table has it: one of `views`, told by its device number.
-    /// Anything else there is stale and taken away.
+    /// Anything else there is stale and taken away. `None` if nothing was attached.
     pub fn adopt(
         &self,
         id: u64,
         table: &[u8],
         views: impl FnOnce() -> Vec<Arc<MountedView>>,
-    ) -> Option<Arc<MountedView>> {
+    ) -> Option<Adopted> {
         let point = self.dirs.content(id);
         let device = device_in_table(table, &point)?;
         let same = |view: &Arc<MountedView>| {
@@ -87,12 +96,12 @@ impl Attached {
         };
         if let Some(view) = views().into_iter().find(same) {
             self.lock().insert(id, Arc::new(Held { view: Arc::clone(&view) }));
-            return Some(view);
+            return Some(Adopted::View(view));
         }
         if let Err(error) = detach(&point) {
             tracing::warn!(%error, "a stale mount stays");
         }
-        None
+        Some(Adopted::Stale)
     }
 
     /// Takes a view away, unless somebody holds it or `in_use` says that something needs it.

@@ -15,7 +15,7 @@ use tokio::task::AbortHandle;
 
 use super::record::ImageRow;
 use super::store::Store;
-use crate::containerd::fetch::{self, Fetch, Fetched, Platforms, Pulled};
+use crate::containerd::fetch::{self, Fetch, Fetched, Platforms};
 use crate::containerd::{Containerd, ContainerdError, Scope};
 use crate::daemon::Daemon;
 use crate::failure::sentence;
@@ -104,6 +104,9 @@ impl Blobs {
     /// Ends downloads of images that are gone, by their rows' keys. Blocks on the disk; to be called where tasks can be
     /// spawned.
     pub(super) fn forget(self: &Arc<Self>, keys: &[String]) {
+        if keys.is_empty() {
+            return;
+        }
         // Held to the end: a pull that has put an image's row back meanwhile begins with its download only after that.
         let mut jobs = self.jobs();
         let back = |key: &String| matches!(self.store.image(key), Ok(Some(_)));
@@ -227,7 +230,7 @@ impl Blobs {
             containerd: &self.containerd,
             namespace: &image.namespace,
             client: &daemon.images().client(&self.registry)?,
-            pulled: &[Pulled::new(reference.clone(), b"")],
+            pulled: &[],
             platforms: &Self::platforms(),
             background: Some(daemon.images().fetcher()),
             progress: &progress,

@@ -1,14 +1,21 @@
 //! Deleting what snapshots leave behind.
 
 use std::collections::HashSet;
-use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::Result;
+use lazyrun_index::Digest;
 
 use super::Snapshots;
 use super::error::SnapshotError;
 use super::record::Named;
 use crate::daemon::Daemon;
+
+/// Before what was in use is tried again; each time twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 impl Snapshots {
     /// Deletes directories that belong to no snapshot: of a daemon that was killed while it made or removed one.
@@ -45,13 +52,17 @@ impl Snapshots {
             tracing::warn!(id, key, %error, "the directory of a removed snapshot stays");
         }
         match layer {
-            true => self.removed.lock().unwrap_or_else(PoisonError::into_inner).extend(chain),
+            true => self.removed().extend(chain),
             false => self.release_view_of(&namespace, &record.parent),
         }
         Ok(())
     }
 
-    fn diff_ids_of(&self, named: &Named) -> Result<Option<Vec<lazyrun_index::Digest>>, SnapshotError> {
+    fn removed(&self) -> MutexGuard<'_, Vec<Vec<Digest>>> {
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn diff_ids_of(&self, named: &Named) -> Result<Option<Vec<Digest>>, SnapshotError> {
         let Some(remote) = &named.record.remote else { return Ok(None) };
         let below = self.store.below(&named.namespace, &named.record.parent)?;
         let below = below.into_iter().rev().filter_map(|below| below.remote);
@@ -75,19 +86,58 @@ impl Snapshots {
     }
 }
 
-/// Deletes what removed snapshots leave: images, layers, views.
+/// Deletes what removed snapshots leave: images, layers, views. What is in use yet, say because somebody asked for it a
+/// moment ago, is deleted once it is not.
 ///
 /// # Errors
 /// When something can't be read or deleted.
-pub(super) fn clean_up(daemon: &Daemon, snapshots: &Snapshots) -> Result<()> {
-    let removed = std::mem::take(&mut *snapshots.removed.lock().unwrap_or_else(PoisonError::into_inner));
-    if removed.is_empty() {
+pub(super) async fn clean_up(daemon: &Arc<Daemon>, snapshots: &Arc<Snapshots>) -> Result<()> {
+    if !collect(daemon, snapshots).await? || snapshots.cleans.swap(true, Ordering::Relaxed) {
         return Ok(());
     }
+    let (daemon, snapshots) = (Arc::clone(daemon), Arc::clone(snapshots));
+    tokio::spawn(async move {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+            // Lowered before it looks: whoever comes later with something new begins anew.
+            snapshots.cleans.store(false, Ordering::Relaxed);
+            match collect(&daemon, &snapshots).await {
+                Ok(false) => return,
+                Ok(true) => {}
+                Err(error) => tracing::warn!(error = format!("{error:#}"), "removed layers stay"),
+            }
+            if snapshots.cleans.swap(true, Ordering::Relaxed) {
+                return;
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Says whether something is left.
+async fn collect(daemon: &Arc<Daemon>, snapshots: &Arc<Snapshots>) -> Result<bool> {
+    let (daemon, snapshots) = (Arc::clone(daemon), Arc::clone(snapshots));
+    tokio::task::spawn_blocking(move || {
+        let removed = std::mem::take(&mut *snapshots.removed());
+        if removed.is_empty() {
+            return Ok(false);
+        }
+        let left = delete(&daemon, &snapshots, &removed);
+        let later = left.as_ref().map_or(&removed, |left| left).clone();
+        snapshots.removed().extend(later);
+        left.map(|left| !left.is_empty())
+    })
+    .await?
+}
+
+/// Says of which chains something is left.
+fn delete(daemon: &Daemon, snapshots: &Snapshots, removed: &[Vec<Digest>]) -> Result<Vec<Vec<Digest>>> {
     let gone = snapshots.store.forget_images()?;
     snapshots.images.forget(&gone);
     if let Some(blobs) = &snapshots.blobs {
         blobs.forget(&gone);
     }
-    daemon.collect_removed(&removed)
+    daemon.collect_removed(removed)
 }

@@ -25,6 +25,7 @@ mod service;
 pub mod store;
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
@@ -88,6 +89,8 @@ pub struct Snapshots {
     dirs: Dirs,
     // diffIDs of layers that were removed since what they leave was deleted.
     removed: Mutex<Vec<Vec<Digest>>>,
+    // Whether a task waits to delete what was in use when its snapshots were removed.
+    cleans: AtomicBool,
 }
 
 impl Snapshots {
@@ -125,6 +128,7 @@ impl Snapshots {
             blobs,
             dirs,
             removed: Mutex::default(),
+            cleans: AtomicBool::default(),
         }))
     }
 

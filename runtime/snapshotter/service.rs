@@ -74,9 +74,9 @@ impl Service {
         if kind == Kind::Active
             && let Some(wanted) = labels::wanted(&asked.labels)
         {
-            let image = Self::kept(&asked, &wanted);
+            let whole = self.snapshots.blobs.as_ref().map(|blobs| (blobs, Self::kept(&asked, &wanted)));
             let taken = self.take_over(&asked, wanted).await?;
-            if let (Some(blobs), Taken::Committed | Taken::Staged(_)) = (&self.snapshots.blobs, &taken) {
+            if let (Some((blobs, image)), Taken::Committed | Taken::Staged(_)) = (whole, &taken) {
                 blobs.begin(&self.daemon, image);
             }
             match taken {
@@ -126,11 +126,17 @@ impl Service {
         let held = self.blocking(move |s| Ok(s.attached.get(id))).await?;
         let (held, start) = match (held, starts) {
             (Some(held), None) => (held, None),
-            (None, None) => (self.attach(id, &layers, None).await.map_err(|e| unavailable(&e))?, None),
+            (None, None) => (
+                self.daemon
+                    .attach_view(&self.snapshots, id, &layers, None)
+                    .await
+                    .map_err(|e| unavailable(&e))?,
+                None,
+            ),
             (held, Some(key)) => {
                 let image = self.snapshots.images.name_of(&layers, &self.snapshots.store).await;
                 let start = self.daemon.begin_snapshot(&image.map_err(|e| unavailable(&e))?, key);
-                let attached = self.attach(id, &layers, Some(&start));
+                let attached = self.daemon.attach_view(&self.snapshots, id, &layers, Some(&start));
                 let attached = match held {
                     None => start.watch(attached).await,
                     // What is attached works, whatever a registry says now.
@@ -144,18 +150,6 @@ impl Service {
             start.failed(&error.to_string());
         }
         visible.map(|()| (Some(held), start))
-    }
-
-    async fn attach(
-        &self,
-        id: u64,
-        layers: &[Remote],
-        start: Option<&Recorder>,
-    ) -> anyhow::Result<Arc<Held>> {
-        let ready = self.snapshots.images.ready(layers, &self.snapshots.store).await?;
-        let view = self.daemon.view_of(ready, start).await?;
-        let daemon = Arc::clone(&self.daemon);
-        Ok(self.blocking(move |s| s.attached.attach(id, view, daemon.views())).await?)
     }
 
     /// The image of a request, as containerd has it.
@@ -187,7 +181,7 @@ impl Service {
                 return Ok(Taken::No);
             }
         };
-        let diff_ids: Vec<_> = known.image.layers.iter().map(|layer| layer.diff_id).collect();
+        let diff_ids = known.image.diff_ids();
         let position = known.chains.iter().position(|chain| *chain == wanted.target);
         let Some(position) =
             position.filter(|i| wanted.layer.is_none_or(|layer| known.image.layers[*i].digest == layer))
@@ -405,10 +399,8 @@ impl api::snapshots_server::Snapshots for Service {
 
     async fn cleanup(&self, request: Request<api::CleanupRequest>) -> Answer<()> {
         drop(request);
-        let daemon = Arc::clone(&self.daemon);
-        let clean =
-            move |s: &Snapshots| clean_up(&daemon, s).map_err(|e| SnapshotError::Internal(format!("{e:#}")));
-        self.blocking(clean).await?;
+        let cleaned = clean_up(&self.daemon, &self.snapshots).await;
+        cleaned.map_err(|e| SnapshotError::Internal(format!("{e:#}")))?;
         Ok(Response::new(()))
     }
 }

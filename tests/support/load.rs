@@ -47,7 +47,7 @@ pub struct Outcome {
     pub rounds: u64,
     /// Everything that went wrong, a line each.
     pub failures: Vec<String>,
-    /// The longest that one read took.
+    /// The longest that one read has taken since [`Load::take_longest`].
     pub longest: Duration,
 }
 

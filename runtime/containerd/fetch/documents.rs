@@ -18,13 +18,15 @@ pub(super) enum Document {
 }
 
 /// Something that is named by its digest.
-#[derive(Debug)]
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Entry {
     /// Its digest.
     pub(super) digest: Digest,
     /// Its size in bytes.
     pub(super) size: u64,
     /// Its media type.
+    #[serde(default)]
     pub(super) media_type: String,
     /// What it is for, in an index.
     pub(super) platform: Option<Platform>,
@@ -32,19 +34,9 @@ pub(super) struct Entry {
 
 #[derive(Deserialize)]
 struct RawDocument {
-    config: Option<RawEntry>,
-    layers: Option<Vec<RawEntry>>,
-    manifests: Option<Vec<RawEntry>>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawEntry {
-    #[serde(default)]
-    media_type: String,
-    digest: String,
-    size: u64,
-    platform: Option<Platform>,
+    config: Option<Entry>,
+    layers: Option<Vec<Entry>>,
+    manifests: Option<Vec<Entry>>,
 }
 
 impl Document {
@@ -55,9 +47,9 @@ impl Document {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
         let raw: RawDocument = serde_json::from_slice(bytes)?;
         match (raw.manifests, raw.config, raw.layers) {
-            (Some(manifests), None, None) => Ok(Self::Index(entries(manifests)?)),
+            (Some(manifests), None, None) => Ok(Self::Index(bounded(manifests)?)),
             (None, Some(config), Some(layers)) => {
-                Ok(Self::Manifest(entries([config].into_iter().chain(layers).collect())?))
+                Ok(Self::Manifest(bounded([config].into_iter().chain(layers).collect())?))
             }
             // A document that is both could mean one image here and another elsewhere (CVE-2021-41190).
             _ => bail!("it is neither a manifest nor an index"),
@@ -72,18 +64,9 @@ impl Document {
     }
 }
 
-fn entries(raw: Vec<RawEntry>) -> Result<Vec<Entry>> {
-    ensure!(raw.len() <= MAX_ENTRIES, "it has more than {MAX_ENTRIES} entries");
-    raw.into_iter().map(Entry::try_from).collect()
-}
-
-impl TryFrom<RawEntry> for Entry {
-    type Error = anyhow::Error;
-
-    fn try_from(raw: RawEntry) -> Result<Self> {
-        let RawEntry { media_type, digest, size, platform } = raw;
-        Ok(Self { digest: digest.parse()?, size, media_type, platform })
-    }
+fn bounded(entries: Vec<Entry>) -> Result<Vec<Entry>> {
+    ensure!(entries.len() <= MAX_ENTRIES, "it has more than {MAX_ENTRIES} entries");
+    Ok(entries)
 }
 
 impl Entry {

@@ -123,7 +123,7 @@ impl Daemon {
             // Nobody is to fill again what is thrown away.
             let diff_ids: Vec<_> = idle.iter().map(|id| id.diff_id).collect();
             self.hydration.give_up(&diff_ids)?;
-            self.hydration.stop_layers(&idle);
+            self.hydration.stop_layers(idle.iter().copied());
             pruned.evicted = store.evict_idle();
             for id in idle {
                 if let Some(name) = store.file_name(id) {
@@ -143,8 +143,7 @@ impl Daemon {
     }
 
     fn diff_ids(&self, record: &ImageRecord) -> Option<Vec<Digest>> {
-        let image = self.images.load(record).ok()?;
-        Some(image.layers.iter().map(|l| l.diff_id).collect())
+        Some(self.images.load(record).ok()?.diff_ids())
     }
 
     fn diff_ids_of(&self, references: &[String]) -> Vec<Digest> {

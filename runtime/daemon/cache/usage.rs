@@ -57,7 +57,7 @@ impl Daemon {
         let mut images: HashMap<Digest, usize> = HashMap::new();
         for record in self.images.records()? {
             let Ok(image) = self.images.load(&record) else { continue };
-            let diff_ids: HashSet<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+            let diff_ids: HashSet<Digest> = image.diff_ids().into_iter().collect();
             diff_ids.into_iter().for_each(|diff_id| *images.entry(diff_id).or_default() += 1);
         }
         let mut found = Vec::new();

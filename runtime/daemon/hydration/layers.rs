@@ -43,14 +43,15 @@ impl Hydration {
         }
     }
 
-    /// Stops that for these layers.
-    pub fn stop_layers(&self, ids: &[LayerId]) {
+    /// Stops that for these layers, and whatever else is under way for whole ones. Returns those for which something was.
+    pub fn stop_layers(&self, ids: impl IntoIterator<Item = LayerId>) -> Vec<LayerId> {
         let mut jobs = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in ids {
+        let stop = |id: &LayerId| {
             if let Some(job) = jobs.remove(id) {
                 job.abort();
             }
-            self.images.fetcher().cancel(*id);
-        }
+            self.images.fetcher().cancel(*id)
+        };
+        ids.into_iter().filter(stop).collect()
     }
 }

@@ -76,7 +76,7 @@ impl Daemon {
         self.hydration.save_now().await?;
         self.hydration.begin(&key).await;
         if wait {
-            let diff_ids: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+            let diff_ids = image.diff_ids();
             self.wait_for_hydration(&key, &diff_ids, progress).await?;
         }
         Ok(image.manifest_digest)
@@ -157,7 +157,7 @@ impl Daemon {
         for record in self.images.records()? {
             let Ok(image) = self.images.load(&record) else { continue };
             let summary = self.images.summary(&record)?;
-            let diff_ids: Vec<Digest> = image.layers.iter().map(|l| l.diff_id).collect();
+            let diff_ids = image.diff_ids();
             let layers = self.layers_here(&diff_ids)?;
             rows.push(LazyImage {
                 repository: summary.repository,

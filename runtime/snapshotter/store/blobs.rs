@@ -11,14 +11,19 @@ impl Store {
     /// The database's.
     pub fn want_blobs(&self, namespace: &str, image: &str, wanted: bool) -> Result<()> {
         let write = self.db.begin_write()?;
-        {
+        let news = {
             let mut blobs = write.open_table(BLOBS)?;
             match wanted {
-                true => blobs.insert((namespace, image), ())?.is_some(),
+                true => blobs.insert((namespace, image), ())?.is_none(),
                 false => blobs.remove((namespace, image))?.is_some(),
-            };
+            }
+        };
+        if news {
+            write.commit()?;
+        } else {
+            write.abort()?;
         }
-        Ok(write.commit()?)
+        Ok(())
     }
 
     /// All images of which that is noted.
