@@ -10,6 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use lazyrun_fs::union::{RedirectDir, UnionConfig};
+
 use crate::union_support::{Mounted, Site, set_xattr, xattrs};
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 use nix::sys::mman::{MapFlags, MsFlags, ProtFlags, mmap, msync, munmap};
@@ -30,8 +32,12 @@ fn case(fill: impl FnOnce(&Path)) -> Case {
 }
 
 impl Case {
+    fn config(&self) -> UnionConfig {
+        self.site.config(std::slice::from_ref(&self.lower))
+    }
+
     fn mount(&self) -> Mounted {
-        self.site.ours(std::slice::from_ref(&self.lower))
+        self.site.ours_with(self.config())
     }
 }
 
@@ -320,6 +326,84 @@ fn numbers_tell_files_apart_and_listings_agree_with_stat() {
         assert!(seen.insert(stat.ino()));
     }
     assert_eq!(seen.len(), 30);
+}
+
+#[test]
+fn renamed_directories_of_lower_layers_keep_their_numbers_and_all_that_is_below() {
+    let case = case(|l| {
+        fs::create_dir_all(l.join("a/deep/er")).unwrap();
+        fs::create_dir(l.join("b")).unwrap();
+        fs::write(l.join("a/deep/er/f"), "far down").unwrap();
+    });
+    let config = || UnionConfig { redirect_dir: RedirectDir::On, ..case.config() };
+    let union = case.site.ours_with(config());
+    let at = |path: &str| union.at.join(path);
+    let number = |path: &str| fs::metadata(at(path)).unwrap().ino();
+    let (before, open) = ((number("a"), number("a/deep")), File::open(at("a/deep/er/f")).unwrap());
+    let text = |file: &File| std::io::read_to_string(file).unwrap();
+    fs::rename(at("a/deep"), at("b/moved")).unwrap();
+    fs::rename(at("a"), at("z")).unwrap();
+    fs::rename(at("b/moved"), at("b/again")).unwrap();
+    assert_eq!((number("z"), number("b/again")), before);
+    assert_eq!(text(&open), "far down");
+    fs::write(at("b/again/er/new"), "").unwrap();
+    fs::create_dir(at("a")).unwrap();
+    assert_eq!(fs::read_dir(at("a")).unwrap().count(), 0, "a new one has nothing of the old one");
+    assert_eq!(fs::read_dir(at("z")).unwrap().count(), 0);
+    drop(open);
+    drop(union);
+    let union = case.site.ours_with(config());
+    assert_eq!(fs::read_to_string(union.at.join("b/again/er/f")).unwrap(), "far down");
+    for dir in ["", "b", "b/again"] {
+        for entry in fs::read_dir(union.at.join(dir)).unwrap().map(Result::unwrap) {
+            use std::os::unix::fs::DirEntryExt;
+            let stat = fs::symlink_metadata(entry.path()).unwrap();
+            assert_eq!(entry.ino(), stat.ino(), "{}", entry.path().display());
+        }
+    }
+    drop(union);
+    // Without the option what was renamed stays so, and no more is.
+    let union = case.mount();
+    assert_eq!(fs::read_to_string(union.at.join("b/again/er/f")).unwrap(), "far down");
+    let error = fs::rename(union.at.join("z"), union.at.join("y")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EXDEV));
+    drop(union);
+    let config = UnionConfig { redirect_dir: RedirectDir::NoFollow, ..case.config() };
+    let union = case.site.ours_with(config);
+    assert_eq!(fs::read_dir(union.at.join("b/again")).unwrap().count(), 1, "er, made by the copy-up of new");
+    assert!(!union.at.join("b/again/er/f").exists());
+}
+
+#[test]
+fn a_directory_that_says_nonsense_about_itself_is_refused() {
+    let case = case(|l| {
+        fs::create_dir_all(l.join("a/b")).unwrap();
+        std::os::unix::fs::symlink("/", l.join("root")).unwrap();
+    });
+    for (name, mark) in [("dots", "/a/../../b"), ("slash", "/"), ("nothing", ""), ("two", "a/b")] {
+        let dir = case.site.path("upper").join(name);
+        fs::create_dir(&dir).unwrap();
+        set_xattr(&dir, "trusted.overlay.redirect", mark.as_bytes(), 0).unwrap();
+    }
+    let out = case.site.path("upper").join("out");
+    fs::create_dir(&out).unwrap();
+    set_xattr(&out, "trusted.overlay.redirect", b"/root/etc", 0).unwrap();
+    let union = case.mount();
+    for name in ["dots", "slash", "nothing", "two"] {
+        let error = fs::metadata(union.at.join(name)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}");
+    }
+    assert_eq!(fs::read_dir(union.at.join("out")).unwrap().count(), 0, "symlinks are not followed");
+}
+
+#[test]
+fn files_whose_contents_are_elsewhere_are_not_shown_empty() {
+    let case = case(|l| fs::write(l.join("f"), "contents").unwrap());
+    let upper = case.site.path("upper/f");
+    File::create(&upper).unwrap().set_len(8).unwrap();
+    set_xattr(&upper, "trusted.overlay.metacopy", b"", 0).unwrap();
+    let union = case.mount();
+    assert_eq!(fs::read(union.at.join("f")).unwrap_err().raw_os_error(), Some(libc::EIO));
 }
 
 #[test]

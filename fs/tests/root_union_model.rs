@@ -2,7 +2,7 @@
 //! upper directory in the same format, which the other can take over.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -10,6 +10,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::union_support::{Mounted, Seens, Site, differences, remove_xattr, set_xattr, walk};
+use lazyrun_fs::union::{RedirectDir, UnionConfig};
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Gid, Uid, fchownat, linkat};
@@ -195,7 +196,13 @@ fn fill_layer(dir: &Path, r: &mut Random) {
 /// something, the trees after each has taken over the other's upper directory would differ.
 fn upper(site: &Site) -> Seens {
     let mut seen = walk(&site.path("upper"), false);
-    for file in seen.values_mut() {
+    for (path, file) in &mut seen {
+        // Of a rename that failed after the mark was set, or was taken back, nothing else is left.
+        let itself = [path.file_name().map(OsStr::to_owned), Some(Path::new("/").join(path).into())];
+        let redirect = file.xattrs.get(&b"trusted.overlay.redirect"[..]);
+        if redirect.is_some_and(|to| itself.iter().flatten().any(|name| name.as_bytes() == to)) {
+            file.xattrs.remove(&b"trusted.overlay.redirect"[..]);
+        }
         file.xattrs.retain(|name, _| {
             !matches!(
                 name.as_slice(),
@@ -223,15 +230,51 @@ fn same(what: &str, seed: u64, log: &[Op], left: &Seens, right: &Seens) {
     );
 }
 
-fn run(seed: u64, steps: usize) {
+/// Whether directories of lower layers can be renamed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Redirects {
+    No,
+    Yes,
+}
+
+impl Redirects {
+    fn kernel(self, site: &Site, lower: &[PathBuf]) -> Mounted {
+        site.kernel(lower, if self == Redirects::Yes { "on" } else { "off" })
+    }
+
+    fn ours(self, site: &Site, lower: &[PathBuf]) -> Mounted {
+        let redirect_dir = if self == Redirects::Yes { RedirectDir::On } else { RedirectDir::Follow };
+        site.ours_with(UnionConfig { redirect_dir, ..site.config(lower) })
+    }
+}
+
+/// Makes layers that have renamed directories in them: what overlayfs leaves in its upper directories.
+fn rename_in_layers(lower: &mut Vec<PathBuf>, sites: &mut Vec<Site>, r: &mut Random) {
+    for _ in 0..r.below(3) {
+        let site = Site::new();
+        let kernel = Redirects::Yes.kernel(&site, lower);
+        for _ in 0..100 {
+            let _ = apply(&kernel.at, &random_op(r));
+        }
+        drop(kernel);
+        lower.insert(0, site.path("upper"));
+        sites.push(site);
+    }
+}
+
+fn run(seed: u64, steps: usize, redirects: Redirects) {
     let mut r = Random(seed);
     let layers = tempfile::tempdir().expect("temporary directory");
-    let lower: Vec<PathBuf> = (0..1 + r.below(3)).map(|i| layers.path().join(format!("l{i}"))).collect();
+    let mut lower: Vec<PathBuf> = (0..1 + r.below(3)).map(|i| layers.path().join(format!("l{i}"))).collect();
     for layer in &lower {
         fill_layer(layer, &mut r);
     }
+    let mut sites = Vec::new();
+    if redirects == Redirects::Yes {
+        rename_in_layers(&mut lower, &mut sites, &mut r);
+    }
     let (kernel_site, our_site) = (Site::new(), Site::new());
-    let (kernel, ours) = (kernel_site.kernel(&lower), our_site.ours(&lower));
+    let (kernel, ours) = (redirects.kernel(&kernel_site, &lower), redirects.ours(&our_site, &lower));
     same("fresh trees", seed, &[], &walk(&kernel.at, true), &walk(&ours.at, true));
     let mut log = Vec::new();
     for _ in 0..steps {
@@ -245,20 +288,27 @@ fn run(seed: u64, steps: usize) {
     drop((kernel, ours));
     same("upper directories", seed, &log, &upper(&kernel_site), &upper(&our_site));
     // Each takes over what the other has left.
-    let kernel: Mounted = our_site.kernel(&lower);
+    let kernel = redirects.kernel(&our_site, &lower);
     same("trees after the kernel took over", seed, &log, &shown, &walk(&kernel.at, true));
     drop(kernel);
-    let ours = kernel_site.ours(&lower);
+    let ours = redirects.ours(&kernel_site, &lower);
     let kernels: BTreeMap<_, _> = walk(&ours.at, false);
     drop(ours);
-    let kernel = kernel_site.kernel(&lower);
+    let kernel = redirects.kernel(&kernel_site, &lower);
     same("trees after we took over", seed, &log, &walk(&kernel.at, false), &kernels);
 }
 
 #[test]
 fn random_operations_do_what_overlayfs_does() {
     for seed in 0..40 {
-        run(seed, 300);
+        run(seed, 300, Redirects::No);
+    }
+}
+
+#[test]
+fn directories_of_lower_layers_are_renamed_as_overlayfs_does() {
+    for seed in 100..140 {
+        run(seed, 300, Redirects::Yes);
     }
 }
 
@@ -268,7 +318,8 @@ fn random_operations_do_what_overlayfs_does() {
 fn many_random_operations_do_what_overlayfs_does() {
     let seeds = std::env::var("UNION_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(500);
     for seed in 1000..1000 + seeds {
-        run(seed, 400);
+        run(seed, 400, Redirects::No);
+        run(seed, 400, Redirects::Yes);
     }
 }
 

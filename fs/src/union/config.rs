@@ -14,6 +14,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{getegid, geteuid};
 
 use super::node::{Node, Part, State, key_of};
+use super::redirect::RedirectDir;
 use super::sys::{Dir, Real, open_dir};
 use super::table::Table;
 use super::{ROOT, Union};
@@ -37,6 +38,8 @@ pub struct UnionConfig {
     pub userxattr: bool,
     /// Write nothing through to the disk: copy-up and fsync(2) do not wait.
     pub volatile: bool,
+    /// Whether directories that a lower layer has can be renamed.
+    pub redirect_dir: RedirectDir,
     /// No POSIX ACLs.
     pub noacl: bool,
     /// Names and attributes are asked again after so many seconds; never if there is no number.
@@ -51,6 +54,9 @@ pub enum OptionError {
     /// A value that is missing or no number.
     #[error("the option `{0}` needs a number")]
     Number(String),
+    /// A value that is none of the option's.
+    #[error("the option `{0}` has a value that it can't have")]
+    Value(String),
     /// An option nobody knows.
     #[error("there is no option `{0}`")]
     Unknown(String),
@@ -95,7 +101,6 @@ pub enum UnionError {
 const IGNORED: &[&str] = &[
     "threaded",
     "fast_ino",
-    "redirect_dir",
     "index",
     "metacopy",
     "xino",
@@ -179,6 +184,9 @@ impl UnionConfig {
             b"userxattr" => self.userxattr = true,
             b"volatile" => self.volatile = true,
             b"noacl" => self.noacl = true,
+            b"redirect_dir" => {
+                self.redirect_dir = redirect_dir(value).ok_or_else(|| OptionError::Value(text()))?
+            }
             b"timeout" => self.timeout = Some(number()?),
             b"uidmapping" | b"gidmapping" | b"xattr_permissions" | b"lowerdir+" | b"datadir+" => {
                 return Err(OptionError::Unsupported(text()));
@@ -198,6 +206,16 @@ impl UnionConfig {
     /// Whether the union can't be written: asked for, or without an upper.
     pub fn read_only(&self) -> bool {
         self.upper.is_none() || self.mount_options.iter().any(|o| o == "ro")
+    }
+}
+
+// As overlayfs, which follows them unless told not to.
+fn redirect_dir(value: &[u8]) -> Option<RedirectDir> {
+    match value {
+        b"on" => Some(RedirectDir::On),
+        b"off" | b"follow" => Some(RedirectDir::Follow),
+        b"nofollow" => Some(RedirectDir::NoFollow),
+        _ => None,
     }
 }
 
@@ -254,7 +272,8 @@ impl Union {
         let prefix = if user { "user.overlay." } else { "trusted.overlay." };
         let opaque = if user { c"user.overlay.opaque" } else { c"trusted.overlay.opaque" };
         let parts = layers.iter().enumerate();
-        let parts = parts.map(|(layer, fd)| Part { layer, fd: Some(Arc::clone(fd)), xwhiteouts: false });
+        let parts =
+            parts.map(|(layer, fd)| Part { layer, fd: Some(Arc::clone(fd)), xwhiteouts: false, at: None });
         let mut devices = Vec::new();
         let mut key = None;
         for (layer, path) in layers.iter().zip(config.upper.iter().chain(&config.lower)) {
@@ -270,6 +289,7 @@ impl Union {
             name: c"/".to_owned(),
             layer: 0,
             parts: parts.collect(),
+            redirect: None,
             key: key.unwrap_or_default(),
             held: None,
             gone: false,

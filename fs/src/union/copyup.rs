@@ -95,7 +95,7 @@ impl Union {
         let mut state = node.write();
         rename((&temp.work, &temp.name), (&upper, &state.name), RenameFlags::RENAME_NOREPLACE)?;
         temp.keep();
-        state.parts.insert(0, Part { layer: UPPER, fd: Some(fd), xwhiteouts: false });
+        state.parts.insert(0, Part { layer: UPPER, fd: Some(fd), xwhiteouts: false, at: None });
         state.key = key_of(&new);
         drop(state);
         restore_times(&upper, &before);

@@ -9,8 +9,8 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat};
 use nix::sys::stat::{Mode, SFlag, mkdirat, mknodat};
 use nix::unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat};
 
-use super::lookup::{Attr, Found};
-use super::node::{Node, Part, UPPER, key_of};
+use super::lookup::{Attr, Found, Merging};
+use super::node::{Node, Part, UPPER};
 use super::sys::{Dir, Real, Result, is_dir, rename, to_c};
 use super::whiteout::Temp;
 use super::{OpenFile, Union};
@@ -242,8 +242,8 @@ impl Union {
     fn enter_new(&self, parent: &Arc<Node>, name: &CStr) -> Result<(Arc<Node>, Attr)> {
         let stat = Real::Named(parent.upper_dir()?, name.to_owned()).stat()?;
         let found = if is_dir(&stat) {
-            let part = Part { layer: UPPER, fd: None, xwhiteouts: false };
-            Found::Directory { parts: vec![part], stat, number: key_of(&stat) }
+            let part = Part { layer: UPPER, fd: None, xwhiteouts: false, at: None };
+            Found::Directory(Merging::new(part, &stat))
         } else {
             Found::File { layer: UPPER, stat }
         };

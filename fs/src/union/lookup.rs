@@ -1,12 +1,13 @@
 //! What a name in a merged directory is.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::stat::FileStat;
 
 use super::node::{Key, Node, Part, State, UPPER, key_of};
+use super::redirect::{Redirect, real_path};
 use super::sys::{Dir, Real, Result, is_dir, is_whiteout, kind_of, stat_at};
 use super::table::{MADE_UP, Nodes};
 use super::{ROOT, Union};
@@ -24,7 +25,32 @@ pub struct Attr {
 pub(super) enum Found {
     Nothing,
     File { layer: usize, stat: FileStat },
-    Directory { parts: Vec<Part>, stat: FileStat, number: Key },
+    Directory(Merging),
+}
+
+/// A directory that is being put together from the layers, top first.
+pub(super) struct Merging {
+    pub(super) parts: Vec<Part>,
+    /// Of the topmost.
+    pub(super) stat: FileStat,
+    pub(super) number: Key,
+    /// The upper one's mark.
+    pub(super) redirect: Option<Redirect>,
+}
+
+impl Merging {
+    pub(super) fn new(part: Part, stat: &FileStat) -> Self {
+        Merging { parts: vec![part], stat: *stat, number: key_of(stat), redirect: None }
+    }
+
+    /// One more.
+    pub(super) fn push(&mut self, writable: bool, part: Part, stat: &FileStat) {
+        // A directory keeps the number of its topmost lower part, whether copied up or not.
+        if self.parts.len() == 1 && self.parts[0].layer == UPPER && writable {
+            self.number = key_of(stat);
+        }
+        self.parts.push(part);
+    }
 }
 
 impl Union {
@@ -45,34 +71,62 @@ impl Union {
             return Err(Errno::ENOTDIR);
         }
         let count = parent.read().parts.len();
-        let mut dir: Option<(Vec<Part>, FileStat, Key)> = None;
+        let mut dir: Option<Merging> = None;
+        // What it is called in the layer, if a higher one says so.
+        let mut renamed: Option<CString> = None;
         for i in first..count {
             let (at, layer) = self.part(parent, i)?;
+            let name = renamed.as_deref().unwrap_or(name);
             let Some(stat) = stat_at(&at, name)? else { continue };
+            let real = Real::named(&at, name);
             if !is_dir(&stat) {
                 if dir.is_some() || is_whiteout(&stat) || self.is_xwhiteout(parent, i, &at, name, &stat) {
                     break;
                 }
+                self.has_contents(&real, &stat, layer)?;
                 return Ok(Found::File { layer, stat });
             }
+            let redirect = self.redirect_of(&real, layer)?;
             // Opaque marks of the lowest layer hide nothing.
-            let mark = if i + 1 < count { self.opacity(&Real::named(&at, name)) } else { Opacity::None };
-            let part = Part { layer, fd: None, xwhiteouts: mark == Opacity::Whiteouts };
-            match &mut dir {
-                None => dir = Some((vec![part], stat, key_of(&stat))),
-                Some((parts, _, number)) => {
-                    // A directory keeps the number of its topmost lower part, whether copied up or not.
-                    if parts.len() == 1 && parts[0].layer == UPPER && self.is_writable() {
-                        *number = key_of(&stat);
-                    }
-                    parts.push(part);
-                }
-            }
-            if mark == Opacity::Opaque {
+            let opacity =
+                if i + 1 < count || redirect.is_some() { self.opacity(&real) } else { Opacity::None };
+            let path = renamed.is_some().then(|| self.path_in(parent, layer, name)).transpose()?;
+            let part = Part { layer, fd: None, xwhiteouts: opacity == Opacity::Whiteouts, at: path };
+            let merging = self.merge(&mut dir, part, &stat);
+            if opacity == Opacity::Opaque {
                 break;
             }
+            let Some(redirect) = redirect else { continue };
+            if layer == UPPER && self.is_writable() {
+                merging.redirect = Some(redirect.clone());
+            }
+            match redirect {
+                Redirect::Beside(name) => renamed = Some(name),
+                Redirect::At(path) => {
+                    self.merge_at(layer + 1, path, merging)?;
+                    break;
+                }
+            }
         }
-        Ok(dir.map_or(Found::Nothing, |(parts, stat, number)| Found::Directory { parts, stat, number }))
+        Ok(dir.map_or(Found::Nothing, Found::Directory))
+    }
+
+    fn merge<'d>(&self, dir: &'d mut Option<Merging>, part: Part, stat: &FileStat) -> &'d mut Merging {
+        match dir {
+            Some(merging) => {
+                merging.push(self.is_writable(), part, stat);
+                merging
+            }
+            None => dir.insert(Merging::new(part, stat)),
+        }
+    }
+
+    /// The path of a name in a directory's part.
+    fn path_in(&self, parent: &Node, layer: usize, name: &CStr) -> Result<Vec<CString>> {
+        let _tree = self.tree.read().unwrap_or_else(PoisonError::into_inner);
+        let mut path = real_path(parent, layer)?;
+        path.push(name.to_owned());
+        Ok(path)
     }
 
     /// The open directory of a node's part, with the tree locked while directories are opened by name.
@@ -85,7 +139,7 @@ impl Union {
         node.part(i)
     }
 
-    fn opacity(&self, dir: &Real) -> Opacity {
+    pub(super) fn opacity(&self, dir: &Real) -> Opacity {
         let mut value = [0u8; 2];
         match dir.get_xattr(self.opaque, &mut value) {
             Ok(1) if value[0] == b'y' => Opacity::Opaque,
@@ -125,7 +179,7 @@ impl Union {
         let (stat, key, number) = match &found {
             Found::Nothing => return None,
             Found::File { stat, .. } => (*stat, key_of(stat), key_of(stat)),
-            Found::Directory { stat, number, .. } => (*stat, key_of(stat), *number),
+            Found::Directory(dir) => (dir.stat, key_of(&dir.stat), dir.number),
         };
         let ino = self.number(number);
         let mut table = self.table.lock();
@@ -166,16 +220,17 @@ impl Union {
         found: Found,
         stat: FileStat,
     ) -> (Arc<Node>, Attr) {
-        let (layer, parts) = match found {
-            Found::File { layer, .. } => (layer, Vec::new()),
-            Found::Directory { parts, .. } => (parts[0].layer, parts),
-            Found::Nothing => (UPPER, Vec::new()),
+        let (layer, parts, redirect) = match found {
+            Found::File { layer, .. } => (layer, Vec::new(), None),
+            Found::Directory(dir) => (dir.parts[0].layer, dir.parts, dir.redirect),
+            Found::Nothing => (UPPER, Vec::new(), None),
         };
         let state = State {
             parent: Some(Arc::clone(parent)),
             name: name.to_owned(),
             layer,
             parts,
+            redirect,
             key: key_of(&stat),
             held: None,
             gone: false,
@@ -231,8 +286,9 @@ impl Union {
     }
 }
 
-#[derive(PartialEq, Eq)]
-enum Opacity {
+/// What the `opaque` mark of a directory says.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Opacity {
     None,
     Opaque,
     Whiteouts,
@@ -242,7 +298,7 @@ enum Opacity {
 fn same(node: &Arc<Node>, parent: &Arc<Node>, name: &CStr, found: &Found, key: Key) -> bool {
     match found {
         Found::Nothing => false,
-        Found::Directory { .. } => node.is_dir() && node.read().is_at(parent, name),
+        Found::Directory(_) => node.is_dir() && node.read().is_at(parent, name),
         Found::File { layer, .. } => {
             let state = node.read();
             if state.key != key || node.is_dir() {

@@ -2,9 +2,9 @@
 //! adapter is [`crate::fuse::unionfs`].
 //!
 //! Layers are plain directories, the upper one in the format of Linux's overlayfs (`upper` and `work` can go back
-//! and forth between both). Semantics are those of overlayfs with `redirect_dir=off,index=off,metacopy=off`:
-//! directories that a lower layer has can't be renamed (`EXDEV`), names of a hard link group part when one of
-//! them is copied up, mode and owner changes copy the data up.
+//! and forth between both). Semantics are those of overlayfs with `index=off,metacopy=off`: names of a hard link group
+//! part when one of them is copied up, mode and owner changes copy the data up. Unless `redirect_dir=on`, directories
+//! that a lower layer has can't be renamed (`EXDEV`).
 //!
 //! Nothing locks the whole union while a file's data is read, written or copied up.
 
@@ -17,6 +17,7 @@ mod handles;
 mod lookup;
 mod node;
 mod readdir;
+mod redirect;
 mod remove;
 mod rename;
 mod setattr;
@@ -32,6 +33,7 @@ pub use handles::Handles;
 pub use lookup::Attr;
 pub use node::Node;
 pub use readdir::{DirEntry, OpenDir};
+pub use redirect::RedirectDir;
 pub use setattr::{SetAttr, SetTime};
 pub use sys::Result;
 

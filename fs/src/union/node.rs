@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use nix::errno::Errno;
 use nix::sys::stat::FileStat;
 
+use super::redirect::{Redirect, open_path};
 use super::sys::{Dir, Real, Result};
 
 /// Number of the upper layer, if there is one.
@@ -28,6 +29,8 @@ pub(super) struct Part {
     pub(super) fd: Option<Dir>,
     /// Regular files in it may be whiteouts by attribute (`overlay.opaque` is `x`).
     pub(super) xwhiteouts: bool,
+    /// Its path from the layer's root, where it is not in the parent's part under the directory's name.
+    pub(super) at: Option<Vec<CString>>,
 }
 
 /// A file of the union. The lock order is: a node before its parent, and never two that are not so related,
@@ -56,6 +59,8 @@ pub(super) struct State {
     pub(super) layer: usize,
     /// Directories that a directory is merged of, top first; empty for what is none.
     pub(super) parts: Vec<Part>,
+    /// What the upper directory says of where the lower ones are.
+    pub(super) redirect: Option<Redirect>,
     /// The real file that attributes come from.
     pub(super) key: Key,
     /// The file itself, when it has no name any more.
@@ -112,15 +117,18 @@ impl Node {
 
     /// The open directory of its part number `i`, and the layer that is in.
     pub(super) fn part(&self, i: usize) -> Result<(Dir, usize)> {
-        let (layer, parent, name) = {
+        let (layer, parent, name, at) = {
             let state = self.read();
             let part = state.parts.get(i).ok_or(Errno::ENOENT)?;
             if let Some(fd) = &part.fd {
                 return Ok((Arc::clone(fd), part.layer));
             }
-            (part.layer, state.parent.clone().ok_or(Errno::ENOENT)?, state.name.clone())
+            (part.layer, state.parent.clone().ok_or(Errno::ENOENT)?, state.name.clone(), part.at.clone())
         };
-        let fd = super::sys::open_dir(&*parent.layer_dir(layer)?, &name)?;
+        let fd = match at {
+            Some(path) => open_path(&root_of(parent).layer_dir(layer)?, &path)?,
+            None => super::sys::open_dir(&*parent.layer_dir(layer)?, &name)?,
+        };
         if let Some(part) = self.write().parts.iter_mut().find(|p| p.layer == layer) {
             part.fd = Some(Arc::clone(&fd));
         }
@@ -146,6 +154,13 @@ impl Node {
         let state = self.read();
         f(&state.real()?)
     }
+}
+
+fn root_of(mut node: Arc<Node>) -> Arc<Node> {
+    while let Some(parent) = node.parent() {
+        node = parent;
+    }
+    node
 }
 
 impl State {

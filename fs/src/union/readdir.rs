@@ -86,6 +86,7 @@ impl Union {
         for i in 0..count {
             let (dir, layer) = self.part(node, i)?;
             let device = fstat(&*dir)?.st_dev;
+            let impure = upper && layer == UPPER && self.is_impure(&dir);
             self.each(node, i, &dir, |name, kind, ino, whiteout| {
                 if let Some(above) = seen.get(name) {
                     // Copied up: the number is that of the lower file, which a look up knows.
@@ -99,7 +100,9 @@ impl Union {
                     seen.insert(name.to_owned(), at);
                 }
                 if !whiteout {
-                    let ino = if upper && layer == UPPER {
+                    let ino = if impure && kind == libc::S_IFDIR {
+                        0
+                    } else if upper && layer == UPPER {
                         let known = self.table.lock().copied((device, ino)).filter(|id| *id < MADE_UP);
                         known.unwrap_or_else(|| self.number((device, ino)))
                     } else {
@@ -119,7 +122,7 @@ impl Union {
     /// The inode number that a look up of a name gives.
     fn number_of(&self, node: &Arc<Node>, name: &CStr) -> Result<u64> {
         Ok(match self.find(node, name)? {
-            Found::Directory { number, .. } => self.number(number),
+            Found::Directory(dir) => self.number(dir.number),
             found => match self.enter(node, name, found) {
                 Some((child, _)) => {
                     self.forget([(child.id, 1)]);

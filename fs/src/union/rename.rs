@@ -25,7 +25,7 @@ impl Union {
     /// Renames. `flags` are those of renameat2(2); as on overlayfs `RENAME_WHITEOUT` is not among them.
     ///
     /// # Errors
-    /// `EXDEV` for a directory that a lower layer has, beside the usual ones.
+    /// `EXDEV` for a directory that a lower layer has, unless the union makes redirects, beside the usual ones.
     pub fn rename(&self, from: Place<'_>, to: Place<'_>, flags: u32) -> Result<()> {
         self.work()?;
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
@@ -41,6 +41,7 @@ impl Union {
             Some(new) if Arc::ptr_eq(new, &old) => return Ok(()),
             _ => {}
         }
+        let can_move = |node: &Node| self.redirects() || !has_lower(node);
         if !can_move(&old) || (exchange && !new.as_ref().is_some_and(|n| can_move(n))) {
             return Err(Errno::EXDEV);
         }
@@ -66,9 +67,9 @@ impl Union {
             self.make_room(old, new, &to_dir, to.1)?;
         }
         let plan = self.plan(from, to, old, &to_dir, exchange)?;
-        self.mark_opaque(old, to.0)?;
+        self.mark(old, from.0, to.0)?;
         if let (true, Some(new)) = (exchange, new) {
-            self.mark_opaque(new, from.0)?;
+            self.mark(new, to.0, from.0)?;
         }
         // A replaced file may still be open.
         let replaced = new.filter(|_| !exchange);
@@ -81,6 +82,9 @@ impl Union {
         }
         let moves_tree = old.is_dir() || new.is_some_and(|n| n.is_dir());
         let _tree = moves_tree.then(|| self.tree.write().unwrap_or_else(PoisonError::into_inner));
+        for dir in [Some(old), new.filter(|_| exchange)].into_iter().flatten().filter(|n| n.is_dir()) {
+            Self::pin_parts(dir)?;
+        }
         {
             // Nobody uses the names while they change.
             let mut old_state = old.write();
@@ -150,9 +154,13 @@ impl Union {
         rename((&temp.work, &temp.name), (dir, name), RenameFlags::RENAME_EXCHANGE)
     }
 
-    /// A directory that comes to where lower layers may have one of that name must not merge with it.
-    fn mark_opaque(&self, node: &Node, parent: &Node) -> Result<()> {
-        if !node.is_dir() || parent.read().parts.len() < 2 {
+    /// A directory that comes to where lower layers may have one of that name must not merge with it, but with those that
+    /// it has been merged with.
+    fn mark(&self, node: &Arc<Node>, from: &Arc<Node>, to: &Arc<Node>) -> Result<()> {
+        if node.is_dir() && has_lower(node) {
+            return self.set_redirect(node, from, to);
+        }
+        if !node.is_dir() || to.read().parts.len() < 2 {
             return Ok(());
         }
         self.set_opaque(&Real::Held(node.upper_dir()?))
@@ -171,9 +179,9 @@ impl Union {
     }
 }
 
-/// Directories of lower layers can't be moved: what is below them is found by their names.
-fn can_move(node: &Node) -> bool {
-    !node.is_dir() || node.read().parts.iter().all(|p| p.layer == UPPER)
+/// Whether a directory is in a lower layer: what is below it is found by its name then.
+fn has_lower(node: &Node) -> bool {
+    node.read().parts.iter().any(|p| p.layer != UPPER)
 }
 
 /// Locks one or two nodes against other changes, in an order of their own.

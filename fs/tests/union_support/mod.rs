@@ -30,10 +30,10 @@ impl Site {
         self.dir.path().join(name)
     }
 
-    pub(crate) fn kernel(&self, lower: &[PathBuf]) -> Mounted {
+    pub(crate) fn kernel(&self, lower: &[PathBuf], redirect_dir: &str) -> Mounted {
         let lower: Vec<String> = lower.iter().map(|p| p.display().to_string()).collect();
         let options = format!(
-            "lowerdir={},upperdir={},workdir={},index=off,redirect_dir=off,metacopy=off,xino=off",
+            "lowerdir={},upperdir={},workdir={},index=off,redirect_dir={redirect_dir},metacopy=off,xino=off",
             lower.join(":"),
             self.path("upper").display(),
             self.path("work").display()
