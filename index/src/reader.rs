@@ -18,10 +18,6 @@ use crate::{
     Timestamp,
 };
 
-/// What the kernel maps of a file at once where one page is read, in bytes. With another setting of it a little more or less
-/// counts as memory.
-const FAULT_AROUND: usize = 64 << 10;
-
 /// The index of one layer: what the layer contains and where its bytes are in the blob.
 ///
 /// Cheap to share between threads. The file behind an opened index must not be changed while it is open; the
@@ -71,25 +67,18 @@ impl LayerIndex {
         let index = Self::new(Bytes::Mapped(map))?;
         // All of it was read for the check. Most of it are windows, of which only those of missing spans are ever used.
         if (0..index.span_count()).any(|i| index.span_record(i).window_len.get() > 0) {
-            index.let_go(0..index.bytes.len());
+            index.let_go();
         }
         Ok(index)
     }
 
-    /// Has these bytes of a mapped index, and what the kernel has mapped around them, not count as memory of the process:
-    /// who reads them again gets them from the page cache.
-    fn let_go(&self, bytes: Range<usize>) {
+    /// Has the bytes of a mapped index not count as memory of the process: who reads them again gets them from the page
+    /// cache. All of them, because the kernel maps much more than the page that is read, up to the whole of a large folio.
+    fn let_go(&self) {
         let Bytes::Mapped(map) = &self.bytes else { return };
-        // The kernel goes by addresses.
-        let base = map.as_ptr().addr();
-        let (from, to) = (base + bytes.start, (base + bytes.end).next_multiple_of(FAULT_AROUND));
-        let first = (from - from % FAULT_AROUND).saturating_sub(base);
-        let end = (to - base).min(map.len());
         // SAFETY: a shared mapping of a file that never changes, so the same bytes are read before and after.
         // Where it can't be done, more memory is used and nothing else happens.
-        let _ = unsafe {
-            map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, end.saturating_sub(first))
-        };
+        let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 
     /// An index that is in memory.
@@ -275,8 +264,7 @@ impl LayerIndex {
                     let window = zstd::bulk::decompress(packed, size).map_err(|e| {
                         IndexError::bad_index(format!("the window of span {i} is damaged: {e}"))
                     })?;
-                    let at = size_of::<HeaderRecord>() + at;
-                    self.let_go(at..at + packed.len());
+                    self.let_go();
                     window
                 };
                 if window.len() != size {
