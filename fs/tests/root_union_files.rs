@@ -37,7 +37,7 @@ impl Case {
     }
 
     fn mount(&self) -> Mounted {
-        self.site.ours_with(self.config())
+        self.site.ours(self.config())
     }
 }
 
@@ -336,7 +336,7 @@ fn renamed_directories_of_lower_layers_keep_their_numbers_and_all_that_is_below(
         fs::write(l.join("a/deep/er/f"), "far down").unwrap();
     });
     let config = || UnionConfig { redirect_dir: RedirectDir::On, ..case.config() };
-    let union = case.site.ours_with(config());
+    let union = case.site.ours(config());
     let at = |path: &str| union.at.join(path);
     let number = |path: &str| fs::metadata(at(path)).unwrap().ino();
     let (before, open) = ((number("a"), number("a/deep")), File::open(at("a/deep/er/f")).unwrap());
@@ -352,7 +352,7 @@ fn renamed_directories_of_lower_layers_keep_their_numbers_and_all_that_is_below(
     assert_eq!(fs::read_dir(at("z")).unwrap().count(), 0);
     drop(open);
     drop(union);
-    let union = case.site.ours_with(config());
+    let union = case.site.ours(config());
     assert_eq!(fs::read_to_string(union.at.join("b/again/er/f")).unwrap(), "far down");
     for dir in ["", "b", "b/again"] {
         for entry in fs::read_dir(union.at.join(dir)).unwrap().map(Result::unwrap) {
@@ -369,7 +369,7 @@ fn renamed_directories_of_lower_layers_keep_their_numbers_and_all_that_is_below(
     assert_eq!(error.raw_os_error(), Some(libc::EXDEV));
     drop(union);
     let config = UnionConfig { redirect_dir: RedirectDir::NoFollow, ..case.config() };
-    let union = case.site.ours_with(config);
+    let union = case.site.ours(config);
     assert_eq!(fs::read_dir(union.at.join("b/again")).unwrap().count(), 1, "er, made by the copy-up of new");
     assert!(!union.at.join("b/again/er/f").exists());
 }
@@ -431,7 +431,7 @@ fn a_union_without_an_upper_cannot_be_written() {
     let case = case(|l| fs::write(l.join("f"), "x").unwrap());
     let mut config = case.site.config(std::slice::from_ref(&case.lower));
     (config.upper, config.work) = (None, None);
-    let union = case.site.ours_with(config);
+    let union = case.site.ours(config);
     assert_eq!(fs::read(union.at.join("f")).unwrap(), b"x");
     let error = fs::write(union.at.join("g"), "").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EROFS));

@@ -244,7 +244,7 @@ impl Redirects {
 
     fn ours(self, site: &Site, lower: &[PathBuf]) -> Mounted {
         let redirect_dir = if self == Redirects::Yes { RedirectDir::On } else { RedirectDir::Follow };
-        site.ours_with(UnionConfig { redirect_dir, ..site.config(lower) })
+        site.ours(UnionConfig { redirect_dir, ..site.config(lower) })
     }
 }
 

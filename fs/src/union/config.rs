@@ -185,7 +185,7 @@ impl UnionConfig {
             b"volatile" => self.volatile = true,
             b"noacl" => self.noacl = true,
             b"redirect_dir" => {
-                self.redirect_dir = redirect_dir(value).ok_or_else(|| OptionError::Value(text()))?
+                self.redirect_dir = redirect_dir(value).ok_or_else(|| OptionError::Value(text()))?;
             }
             b"timeout" => self.timeout = Some(number()?),
             b"uidmapping" | b"gidmapping" | b"xattr_permissions" | b"lowerdir+" | b"datadir+" => {

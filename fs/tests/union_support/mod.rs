@@ -53,11 +53,7 @@ impl Site {
         }
     }
 
-    pub(crate) fn ours(&self, lower: &[PathBuf]) -> Mounted {
-        self.ours_with(self.config(lower))
-    }
-
-    pub(crate) fn ours_with(&self, config: UnionConfig) -> Mounted {
+    pub(crate) fn ours(&self, config: UnionConfig) -> Mounted {
         let at = self.path("merged");
         let union = Union::open(config).expect("the union opens");
         let served = unionfs::mount(union, &at).expect("the union is mounted");
