@@ -9,6 +9,7 @@ mod root_config_check;
 mod root_containerd_docker;
 mod root_containerd_fetch;
 mod root_containerd_versions;
+mod root_cri;
 mod root_demo;
 mod root_diffs;
 mod root_evil;

@@ -29,7 +29,7 @@ pub use artifact::{
     OWN_LAYER_INDEX_ZSTD, OWN_PROFILE_ZSTD, PushOptions, PushReport, SOCI_V1_ARTIFACT_TYPE,
     SOCI_V2_ARTIFACT_TYPE, delete_index, list_indexes, push_indexes,
 };
-pub use auth::{Kept, ProviderFiles, erase_login, save_login};
+pub use auth::{Kept, Keychain, ProviderFiles, PullSecret, Trial, erase_login, save_login};
 pub use client::{
     BlobReader, BlobSource, ClientOptions, CredentialReport, HostReport, Proxies, RegistryClient, TlsReport,
     Uploaded,

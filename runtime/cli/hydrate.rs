@@ -21,7 +21,8 @@ pub(super) fn hydrate(context: &Context, args: HydrateArgs) -> Result<(), Failur
 }
 
 fn start(context: &Context, image: &str, wait: bool) -> Result<(), Failure> {
-    let action = HydrationAction::Start { image: context.image(image, PullPolicy::Missing), wait };
+    let image = Box::new(context.image(image, PullPolicy::Missing));
+    let action = HydrationAction::Start { image, wait };
     let mut shown = progress::Shown::new(context.progress);
     let digest: Digest = context.daemon()?.call(&Request::Hydrate(action), &mut shown)?;
     drop(shown);

@@ -36,6 +36,7 @@ impl Context {
             providers: self.providers.clone().map(Box::new),
             insecure: self.insecure.clone(),
             hosts: registries::host_files(&self.hosts_dirs),
+            pull_secrets: false,
         }
     }
 }

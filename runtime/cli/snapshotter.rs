@@ -33,6 +33,10 @@ pub struct SnapshotterArgs {
     /// exported and pushed
     #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
     keep_blobs: KeepBlobs,
+    /// Serve CRI's image service at the same socket, forwarded to containerd, and pull lazily with the pull secrets that
+    /// pass; the kubelet needs `--image-service-endpoint` for that
+    #[arg(long)]
+    cri_keychain: bool,
 }
 
 pub(super) fn serve(context: &Context, args: SnapshotterArgs) -> Result<ExitCode, Failure> {
@@ -46,6 +50,7 @@ pub(super) fn serve(context: &Context, args: SnapshotterArgs) -> Result<ExitCode
         index: context.index.clone(),
         containerd: args.containerd_address.as_deref().map(crate::containerd::socket),
         keep_blobs: args.keep_blobs,
+        cri: args.cri_keychain,
     };
     let options = serde_json::to_string(&options).map_err(|e| Failure::daemon(e.to_string()))?;
     let passed = manager::passed()

@@ -126,6 +126,16 @@ impl Containerd {
         Ok(Self { address: address.to_owned(), channel })
     }
 
+    /// A connection for requests that are not made here.
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// That nobody answers, and why.
+    pub(crate) fn unreachable(&self, error: &(dyn std::error::Error + 'static)) -> ContainerdError {
+        ContainerdError::Unreachable { address: self.address.display().to_string(), why: reason(error) }
+    }
+
     // Waits for an answer, and says which request failed.
     async fn answer<T>(
         &self,
@@ -156,8 +166,7 @@ impl Containerd {
 }
 
 // The last of an error's causes: what the kernel said.
-fn reason(status: &Status) -> String {
-    let mut error: &dyn std::error::Error = status;
+fn reason(mut error: &(dyn std::error::Error + 'static)) -> String {
     while let Some(source) = error.source() {
         error = source;
     }

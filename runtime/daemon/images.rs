@@ -12,8 +12,8 @@ use futures_util::future::try_join_all;
 use lazyrun_fetcher::observe::Watch;
 use lazyrun_fetcher::{
     Beside, BlobSource, ClientOptions, ClientStats, DiscoverOptions, FetchError, Fetcher, Haste, HostStats,
-    IndexPolicy, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient, ResolvedImage, Trust,
-    TrustMode, discover_beside, resolve_and_look,
+    IndexPolicy, Keychain, Layer, LayerDescriptor, Platform, Progress, Reference, RegistryClient,
+    ResolvedImage, Trust, TrustMode, discover_beside, resolve_and_look,
 };
 use lazyrun_index::{Digest, LayerId};
 use tokio::sync::mpsc;
@@ -33,13 +33,19 @@ pub struct Images {
     clients: Mutex<HashMap<RegistryOptions, RegistryClient>>,
     lies: mpsc::Sender<Lie>,
     watch: Watch,
+    keychain: Arc<Keychain>,
 }
 
 impl Images {
     /// Images recorded in `meta`, their manifests and configs in `blobs`. `lies` hears of indexes that are found
     /// not to tell the truth, `watch` of every request.
     pub fn new(meta: Meta, blobs: PathBuf, fetcher: Fetcher, lies: mpsc::Sender<Lie>, watch: Watch) -> Self {
-        Self { meta, blobs, fetcher, clients: Mutex::default(), lies, watch }
+        Self { meta, blobs, fetcher, clients: Mutex::default(), lies, watch, keychain: Arc::default() }
+    }
+
+    /// The pull secrets that pods came with.
+    pub fn keychain(&self) -> &Arc<Keychain> {
+        &self.keychain
     }
 
     /// What moves the bytes.
@@ -78,6 +84,7 @@ impl Images {
             insecure_registries: options.insecure.clone(),
             credential_files: options.docker_config.iter().chain(&options.auth_files).cloned().collect(),
             credential_providers: options.providers.as_deref().cloned(),
+            keychain: options.pull_secrets.then(|| Arc::clone(&self.keychain)),
             hosts: options.hosts.clone(),
             proxies: registries::proxies(),
             watch: self.watch.clone(),

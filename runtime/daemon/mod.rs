@@ -18,6 +18,7 @@ pub mod mounts;
 pub mod profile;
 mod progress;
 mod run;
+mod secrets;
 pub mod seen;
 mod server;
 mod snapshots;
@@ -186,6 +187,8 @@ impl Daemon {
         let limit = settings.hydrate_limit.and_then(|rate| rate.0);
         let hydration = Hydration::open(Arc::clone(&images), paths.hydration(), limit)?;
         let snapshots = Snapshots::open(&paths, &images, snapshotter)?.map(Arc::new);
+        let cri = snapshotter.is_some_and(|options| options.cri);
+        secrets::take_over(&mut before, &kept, images.keychain(), cri);
         let service = Arc::new(LayerService::new(fetcher.clone(), tokio::runtime::Handle::current()));
         let (flat_tree, flat) = serve_flat(&service, &kept, &mut before, settings.fuse_resend)?;
         let probes = probing.await.context("probing mount plans")??;

@@ -24,7 +24,7 @@ pub enum HydrationAction {
     /// and proven.
     Start {
         /// The image.
-        image: ImageRequest,
+        image: Box<ImageRequest>,
         /// Whether to wait.
         wait: bool,
     },

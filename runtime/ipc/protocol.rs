@@ -32,6 +32,9 @@ pub struct RegistryOptions {
     /// Files that say how registries are talked to.
     #[serde(default)]
     pub hosts: HostFiles,
+    /// Whether pull secrets that pods came with are used: not for commands of users, and neither on disk nor said by them.
+    #[serde(skip)]
+    pub pull_secrets: bool,
 }
 
 /// When an image's manifest is asked of the registry (`--pull`).

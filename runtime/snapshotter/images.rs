@@ -172,7 +172,8 @@ impl SnapshotImages {
         Ok(Arc::new(Known::new(key, row, image, policy, beside)))
     }
 
-    fn load(&self, key: String, row: ImageRow) -> Result<Known> {
+    fn load(&self, key: String, mut row: ImageRow) -> Result<Known> {
+        row.registry.pull_secrets = self.registry.pull_secrets;
         let decode = |text: &String| STANDARD.decode(text).map(bytes::Bytes::from);
         let reference: Reference = row.reference.parse()?;
         let manifest = decode(&row.manifest)?;

@@ -11,6 +11,7 @@
 pub mod attached;
 mod blobs;
 mod collect;
+mod cri;
 mod diff;
 mod dirs;
 pub mod error;
@@ -72,6 +73,9 @@ pub struct SnapshotterOptions {
     /// Whether it gets all layers.
     #[serde(default)]
     pub keep_blobs: KeepBlobs,
+    /// Whether CRI's image service is forwarded to it, and pull secrets are taken from what passes.
+    #[serde(default)]
+    pub cri: bool,
 }
 
 /// The snapshots of an instance.
@@ -84,6 +88,8 @@ pub struct Snapshots {
     pub images: Arc<SnapshotImages>,
     /// Where containerd listens.
     pub containerd: PathBuf,
+    /// Whether CRI's image service is forwarded to it.
+    cri: bool,
     /// What downloads layers for containerd, if that is wanted.
     blobs: Option<Arc<Blobs>>,
     dirs: Dirs,
@@ -110,7 +116,8 @@ impl Snapshots {
         let dirs = Dirs::new(paths.snapshots())?;
         let store = Store::open(&database).with_context(|| format!("opening {}", database.display()))?;
         let store = Arc::new(store);
-        let options = options.cloned().unwrap_or_default();
+        let mut options = options.cloned().unwrap_or_default();
+        options.registry.pull_secrets = options.cri;
         let containerd = options.containerd.unwrap_or_else(|| crate::containerd::DEFAULT_ADDRESS.into());
         let blobs = match options.keep_blobs {
             KeepBlobs::Off => None,
@@ -125,6 +132,7 @@ impl Snapshots {
             attached: Attached::new(dirs.clone()),
             images: Arc::new(images),
             containerd,
+            cri: options.cri,
             blobs,
             dirs,
             removed: Mutex::default(),

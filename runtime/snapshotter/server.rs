@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tonic::codegen::Service as _;
 
+use super::cri::Cri;
 use super::diff::DiffService;
 use super::proto::services::diff::v1::diff_server::{self, DiffServer};
 use super::proto::services::snapshots::v1::snapshots_server::SnapshotsServer;
@@ -37,6 +38,7 @@ pub fn serve(daemon: &Arc<Daemon>, listener: OwnedFd) -> Result<JoinHandle<()>> 
     let snapshots = daemon.snapshots().context("the snapshots are not open")?;
     let containerd = Containerd::at(&snapshots.containerd).context("finding containerd")?;
     let services = Services {
+        cri: snapshots.cri.then(|| Cri::new(containerd.clone(), Arc::clone(daemon))),
         snapshots: SnapshotsServer::new(Service::new(Arc::clone(daemon), Arc::clone(snapshots))),
         diff: DiffServer::new(DiffService::new(Arc::clone(snapshots), containerd)),
     };
@@ -48,6 +50,7 @@ pub fn serve(daemon: &Arc<Daemon>, listener: OwnedFd) -> Result<JoinHandle<()>> 
 struct Services {
     snapshots: SnapshotsServer<Service>,
     diff: DiffServer<DiffService>,
+    cri: Option<Cri>,
 }
 
 async fn accept(listener: UnixListener, services: Services) {
@@ -78,15 +81,16 @@ async fn accept(listener: UnixListener, services: Services) {
 async fn answer(stream: UnixStream, services: Services) -> hyper::Result<()> {
     let peer = Peer(stream.peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid > 0));
     let answer = service_fn(move |mut request: hyper::Request<Incoming>| {
-        let Services { mut snapshots, mut diff } = services.clone();
+        let Services { mut snapshots, mut diff, cri } = services.clone();
         request.extensions_mut().insert(peer);
         async move {
-            let service = request.uri().path().split('/').nth(1);
-            let answer = match service == Some(diff_server::SERVICE_NAME) {
-                true => diff.call(request).await,
-                false => snapshots.call(request).await,
+            let service = request.uri().path().split('/').nth(1).unwrap_or_default();
+            let answer = match cri {
+                Some(cri) if Cri::serves(service) => Ok(cri.call(request).await),
+                _ if service == diff_server::SERVICE_NAME => diff.call(request).await,
+                _ => snapshots.call(request).await,
             };
-            Ok::<_, Infallible>(answer.unwrap_or_else(|never| match never {}))
+            Ok::<_, Infallible>(answer.unwrap_or_else(|never: Infallible| match never {}))
         }
     });
     http2::Builder::new(TokioExecutor::new())

@@ -82,6 +82,17 @@ impl Containerd {
         Containerd::start_at(|| Command::new("containerd"), &more, None)
     }
 
+    /// As [`Containerd::with_snapshotter_at`], with CRI on it; `pause` is the image of a pod itself.
+    pub fn with_cri_at(address: &Path, socket: &Path, pause: &str) -> Containerd {
+        let more = format!(
+            "{}[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {pause:?}\ndisable_apparmor = true\n\
+             restrict_oom_score_adj = true\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
+             snapshotter = \"{PROXY}\"\ndisable_snapshot_annotations = false\n",
+            proxy(address)
+        );
+        Containerd::start_at(|| Command::new("containerd"), &more, Some(socket))
+    }
+
     fn start_as(command: fn() -> Command, more: &str) -> Containerd {
         Containerd::start_at(command, more, None)
     }
@@ -90,8 +101,9 @@ impl Containerd {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let dir = tempfile::tempdir().expect("a directory for containerd");
         let socket = socket.map_or_else(|| dir.path().join("sock"), Path::to_owned);
+        let disabled: Vec<&str> = DISABLED.iter().copied().filter(|plugin| !more.contains(plugin)).collect();
         let text = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {DISABLED:?}\n\
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n\
              [grpc]\naddress = {socket:?}\n[ttrpc]\naddress = {:?}\n{more}",
             dir.path().join("root"),
             dir.path().join("state"),
@@ -121,10 +133,15 @@ impl Containerd {
 
     /// Kills it as `kill -9` does and starts it again on the same state.
     pub fn kill_and_restart(&mut self) {
-        let pid = nix::unistd::Pid::from_raw(self.server.pid() as i32);
+        let pid = nix::unistd::Pid::from_raw(self.pid());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill containerd");
         self.server = Containerd::spawn(self.command, self.dir.path());
         self.wait();
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.server.pid() as i32
     }
 
     /// Its socket.

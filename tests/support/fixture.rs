@@ -146,6 +146,16 @@ pub fn two_versions() -> TempDir {
     dir
 }
 
+/// The layout of an image that does nothing, for a long time.
+pub fn sleeping() -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory for the image");
+    let mut layout = Layout::create(dir.path()).expect("create a layout");
+    let layer = write_layer(&layout, base, Encoding::Gzip(6));
+    let cmd = vec!["/bin/sleep".into(), "100000".into()];
+    layout.add_image(TAG, &[layer], &ImageSettings { cmd, ..settings() }).expect("write the manifest");
+    dir
+}
+
 fn settings() -> ImageSettings {
     ImageSettings {
         cmd: vec!["/bin/sh".into(), "-c".into(), "echo the default command".into()],

@@ -5,6 +5,7 @@
 
 pub mod bulk;
 pub mod containerd;
+pub mod cri;
 pub mod docker_registry;
 #[path = "../../fetcher/tests/common/evil.rs"]
 pub mod evil;

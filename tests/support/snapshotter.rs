@@ -125,6 +125,11 @@ impl Snapshotter {
         Containerd::with_differ_at(&self.socket, &containerd_socket(&self.lazyrun))
     }
 
+    /// The same, for the kubelet; `pause` is the image of a pod itself.
+    pub fn containerd_with_cri(&self, pause: &str) -> Containerd {
+        Containerd::with_cri_at(&self.socket, &containerd_socket(&self.lazyrun), pause)
+    }
+
     /// What is mounted below its root.
     pub fn mounts(&self) -> Vec<String> {
         mounts_below(self.lazyrun.root())

@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::helper;
+use super::keychain::Keychain;
 use super::provider::{ProviderFiles, Providers};
 use crate::error::FetchError;
 
@@ -17,12 +19,14 @@ use crate::error::FetchError;
 const HUB_KEY: &str = "https://index.docker.io/v1/";
 
 /// A secret; never shown by `Debug`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Credential {
     /// User name and password.
     Password { user: String, password: String },
     /// OAuth2 refresh token ("identity token").
     IdentityToken(String),
+    /// Bearer token for the registry itself.
+    RegistryToken(String),
 }
 
 impl fmt::Debug for Credential {
@@ -30,6 +34,7 @@ impl fmt::Debug for Credential {
         f.write_str(match self {
             Credential::Password { .. } => "Password(…)",
             Credential::IdentityToken(_) => "IdentityToken(…)",
+            Credential::RegistryToken(_) => "RegistryToken(…)",
         })
     }
 }
@@ -62,6 +67,8 @@ pub(crate) struct Found {
 /// Looks up credentials; the files are read each time, so that a login counts at once.
 #[derive(Debug, Default)]
 pub(crate) struct CredentialStore {
+    /// Asked before the files.
+    keychain: Option<Arc<Keychain>>,
     files: Vec<PathBuf>,
     /// Asked when no file has a credential.
     providers: Option<Providers>,
@@ -70,7 +77,7 @@ pub(crate) struct CredentialStore {
 impl CredentialStore {
     /// Files in the order in which they are looked at.
     pub(crate) fn new(files: Vec<PathBuf>) -> Self {
-        CredentialStore { files, providers: None }
+        CredentialStore { files, ..CredentialStore::default() }
     }
 
     /// With the kubelet's plugins, which are asked after the files.
@@ -78,8 +85,16 @@ impl CredentialStore {
         CredentialStore { providers: providers.map(Providers::new), ..self }
     }
 
+    /// With what was handed over for single repositories, which comes before the files.
+    pub(crate) fn with_keychain(self, keychain: Option<Arc<Keychain>>) -> Self {
+        CredentialStore { keychain, ..self }
+    }
+
     /// The credential for a repository at `registry` (`docker.io`, `host` or `host:port`), if there is one.
     pub(crate) async fn get(&self, registry: &str, repository: &str) -> Result<Option<Found>, FetchError> {
+        if let Some(credential) = self.keychain.as_ref().and_then(|k| k.get(registry, repository)) {
+            return Ok(Some(Found { credential, source: "a pull secret".to_owned() }));
+        }
         for path in &self.files {
             if let Some(found) =
                 look_into(path, registry, repository).await.map_err(|reason| problem(registry, reason))?

@@ -6,6 +6,7 @@
 mod challenge;
 mod config;
 mod helper;
+mod keychain;
 mod program;
 mod provider;
 mod save;
@@ -15,6 +16,7 @@ pub(crate) use challenge::{Challenge, parse as parse_challenges};
 #[cfg(fuzzing)]
 pub(crate) use config::holds;
 pub(crate) use config::{Credential, CredentialStore, Found, Summary, summary};
+pub use keychain::{Keychain, PullSecret, Trial};
 pub use provider::ProviderFiles;
 pub(crate) use provider::summary as providers_summary;
 pub use save::{Kept, erase_login, save_login};

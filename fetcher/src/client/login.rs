@@ -68,6 +68,9 @@ impl Transport {
             Challenge::Bearer { realm, service, scope } => Some((realm, service, scope)),
             Challenge::Basic => None,
         });
+        if let (Some(_), Some(auth::Credential::RegistryToken(token))) = (bearer, &credential) {
+            return Ok(Authorization::new(format!("Bearer {token}"), None));
+        }
         if let Some((realm, service, scope)) = bearer {
             let scope = call.access().scope(scope.as_deref(), &at.repository);
             let request =

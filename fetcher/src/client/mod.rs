@@ -36,7 +36,7 @@ pub use proxy::Proxies;
 pub(crate) use redirect::same_origin;
 pub(crate) use transport::{Call, Repository, Transport, host_of};
 
-use crate::auth::ProviderFiles;
+use crate::auth::{Keychain, ProviderFiles};
 use crate::error::FetchError;
 use crate::hosts::{HostFiles, Need};
 use crate::manifest::{self, Document, MAX_CONFIG, MAX_MANIFEST, ResolvedImage};
@@ -64,6 +64,8 @@ pub struct ClientOptions {
     pub credential_files: Vec<PathBuf>,
     /// The kubelet's plugins, which are asked for a credential when no file has one.
     pub credential_providers: Option<ProviderFiles>,
+    /// Pull secrets of single repositories, which come before both.
+    pub keychain: Option<Arc<Keychain>>,
     /// Files that say how registries are talked to.
     pub hosts: HostFiles,
     /// Proxies on the way to registries.
@@ -92,6 +94,7 @@ impl Default for ClientOptions {
             insecure_registries: Vec::new(),
             credential_files: Vec::new(),
             credential_providers: None,
+            keychain: None,
             hosts: HostFiles::default(),
             proxies: Proxies::default(),
             mirror_rest: Duration::from_secs(10),

@@ -212,6 +212,7 @@ fn described(found: &auth::Found) -> CredentialReport {
     let (kind, user) = match &found.credential {
         Credential::Password { user, .. } => ("password", Some(user.clone())),
         Credential::IdentityToken(_) => ("identity token", None),
+        Credential::RegistryToken(_) => ("registry token", None),
     };
     CredentialReport { kind: kind.to_owned(), user, source: found.source.clone() }
 }

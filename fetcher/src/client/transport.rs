@@ -66,7 +66,8 @@ impl Transport {
         let policy = policy_of(&options);
         Transport {
             credentials: CredentialStore::new(options.credential_files.clone())
-                .with_providers(options.credential_providers.clone()),
+                .with_providers(options.credential_providers.clone())
+                .with_keychain(options.keychain.clone()),
             hosts: Hosts::new(options.hosts.clone(), options.insecure_registries.clone()),
             health: Health::new(options.mirror_rest),
             pools: Pools::new(options.user_agent.clone(), options.proxies.clone()),

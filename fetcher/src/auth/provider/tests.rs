@@ -57,7 +57,7 @@ async fn user(providers: &Providers, registry: &str, repository: &str) -> Result
     let found = providers.get(registry, repository).await?;
     Ok(found.map(|found| match found.credential {
         Credential::Password { user, .. } => user,
-        Credential::IdentityToken(_) => panic!("plugins have passwords"),
+        Credential::IdentityToken(_) | Credential::RegistryToken(_) => panic!("plugins have passwords"),
     }))
 }
 
