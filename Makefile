@@ -33,7 +33,7 @@ test-containerd:
 	  echo "== $$($$bin/containerd --version)"; \
 	  case $$suite in trixie) expected=1.7;; *) expected=2.1;; esac; \
 	  LAZYRUN_EXPECT_CONTAINERD=$$expected PATH="$$bin:$$PATH" $(CARGO) test --test integration -- --include-ignored --skip root_snapshotter_scale \
-	    root_snapshotter root_diffs root_containerd || exit 1; done
+	    root_snapshotter root_diffs root_containerd root_cri || exit 1; done
 
 lint:
 	$(CARGO) fmt --all -- --check

@@ -13,7 +13,7 @@ use super::wait_for;
 
 /// Everything that is neither images, overlayfs snapshots nor runc tasks stays off.
 const DISABLED: &[&str] = &[
-    "io.containerd.grpc.v1.cri",
+    CRI,
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.tracing",
     "io.containerd.snapshotter.v1.aufs",
@@ -22,6 +22,8 @@ const DISABLED: &[&str] = &[
     "io.containerd.snapshotter.v1.zfs",
     "io.containerd.tracing.processor.v1.otlp",
 ];
+
+const CRI: &str = "io.containerd.grpc.v1.cri";
 
 /// The name of the snapshotter under test in containerd's configuration.
 pub const PROXY: &str = "lazyrun";
@@ -72,24 +74,27 @@ impl Containerd {
     /// As [`Containerd::with_snapshotter`], told to pass on what a pull by its transfer service is for; from version 2.1
     /// on.
     pub fn with_annotations(address: &Path) -> Containerd {
-        let more = format!(
-            "{}[proxy_plugins.{PROXY}.exports]\nenable_remote_snapshot_annotations = \"true\"\n\
-             [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n\
-             platform = \"linux/{}\"\nsnapshotter = \"{PROXY}\"\n",
-            proxy(address),
-            if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
-        );
-        Containerd::start_at(|| Command::new("containerd"), &more, None)
+        Containerd::start_at(|| Command::new("containerd"), &annotated_proxy(address), None)
     }
 
     /// As [`Containerd::with_snapshotter_at`], with CRI on it; `pause` is the image of a pod itself.
     pub fn with_cri_at(address: &Path, socket: &Path, pause: &str) -> Containerd {
-        let more = format!(
-            "{}[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {pause:?}\ndisable_apparmor = true\n\
-             restrict_oom_score_adj = true\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
-             snapshotter = \"{PROXY}\"\ndisable_snapshot_annotations = false\n",
-            proxy(address)
-        );
+        // As docs/OPERATIONS.md has it.
+        let lazily = format!("snapshotter = \"{PROXY}\"\ndisable_snapshot_annotations = false\n");
+        let inside = "disable_apparmor = true\nrestrict_oom_score_adj = true\n";
+        let more = match version() {
+            (1, _) => format!(
+                "{}[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {pause:?}\n{inside}\
+                 [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n{lazily}",
+                proxy(address)
+            ),
+            _ => format!(
+                "{}[plugins.\"io.containerd.cri.v1.runtime\"]\n{inside}\
+                 [plugins.\"io.containerd.cri.v1.images\"]\n{lazily}\
+                 [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {pause:?}\n",
+                annotated_proxy(address)
+            ),
+        };
         Containerd::start_at(|| Command::new("containerd"), &more, Some(socket))
     }
 
@@ -101,9 +106,12 @@ impl Containerd {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let dir = tempfile::tempdir().expect("a directory for containerd");
         let socket = socket.map_or_else(|| dir.path().join("sock"), Path::to_owned);
-        let disabled: Vec<&str> = DISABLED.iter().copied().filter(|plugin| !more.contains(plugin)).collect();
+        let cri = more.contains(".cri");
+        let disabled: Vec<&str> = DISABLED.iter().copied().filter(|plugin| !cri || *plugin != CRI).collect();
+        // CRI's two plugins of 2.x are known from the third version on.
+        let version = if more.contains(".cri.v1.") { 3 } else { 2 };
         let text = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n\
+            "version = {version}\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n\
              [grpc]\naddress = {socket:?}\n[ttrpc]\naddress = {:?}\n{more}",
             dir.path().join("root"),
             dir.path().join("state"),
@@ -237,6 +245,16 @@ pub fn version() -> (u32, u32) {
 
 fn proxy(address: &Path) -> String {
     format!("[proxy_plugins.{PROXY}]\ntype = \"snapshot\"\naddress = {address:?}\n")
+}
+
+fn annotated_proxy(address: &Path) -> String {
+    format!(
+        "{}[proxy_plugins.{PROXY}.exports]\nenable_remote_snapshot_annotations = \"true\"\n\
+         [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n\
+         platform = \"linux/{}\"\nsnapshotter = \"{PROXY}\"\n",
+        proxy(address),
+        if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
+    )
 }
 
 impl Drop for Containerd {
