@@ -21,6 +21,7 @@ mod root_loading;
 mod root_machine;
 mod root_manage;
 mod root_metrics;
+mod root_mount_options;
 mod root_network;
 mod root_offline;
 mod root_plan_fuse;

@@ -2,11 +2,17 @@
 //! protocol than containerd 1.6 speaks.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use lazyrun::snapshotter::proto::services::snapshots::v1 as api;
 use lazyrun::snapshotter::proto::types::Mount;
+use lazyrun_fs::mount::{self, IdMap, IdRange, OverlayOptions};
 use lazyrun_index::Digest;
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -336,4 +342,42 @@ fn credentials_are_those_of_the_command_line() {
     let database = std::fs::read(snapshotter.lazyrun.root().join("snapshots/snapshots.db")).unwrap();
     let has = |text: &[u8]| database.windows(text.len()).any(|w| w == text);
     assert!(has(image.chains[0].as_bytes()) && !has(b"secret"));
+}
+
+#[test]
+fn a_pod_in_a_user_namespace_gets_its_ids_mapped() {
+    let (fixture, snapshotter) = (Fixture::new(), Snapshotter::start());
+    let (image, client) = (image(&fixture), Client::connect(snapshotter.socket(), Some("a")));
+    take_over(&client, &image);
+    let labels = [("uidmapping", "0:100000:65536"), ("gidmapping", "0:200000:65536")];
+    let labels = labels.map(|(name, value)| (format!("containerd.io/snapshot/{name}"), value.to_owned()));
+    let mounts = client.prepare("pod", image.chains.last().unwrap(), &labels.into()).expect("a snapshot");
+    let value = |name: &str| mounts[0].options.iter().find_map(|option| option.strip_prefix(name));
+    assert_eq!((value("uidmap="), value("gidmap=")), (Some("0:100000:65536"), Some("0:200000:65536")));
+    let dir = |name: &str| PathBuf::from(value(name).expect("a directory"));
+    let [lower, upper, work] = ["lowerdir=", "upperdir=", "workdir="].map(dir);
+    let owner = |path: &Path| std::fs::symlink_metadata(path).map(|meta| (meta.uid(), meta.gid())).unwrap();
+    assert_eq!(owner(&upper), (100_000, 200_000));
+    // As containerd does it: what lies below is mapped, and the upper directory is the pod's already.
+    let ranges = |shown| vec![IdRange { files: 0, shown, count: 65536 }];
+    let map = IdMap::Ranges { users: ranges(100_000), groups: ranges(200_000) };
+    let lower = File::open(lower).expect("open the view");
+    let lower = mount::idmapped(lower.as_fd(), &map).expect("an idmapped view");
+    let root = mount::overlay(lower.as_fd(), &upper, &work, &OverlayOptions::default()).expect("an overlay");
+    let point = snapshotter.lazyrun.scratch("pod");
+    mount::attach(root.as_fd(), &point).expect("attach");
+    let busybox = point.join("bin/busybox");
+    let seen = owner(&busybox);
+    let line = format!("echo x > {0}/new && chown 100000:200000 {0}/new", point.display());
+    let wrote = Command::new("sh").args(["-c", &line]).uid(100_000).gid(200_000).status();
+    mount::detach(&point).expect("detach");
+    assert_eq!(seen, (100_000, 200_000));
+    assert!(wrote.expect("run sh").success());
+    assert_eq!(owner(&upper.join("new")), (100_000, 200_000));
+    // What is no mapping is refused, and nothing is left of it.
+    let odd = [("uidmapping", "nonsense"), ("gidmapping", "0:1:1")];
+    let odd = odd.map(|(name, value)| (format!("containerd.io/snapshot/{name}"), value.to_owned()));
+    let refused = client.prepare("odd", image.chains.last().unwrap(), &odd.into());
+    assert_eq!(code(refused), Code::InvalidArgument);
+    assert_eq!(code(client.stat("odd")), Code::NotFound);
 }

@@ -473,6 +473,10 @@ pub struct MountArgs {
     /// With a writable layer on top
     #[arg(long)]
     pub rw: bool,
+    /// Options as of mount(8): ro, rw, nosuid, nodev, noexec, noatime, nodiratime, context=LABEL (SELinux; also
+    /// fscontext, defcontext, rootcontext), X-mount.idmap=MAPPING
+    #[arg(short = 'o', long, value_name = "OPTIONS")]
+    pub options: Vec<String>,
     /// When to ask the registry for the image
     #[arg(long, value_enum, default_value_t)]
     pub pull: PullPolicy,

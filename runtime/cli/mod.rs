@@ -14,6 +14,7 @@ pub mod index_args;
 mod index_lists;
 mod indexes;
 mod metrics;
+mod mount_options;
 mod mounts;
 mod output;
 mod profiles;

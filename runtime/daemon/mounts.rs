@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use lazyrun_fs::mount::Shown;
 use lazyrun_index::{Digest, LayerId};
 use serde::{Deserialize, Serialize};
 
@@ -72,7 +73,7 @@ impl Daemon {
         image: &str,
         view: Arc<MountedView>,
         target: PathBuf,
-        writable: bool,
+        (writable, shown): (bool, Shown),
         hydrate: HydrateMode,
     ) -> Result<(String, OwnedFd)> {
         let id = names::id();
@@ -95,9 +96,11 @@ impl Daemon {
         make().with_context(|| format!("writing {}", dir.display()))?;
         let entry = Entry { record, attached: false, _view: Some(Arc::clone(&view)), _kept_lazy: kept_lazy };
         self.mounts.lock().insert(id.clone(), entry);
-        let upper_and_work = writable.then(|| (dir.join("upper"), dir.join("work")));
+        // Views are shared, and labels are a filesystem's: they need one above. Whoever attaches it makes it read-only.
+        let upper_and_work =
+            (writable || !shown.labels.is_empty()).then(|| (dir.join("upper"), dir.join("work")));
         let views = Arc::clone(&self.views);
-        let mounted = tokio::task::spawn_blocking(move || views.stack(&view, upper_and_work));
+        let mounted = tokio::task::spawn_blocking(move || views.stack(&view, upper_and_work, &shown));
         match mounted.await.context("mounting the image")? {
             Ok(fd) => Ok((id, fd)),
             Err(error) => {

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use lazyrun_fetcher::{Progress, ResolvedImage};
+use lazyrun_fs::mount::Shown;
 use lazyrun_fs::plan::Plan;
 use oci_spec::image::ImageConfiguration;
 
@@ -218,7 +219,7 @@ impl Daemon {
     async fn mount_rootfs(&self, dir: &Path, view: &Arc<MountedView>, read_only: bool) -> Result<OwnedFd> {
         let writable = (!read_only).then(|| (dir.join("upper"), dir.join("work")));
         let (views, view) = (Arc::clone(&self.views), Arc::clone(view));
-        let mounted = tokio::task::spawn_blocking(move || views.stack(&view, writable));
+        let mounted = tokio::task::spawn_blocking(move || views.stack(&view, writable, &Shown::default()));
         mounted.await.context("mounting the container's root")?.context("mounting the container's root")
     }
 

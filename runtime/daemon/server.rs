@@ -123,7 +123,7 @@ impl Daemon {
             Request::Profile { image, action } => {
                 self.with_progress(stream, |p| self.profile(image, action, p)).await?
             }
-            Request::Mount { image, target, plan, writable, hydrate } => {
+            Request::Mount { image, target, plan, writable, shown, hydrate } => {
                 let (id, fd, plan) = self
                     .with_progress(stream, |p| async move {
                         let plan = self.plan_for(plan)?;
@@ -136,8 +136,9 @@ impl Daemon {
                             let view = self.views.get(ready.layers, plan, Purpose::Use).await?;
                             self.seen.mounted(&start, &view);
                             start.phase("rootfs");
-                            let mounted =
-                                self.mount(&image.reference, view, target, writable, hydrate).await?;
+                            let mounted = self
+                                .mount(&image.reference, view, target, (writable, shown), hydrate)
+                                .await?;
                             if missing && hydrate == HydrateMode::Auto {
                                 let key = self.hydration.want(&image, false)?;
                                 self.hydration.begin(&key).await;

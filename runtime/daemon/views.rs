@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use lazyrun_fetcher::{Fetcher, Layer, LayerPin};
 use lazyrun_fs::erofs::{self, BUILDER_VERSION, DeviceSpec, LayerContent};
 use lazyrun_fs::fuse::{self, FuseKind, Requests, ServeOptions, ServerHandle, StatsSnapshot};
-use lazyrun_fs::mount::{self, OverlayOptions};
+use lazyrun_fs::mount::{self, OverlayOptions, Shown};
 use lazyrun_fs::mounter::{Device, Mounter, Request};
 use lazyrun_fs::plan::Plan;
 use lazyrun_fs::view::View;
@@ -128,18 +128,30 @@ impl Views {
     /// directory). Blocks for some milliseconds.
     ///
     /// # Errors
-    /// When the kernel refuses the mount.
-    pub fn stack(&self, view: &MountedView, writable: Option<(PathBuf, PathBuf)>) -> Result<OwnedFd> {
-        match writable {
-            Some((upper, work)) if view.plan == Plan::Fuse => {
+    /// When the kernel refuses the mount, or the plan can't show other owners or labels.
+    pub fn stack(
+        &self,
+        view: &MountedView,
+        writable: Option<(PathBuf, PathBuf)>,
+        shown: &Shown,
+    ) -> Result<OwnedFd> {
+        match (writable, &shown.idmap) {
+            (Some(_), _) if view.plan == Plan::Fuse && *shown != Shown::default() => {
+                bail!("plan fuse shows neither other owners nor labels: use --union erofs or --union overlay")
+            }
+            (Some((upper, work)), _) if view.plan == Plan::Fuse => {
                 union_views::mount(view.tree.as_fd(), &upper, &work)
             }
-            Some((upper, work)) => {
-                let request = Request::Overlay { upper, work, options: OverlayOptions::default() };
+            (Some((upper, work)), _) => {
+                let options = OverlayOptions { shown: shown.clone(), ..OverlayOptions::default() };
+                let request = Request::Overlay { upper, work, options };
                 Ok(self.mounter.mount(&request, &[view.tree.as_fd()])?)
             }
-            None if mount::shares_detached() => Ok(mount::clone_tree(view.tree.as_fd())?),
-            None => Ok(view.tree.try_clone()?),
+            (None, Some(map)) => {
+                Ok(self.mounter.mount(&Request::Idmap { map: map.clone() }, &[view.tree.as_fd()])?)
+            }
+            (None, None) if mount::shares_detached() => Ok(mount::clone_tree(view.tree.as_fd())?),
+            (None, None) => Ok(view.tree.try_clone()?),
         }
     }
 

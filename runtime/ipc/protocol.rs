@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use lazyrun_fetcher::{HostFiles, ProviderFiles, TrustMode};
+use lazyrun_fs::mount::Shown;
 use lazyrun_fs::plan::Plan;
 use lazyrun_index::Digest;
 use serde::{Deserialize, Serialize};
@@ -169,6 +170,9 @@ pub enum Request {
         plan: Option<Plan>,
         /// With a writable layer on top.
         writable: bool,
+        /// As whose and as what files are shown.
+        #[serde(default)]
+        shown: Shown,
         /// Whether the rest of the image is fetched in the background.
         hydrate: HydrateMode,
     },

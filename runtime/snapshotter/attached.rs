@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use lazyrun_fs::mount;
+use lazyrun_fs::mount::{self, Shown};
 
 use super::dirs::Dirs;
 use super::error::SnapshotError;
@@ -73,7 +73,9 @@ impl Attached {
             detach(&point)?;
         }
         self.dirs.make_mount_point(id)?;
-        let tree = views.stack(&view, None).map_err(|e| SnapshotError::Internal(format!("{e:#}")))?;
+        let tree = views
+            .stack(&view, None, &Shown::default())
+            .map_err(|e| SnapshotError::Internal(format!("{e:#}")))?;
         mount::attach(tree.as_fd(), &point).map_err(|e| SnapshotError::Internal(e.to_string()))?;
         let held = Arc::new(Held { view });
         by_id.insert(id, Arc::clone(&held));

@@ -67,10 +67,19 @@ impl Dirs {
         if let Some(like) = like {
             let parent = self.content(like);
             let of = fs::symlink_metadata(&parent).map_err(|e| failed("look at", &parent, &e))?;
-            std::os::unix::fs::lchown(&content, Some(of.uid()), Some(of.gid()))
-                .map_err(|e| failed("give away", &content, &e))?;
+            self.give(id, (of.uid(), of.gid()))?;
         }
         Ok(())
+    }
+
+    /// Gives the root of a new snapshot to a user and a group.
+    ///
+    /// # Errors
+    /// When that can't be done.
+    pub fn give(&self, id: u64, (user, group): (u32, u32)) -> Result<(), SnapshotError> {
+        let content = self.content(id);
+        std::os::unix::fs::lchown(&content, Some(user), Some(group))
+            .map_err(|e| failed("give away", &content, &e))
     }
 
     /// Makes the mount point of a layer.

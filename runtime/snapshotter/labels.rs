@@ -13,6 +13,9 @@ const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 /// The digest of the layer's blob.
 const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
+/// The ids of the user namespace that a container is to run in, as `CONTAINER:HOST:COUNT`, several separated by commas.
+const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 /// Longest name and value of a label together, in bytes: containerd's own limit.
 const MAX_LABEL: usize = 4096;
 
@@ -53,6 +56,37 @@ pub fn wanted(labels: &Labels) -> Option<Wanted> {
         reference: labels.get(IMAGE_REF)?.clone(),
         manifest: digest(MANIFEST)?,
         layer: digest(LAYER),
+    })
+}
+
+/// Options by which containerd maps the ids of a mount's directories, as its overlayfs snapshotter has them
+/// (a proxy plugin with the capability `remap-ids`).
+pub fn idmap(labels: &Labels) -> Vec<String> {
+    let option = |label: &str, name: &str| labels.get(label).map(|mapping| format!("{name}={mapping}"));
+    [option(UID_MAPPING, "uidmap"), option(GID_MAPPING, "gidmap")].into_iter().flatten().collect()
+}
+
+/// Whom the root of a container in its own user namespace belongs to outside, when labels say both mappings.
+///
+/// # Errors
+/// [`SnapshotError::InvalidArgument`] when a mapping is none or has no root.
+pub fn mapped_root(labels: &Labels) -> Result<Option<(u32, u32)>, SnapshotError> {
+    let (Some(users), Some(groups)) = (labels.get(UID_MAPPING), labels.get(GID_MAPPING)) else {
+        return Ok(None);
+    };
+    let root = |mapping: &String| {
+        root_of(mapping).ok_or_else(|| {
+            SnapshotError::InvalidArgument(format!("{mapping:?} maps no root of a user namespace"))
+        })
+    };
+    Ok(Some((root(users)?, root(groups)?)))
+}
+
+fn root_of(mapping: &str) -> Option<u32> {
+    mapping.split(',').find_map(|range| {
+        let numbers: Result<Vec<u32>, _> = range.split(':').map(str::parse).collect();
+        let [container, host, count] = numbers.ok()?.try_into().ok()?;
+        (container == 0 && count > 0).then_some(host)
     })
 }
 
@@ -118,6 +152,23 @@ mod tests {
         assert_eq!(wanted(&labels), None);
         labels.remove(IMAGE_REF);
         assert_eq!(wanted(&labels), None);
+    }
+
+    #[test]
+    fn ids_are_mapped_as_by_overlayfs() {
+        let labels = |users: &str, groups: &str| {
+            Labels::from([
+                (UID_MAPPING.to_owned(), users.to_owned()),
+                (GID_MAPPING.to_owned(), groups.to_owned()),
+            ])
+        };
+        let both = labels("0:100000:65536", "5:7:1,0:200000:65536");
+        assert_eq!(idmap(&both), ["uidmap=0:100000:65536", "gidmap=5:7:1,0:200000:65536"]);
+        assert_eq!(mapped_root(&both).unwrap(), Some((100_000, 200_000)));
+        assert_eq!(mapped_root(&Labels::new()).unwrap(), None);
+        for odd in ["", "0:1", "0:x:1", "0:1:0", "1:1:1", "0:4294967296:1"] {
+            assert!(mapped_root(&labels(odd, "0:1:1")).is_err(), "{odd}");
+        }
     }
 
     #[test]

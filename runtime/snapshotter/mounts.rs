@@ -13,15 +13,15 @@ pub(super) fn of(dirs: &Dirs, chain: &Chain) -> Vec<Mount> {
     let lowers: Vec<String> = lowers.iter().map(|below| path(below.id)).collect();
     if chain.remote.is_some() {
         // A layer that is there without being unpacked: the unpacker sees that there is nothing to write.
-        return vec![bind(path(chain.id), "ro")];
+        return vec![bind(path(chain.id), "ro", &[])];
     }
     match (chain.kind, lowers.as_slice()) {
-        (Kind::Active, []) => vec![bind(path(chain.id), "rw")],
-        (_, []) => vec![bind(path(chain.id), "ro")],
+        (Kind::Active, []) => vec![bind(path(chain.id), "rw", &chain.idmap)],
+        (_, []) => vec![bind(path(chain.id), "ro", &chain.idmap)],
         // overlayfs does not mount a single directory.
-        (Kind::View, [only]) => vec![bind(only.clone(), "ro")],
+        (Kind::View, [only]) => vec![bind(only.clone(), "ro", &chain.idmap)],
         (kind, _) => {
-            let mut options = Vec::new();
+            let mut options = chain.idmap.clone();
             if std::path::Path::new("/sys/module/overlay/parameters/index").exists() {
                 options.push("index=off".to_owned());
             }
@@ -35,13 +35,9 @@ pub(super) fn of(dirs: &Dirs, chain: &Chain) -> Vec<Mount> {
     }
 }
 
-fn bind(source: String, access: &str) -> Mount {
-    Mount {
-        r#type: "bind".into(),
-        source,
-        options: vec![access.into(), "rbind".into()],
-        target: String::new(),
-    }
+fn bind(source: String, access: &str, idmap: &[String]) -> Mount {
+    let options = [idmap, &[access.to_owned(), "rbind".to_owned()]].concat();
+    Mount { r#type: "bind".into(), source, options, target: String::new() }
 }
 
 #[cfg(test)]
@@ -56,7 +52,7 @@ mod tests {
         let dirs = Dirs::new(dir.path().to_owned()).expect("dirs");
         let remote = || Remote { image: "i".into(), position: 0, diff_id: Digest::of(b"") };
         let below = below.iter().map(|(id, layer)| Below { id: *id, remote: layer.then(remote) }).collect();
-        let chain = Chain { id: 9, kind, remote: None, below };
+        let chain = Chain { id: 9, kind, remote: None, below, idmap: Vec::new() };
         let root = dir.path().to_string_lossy().into_owned();
         of(&dirs, &chain)
             .into_iter()

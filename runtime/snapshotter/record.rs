@@ -142,6 +142,8 @@ pub struct Chain {
     pub remote: Option<Remote>,
     /// What it stands on, nearest first.
     pub below: Vec<Below>,
+    /// Options of its mounts that map ids.
+    pub idmap: Vec<String>,
 }
 
 impl Chain {

@@ -92,6 +92,7 @@ impl Service {
         let (_view, start) = self.view(&below, starts.as_deref(), asked.peer).await?;
         let made = self.blocking(move |s| {
             let like = below.first().filter(|below| below.remote.is_none()).map(|below| below.id);
+            let owner = labels::mapped_root(&asked.labels)?;
             let new = New {
                 namespace: &asked.namespace,
                 key: &asked.key,
@@ -100,7 +101,10 @@ impl Service {
                 labels: asked.labels,
                 remote: None,
             };
-            let chain = s.store.create(new, |id| s.dirs.make(id, kind, like))?;
+            let chain = s.store.create(new, |id| match owner {
+                Some(owner) => s.dirs.make(id, kind, None).and_then(|()| s.dirs.give(id, owner)),
+                None => s.dirs.make(id, kind, like),
+            })?;
             Ok(mounts::of(&s.dirs, &chain))
         });
         let made = made.await;
@@ -120,7 +124,7 @@ impl Service {
         starts: Option<&str>,
         peer: Peer,
     ) -> Result<(Option<Arc<Held>>, Option<Recorder>)> {
-        let chain = Chain { id: 0, kind: Kind::View, remote: None, below: below.to_vec() };
+        let chain = Chain { id: 0, kind: Kind::View, remote: None, below: below.to_vec(), idmap: Vec::new() };
         let Some((id, layers)) = chain.view() else { return Ok((None, None)) };
         let point = self.snapshots.dirs.content(id);
         let held = self.blocking(move |s| Ok(s.attached.get(id))).await?;

@@ -16,7 +16,8 @@ use crate::view::{Ino, Inode, Kind, LayerExtent, View, escaped};
 
 const FLAGS: InitFlags = InitFlags::FUSE_DO_READDIRPLUS
     .union(InitFlags::FUSE_READDIRPLUS_AUTO)
-    .union(InitFlags::FUSE_CACHE_SYMLINKS);
+    .union(InitFlags::FUSE_CACHE_SYMLINKS)
+    .union(InitFlags::FUSE_ALLOW_IDMAP);
 
 /// The server of one view. Inode numbers are the view's plus one, so they survive its restart.
 pub struct ViewFs<L> {

@@ -8,6 +8,7 @@
 
 mod context;
 mod error;
+mod idmap;
 mod sys;
 
 use std::ffi::CString;
@@ -19,11 +20,13 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
+use nix::unistd::fchown;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use context::{FsContext, fd_path};
 pub use error::MountError;
+pub use idmap::{IdMap, IdRange, idmapped};
 
 /// Mount attribute: read-only (`MOUNT_ATTR_RDONLY`).
 pub const ATTR_RDONLY: u64 = 0x1;
@@ -33,6 +36,12 @@ pub const ATTR_NOSUID: u64 = 0x2;
 pub const ATTR_NODEV: u64 = 0x4;
 /// Mount attribute: nothing can be executed (`MOUNT_ATTR_NOEXEC`).
 pub const ATTR_NOEXEC: u64 = 0x8;
+/// Mount attribute: reading changes no times (`MOUNT_ATTR_NOATIME`).
+pub const ATTR_NOATIME: u64 = 0x10;
+/// Mount attribute: reading directories changes no times (`MOUNT_ATTR_NODIRATIME`).
+pub const ATTR_NODIRATIME: u64 = 0x80;
+/// All of when reading changes times (`MOUNT_ATTR__ATIME`): one of it is set after all are cleared.
+pub const ATTRS_ATIME: u64 = 0x70;
 
 /// How the kernel's overlay filesystem is to be mounted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +55,17 @@ pub struct OverlayOptions {
     pub xino: Option<bool>,
     /// Mount flags, `ATTR_*` of this module.
     pub attrs: u64,
+    /// As whose and as what files are shown.
+    pub shown: Shown,
+}
+
+/// As whose and as what files are shown, if not as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shown {
+    /// SELinux's `context` and its like, by name.
+    pub labels: Vec<(String, String)>,
+    /// Which ids stand for those that files have.
+    pub idmap: Option<IdMap>,
 }
 
 /// Mounts the EROFS image read-only and detached. `devices` are its extra devices in device-table
@@ -74,18 +94,30 @@ pub fn overlay(
     options: &OverlayOptions,
 ) -> Result<OwnedFd, MountError> {
     // Directories go in as descriptors: strings end at 255 bytes, and overlayfs reads ':' and '\' in them.
-    let lower = openat(lower, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(|e| MountError::tree("open the lower directory", e.into()))?;
     let upper_dir = open_dir(upper)?;
     let work_dir = open_dir(work)?;
-    let dirs = [lower.as_fd(), upper_dir.as_fd(), work_dir.as_fd()];
+    // Overlayfs itself can't be idmapped, and makes files in the upper directory as whoever asks for them: what is shown
+    // there is what is on the disk. Held until overlayfs has it, because a detached mount goes with its descriptor.
+    let mapped = options.shown.idmap.as_ref().map(|map| idmapped(lower, map)).transpose()?;
+    let lower_dir = open_root(mapped.as_ref().map_or(lower, AsFd::as_fd))?;
+    if mapped.is_some() {
+        let owner = |e: nix::Error| MountError::tree("give the upper directory its owner", e.into());
+        let root = fstat(&lower_dir).map_err(owner)?;
+        fchown(&upper_dir, Some(root.st_uid.into()), Some(root.st_gid.into())).map_err(owner)?;
+    }
+    let dirs = [lower_dir.as_fd(), upper_dir.as_fd(), work_dir.as_fd()];
     let what = format!("an overlay on {}", upper.display());
-    let options = OverlayOptions { userxattr: options.userxattr || in_user_namespace(), ..*options };
+    let options = OverlayOptions { userxattr: options.userxattr || in_user_namespace(), ..options.clone() };
     match overlay_context(&what, dirs, &options, true) {
         Ok(ctx) => ctx.mount(options.attrs),
         // Before Linux 6.13 overlayfs takes no descriptors; names under /proc serve as well.
         Err(_) => overlay_context(&what, dirs, &options, false)?.mount(options.attrs),
     }
+}
+
+fn open_root(tree: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
+    openat(tree, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(|e| MountError::tree("open the lower directory", e.into()))
 }
 
 /// Whether this is another user namespace than the first one, which maps all ids to themselves: attributes under
@@ -124,6 +156,10 @@ fn overlay_context(
         // Some kernels are built with it on; an upper directory with redirects could be used by no other plan.
         // With `userxattr` it is off by itself.
         ctx.string(c"redirect_dir", b"off")?;
+    }
+    for (name, label) in &options.shown.labels {
+        let name = CString::new(name.as_str()).unwrap_or_default();
+        ctx.string(&name, label.as_bytes())?;
     }
     if let Some(on) = options.xino {
         ctx.string(c"xino", if on { b"on" } else { b"off" })?;

@@ -20,6 +20,8 @@ const OPEN_TREE_CLONE: c_uint = 1;
 const OPEN_TREE_CLOEXEC: c_uint = libc::O_CLOEXEC as c_uint;
 const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
 
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
+
 /// The argument of mount_setattr(2), `MOUNT_ATTR_SIZE_VER0`.
 #[repr(C)]
 struct MountAttr {
@@ -120,7 +122,15 @@ pub(super) fn move_mount(tree: BorrowedFd<'_>, target: &CStr) -> io::Result<()> 
 }
 
 pub(super) fn mount_setattr(tree: BorrowedFd<'_>, set: u64, clear: u64) -> io::Result<()> {
-    let attr = MountAttr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    setattr(tree, &MountAttr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 })
+}
+
+pub(super) fn set_idmap(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let userns_fd = u64::try_from(namespace.as_raw_fd()).unwrap_or(u64::MAX);
+    setattr(tree, &MountAttr { attr_set: MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd })
+}
+
+fn setattr(tree: BorrowedFd<'_>, attr: &MountAttr) -> io::Result<()> {
     // SAFETY: `attr` lives across the call and the size passed is its own.
     let ret = unsafe {
         libc::syscall(
@@ -128,7 +138,7 @@ pub(super) fn mount_setattr(tree: BorrowedFd<'_>, set: u64, clear: u64) -> io::R
             tree.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH as c_uint,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };

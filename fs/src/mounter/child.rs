@@ -66,6 +66,10 @@ fn perform(request: Request, fds: Vec<OwnedFd>) -> Result<OwnedFd, MountError> {
             let lower = first.ok_or_else(|| MountError::Helper("got no view to mount".into()))?;
             overlay(&lower, &upper, &work, &options)
         }
+        Request::Idmap { map } => {
+            let tree = first.ok_or_else(|| MountError::Helper("got no view to mount".into()))?;
+            mounts::idmapped(tree.as_fd(), &map)
+        }
         Request::Probe { .. } => Err(MountError::Helper("was to mount a probe".into())),
     }
 }

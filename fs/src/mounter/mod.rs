@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use child::main;
 
-use crate::mount::{MountError, OverlayOptions};
+use crate::mount::{IdMap, MountError, OverlayOptions};
 use crate::plan::Probes;
 
 /// How long a mount may take before the helper is killed.
@@ -45,6 +45,11 @@ pub enum Request {
         work: PathBuf,
         /// How to mount it.
         options: OverlayOptions,
+    },
+    /// Make another mount of a view, idmapped. Descriptor: the view.
+    Idmap {
+        /// The mapping.
+        map: IdMap,
     },
     /// Try every mount plan with real mounts.
     Probe {

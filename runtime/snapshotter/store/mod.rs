@@ -10,6 +10,7 @@ use std::path::Path;
 use redb::{Database, ReadableTable, Table, TableDefinition};
 
 use super::error::SnapshotError;
+use super::labels;
 use super::record::{Below, Chain, ImageRow, Kind, Labels, Moment, Named, Record, Remote, Usage};
 
 /// The layout of the tables.
@@ -144,7 +145,8 @@ impl Store {
                 write.open_table(CHILDREN)?.insert((new.namespace, new.parent, new.key), ())?;
             }
             prepare(id)?;
-            Chain { id, kind: new.kind, remote: new.remote, below }
+            let idmap = labels::idmap(&record.labels);
+            Chain { id, kind: new.kind, remote: new.remote, below, idmap }
         };
         write.commit()?;
         Ok(chain)

@@ -2,6 +2,7 @@
 
 use redb::{ReadableDatabase, ReadableTable};
 
+use super::super::labels;
 use super::{CHILDREN, IMAGES, LAYERS, Result, SNAPSHOTS, Store, below, find};
 use crate::snapshotter::error::SnapshotError;
 use crate::snapshotter::record::{Below, Chain, ImageRow, Kind, Named, Record, Remote};
@@ -36,7 +37,8 @@ impl Store {
             )));
         }
         let below = below(&records, &namespace, &record.parent)?;
-        Ok(Chain { id: record.id, kind: record.kind, remote: record.remote, below })
+        let idmap = labels::idmap(&record.labels);
+        Ok(Chain { id: record.id, kind: record.kind, remote: record.remote, below, idmap })
     }
 
     /// What a snapshot made on `parent` would stand on, nearest first.
