@@ -14,6 +14,7 @@ mod root_fuse_mounts;
 mod root_fuse_plans;
 mod root_fuse_view;
 mod root_union_files;
+mod root_union_flags;
 mod root_union_model;
 mod view_model;
 mod view_oddlayers;
