@@ -1,7 +1,7 @@
 //! The writable union against fuse-overlayfs over the same directories: medians of interleaved rounds, each on fresh
 //! mounts.
 //!
-//! `cargo bench --bench union -- [--rounds N] [--dir DIR] [--files N]`; needs root and fuse-overlayfs.
+//! `cargo bench --bench union -- [--rounds N] [--dir DIR] [--files N] [--volatile]`; needs root and fuse-overlayfs.
 
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
@@ -30,6 +30,9 @@ struct Options {
     /// Files of the lower tree, and of the archive that is unpacked.
     #[arg(long, default_value_t = 50_000)]
     files: usize,
+    /// Mounts both with `volatile`: copied-up files need not be on the disk before they appear.
+    #[arg(long)]
+    volatile: bool,
     /// Where everything is put.
     #[arg(long, default_value = env!("CARGO_TARGET_TMPDIR"))]
     dir: PathBuf,
@@ -65,11 +68,12 @@ fn main() {
     tar::Archive::new(archive.as_slice()).unpack(lower.join("lower-tree")).expect("unpack the lower tree");
     nix::unistd::sync();
     let programs: [(&str, &[&str]); 2] = [(EXE, &["union"]), ("fuse-overlayfs", &[])];
+    let more = if options.volatile { ",volatile" } else { "" };
     let mut samples = vec![[Vec::new(), Vec::new()]; WORKLOADS.len()];
     for round in 0..options.rounds {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         for program in order {
-            let mounted = Mounted::new(programs[program], dir.path(), &lower);
+            let mounted = Mounted::new(programs[program], dir.path(), &lower, more);
             for (i, (name, workload)) in WORKLOADS.iter().enumerate() {
                 let start = Instant::now();
                 let done = workload(&mounted.at, &archive);
@@ -97,14 +101,15 @@ struct Mounted {
 }
 
 impl Mounted {
-    fn new((program, args): (&str, &[&str]), dir: &Path, lower: &Path) -> Mounted {
+    fn new((program, args): (&str, &[&str]), dir: &Path, lower: &Path, more: &str) -> Mounted {
         let site = tempfile::tempdir_in(dir).expect("a directory");
         let path = |name: &str| site.path().join(name);
         for name in ["upper", "work", "merged"] {
             fs::create_dir(path(name)).expect("a directory");
         }
         let (lower, upper, work) = (lower.display(), path("upper"), path("work"));
-        let options = format!("lowerdir={lower},upperdir={},workdir={}", upper.display(), work.display());
+        let options =
+            format!("lowerdir={lower},upperdir={},workdir={}{more}", upper.display(), work.display());
         let status = Command::new(program).args(args).args(["-o", &options]).arg(path("merged")).status();
         assert!(status.expect("apt-get install fuse-overlayfs").success(), "{program} mounts nothing");
         Mounted { at: path("merged"), _site: site }
@@ -120,7 +125,7 @@ impl Drop for Mounted {
 /// Small files, as of a source tree.
 fn archive(files: usize) -> io::Result<Vec<u8>> {
     let mut tar = tar::Builder::new(Vec::new());
-    let bytes: Vec<u8> = (0..8192u32).map(|i| (i * 7 % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..8200u32).map(|i| (i * 7 % 251) as u8).collect();
     for i in 0..files {
         let mut header = tar::Header::new_ustar();
         let size = 200 + i * 37 % 8000;

@@ -7,39 +7,15 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use lazyrun_fs::union::{RedirectDir, UnionConfig};
 
-use crate::union_support::{Mounted, Site, set_xattr, xattrs};
+use crate::union_support::{case, set_xattr, xattrs};
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 use nix::sys::mman::{MapFlags, MsFlags, ProtFlags, mmap, msync, munmap};
 use nix::sys::stat::{Mode, SFlag, mknod};
-
-/// One lower layer and a union of it.
-struct Case {
-    site: Site,
-    lower: PathBuf,
-}
-
-fn case(fill: impl FnOnce(&Path)) -> Case {
-    let site = Site::new();
-    let lower = site.path("lower");
-    fs::create_dir(&lower).unwrap();
-    fill(&lower);
-    Case { site, lower }
-}
-
-impl Case {
-    fn config(&self) -> UnionConfig {
-        self.site.config(std::slice::from_ref(&self.lower))
-    }
-
-    fn mount(&self) -> Mounted {
-        self.site.ours(self.config())
-    }
-}
 
 /// Runs a shell line as somebody without rights; true if it succeeds.
 fn as_nobody(line: &str) -> bool {

@@ -5,15 +5,20 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::union_support::{Mounted, Seens, Site, differences, remove_xattr, set_xattr, walk};
+use crate::union_support::{
+    Mounted, Seens, Site, differences, get_flags, remove_xattr, set_flags, set_xattr, walk,
+};
 use lazyrun_fs::union::{RedirectDir, UnionConfig};
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Gid, Uid, fchownat, linkat};
+
+/// `FS_NODUMP_FL`: the inode flag that means nothing to the kernel.
+const NO_DUMP: u32 = 0x40;
 
 /// A small generator of numbers: splitmix64.
 struct Random(u64);
@@ -58,13 +63,14 @@ enum Op {
     Chown(PathBuf, u32, u32),
     SetXattr(PathBuf, Vec<u8>, i32),
     RemoveXattr(PathBuf),
+    NoDump(PathBuf, bool),
     List(PathBuf),
     Stat(PathBuf),
 }
 
 fn random_op(r: &mut Random) -> Op {
     let mode = |r: &mut Random| [0o644, 0o600, 0o755, 0o711, 0o4755, 0o2750, 0o666][r.below(7) as usize];
-    match r.below(24) {
+    match r.below(25) {
         0 | 1 => Op::Create(r.path(), mode(r)),
         2 => Op::Append(r.path(), r.next().to_string().into_bytes()),
         3 => Op::Truncate(r.path(), r.below(20)),
@@ -80,7 +86,8 @@ fn random_op(r: &mut Random) -> Op {
         19 => Op::Chown(r.path(), r.below(3) as u32, r.below(3) as u32),
         20 => Op::SetXattr(r.path(), r.next().to_string().into_bytes(), r.below(3) as i32),
         21 => Op::RemoveXattr(r.path()),
-        22 => Op::List(r.path()),
+        22 => Op::NoDump(r.path(), r.below(2) == 0),
+        23 => Op::List(r.path()),
         _ => Op::Stat(r.path()),
     }
 }
@@ -151,6 +158,14 @@ fn apply(root: &Path, op: &Op) -> Answer {
             set_xattr(&at(p), "user.test", value, *flags).map(|()| String::new())
         }
         Op::RemoveXattr(p) => remove_xattr(&at(p), "user.test").map(|()| String::new()),
+        Op::NoDump(p, on) => {
+            if !at(p).is_symlink() && !at(p).is_dir() && !at(p).is_file() {
+                return Ok("special".into());
+            }
+            let flags = get_flags(&at(p)).map_err(|e| e as i32)? & !NO_DUMP;
+            nix(set_flags(&at(p), flags | if *on { NO_DUMP } else { 0 }))?;
+            get_flags(&at(p)).map(|flags| (flags & NO_DUMP).to_string()).map_err(|e| e as i32)
+        }
         Op::List(p) => {
             let list = std::fs::read_dir(at(p)).map_err(|e| e.raw_os_error().unwrap_or(-1))?;
             let mut names: Vec<String> = list
@@ -202,6 +217,12 @@ fn upper(site: &Site) -> Seens {
         let redirect = file.xattrs.get(&b"trusted.overlay.redirect"[..]);
         if redirect.is_some_and(|to| itself.iter().flatten().any(|name| name.as_bytes() == to)) {
             file.xattrs.remove(&b"trusted.overlay.redirect"[..]);
+        }
+        // Nor of one in which the kernel has written the whole path, before the directory moved within its own: it
+        // keeps that, and the name alone says the same.
+        if let Some(to) = file.xattrs.get_mut(&b"trusted.overlay.redirect"[..]) {
+            let beside = Path::new("/").join(path).with_file_name(OsStr::from_bytes(to));
+            *to = beside.into_os_string().into_vec();
         }
         file.xattrs.retain(|name, _| {
             !matches!(

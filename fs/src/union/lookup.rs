@@ -211,6 +211,17 @@ impl Union {
         }
     }
 
+    /// Whether a node stands for this real file.
+    pub(super) fn known_by_key(&self, key: Key, layer: usize) -> bool {
+        let number = self.number(key);
+        let node = {
+            let table = self.table.lock();
+            let copied = if layer == UPPER { table.copied(key) } else { None };
+            table.get(copied.unwrap_or(number)).cloned()
+        };
+        node.is_some_and(|node| node.read().key == key)
+    }
+
     fn insert(
         &self,
         table: &mut Nodes,

@@ -10,7 +10,7 @@ use nix::sys::stat::FileStat;
 
 use super::Union;
 use super::lookup::{Merging, Opacity};
-use super::node::{Node, Part, UPPER};
+use super::node::{Node, Part, UPPER, key_of};
 use super::sys::{Dir, Real, Result, is_dir, open_dir, stat_at};
 
 const REDIRECT: &CStr = c"trusted.overlay.redirect";
@@ -88,6 +88,10 @@ impl Union {
     pub(super) fn has_contents(&self, file: &Real, stat: &FileStat, layer: usize) -> Result<()> {
         let regular = super::sys::kind_of(stat) == libc::S_IFREG;
         if !regular || stat.st_size == 0 || layer + 1 >= self.layers.len() || !self.prefix.starts_with('t') {
+            return Ok(());
+        }
+        // What the kernel knows already was asked then, or made here.
+        if self.known_by_key(key_of(stat), layer) {
             return Ok(());
         }
         match file.get_xattr(METACOPY, &mut []) {

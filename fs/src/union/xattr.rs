@@ -33,7 +33,7 @@ impl Union {
         if refused { Err(Errno::EOPNOTSUPP) } else { Ok(()) }
     }
 
-    fn with_real<T>(&self, node: &Node, f: impl FnOnce(&Real) -> Result<T>) -> Result<T> {
+    pub(super) fn with_real<T>(&self, node: &Node, f: impl FnOnce(&Real) -> Result<T>) -> Result<T> {
         if node.is_dir() { f(&Real::Held(self.part(node, 0)?.0)) } else { node.with(f) }
     }
 

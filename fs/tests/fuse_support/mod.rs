@@ -133,12 +133,20 @@ pub fn child_args(test: &str) -> Vec<String> {
 }
 
 /// Waits for a condition that another process or thread brings about.
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, condition: impl FnMut() -> bool) {
+    assert!(until(condition), "timed out waiting for {what}");
+}
+
+/// The same for who must not fail: whether it came about in time.
+pub fn until(mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
-        assert!(Instant::now() < deadline, "timed out waiting for {what}");
+        if Instant::now() >= deadline {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
+    true
 }
 
 /// Not a test: the process that [`mounter`] starts. It is one if standard input is a socket.

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
+use crate::fuse_support::until;
 use lazyrun_fs::fuse::unionfs;
 use lazyrun_fs::union::{Union, UnionConfig};
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// The directories of a union in a place of their own.
@@ -62,6 +65,35 @@ impl Site {
     }
 }
 
+/// One lower layer and a union of it.
+pub(crate) struct Case {
+    pub(crate) site: Site,
+    pub(crate) lower: PathBuf,
+}
+
+pub(crate) fn case(fill: impl FnOnce(&Path)) -> Case {
+    let site = Site::new();
+    let lower = site.path("lower");
+    std::fs::create_dir(&lower).expect("directory");
+    fill(&lower);
+    Case { site, lower }
+}
+
+impl Case {
+    pub(crate) fn config(&self) -> UnionConfig {
+        self.site.config(std::slice::from_ref(&self.lower))
+    }
+
+    pub(crate) fn mount(&self) -> Mounted {
+        self.site.ours(self.config())
+    }
+
+    /// Overlayfs over the same, instead.
+    pub(crate) fn kernel(&self) -> Mounted {
+        self.site.kernel(std::slice::from_ref(&self.lower), "off")
+    }
+}
+
 /// A mount that goes when this is dropped.
 pub(crate) struct Mounted {
     pub(crate) at: PathBuf,
@@ -70,8 +102,9 @@ pub(crate) struct Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Not lazily, so that what is still in use is found out; but nothing is left behind.
-        let busy = umount2(&self.at, MntFlags::empty()).is_err();
+        // Not lazily, so that what is still in use is found out; but nothing is left behind. The programs that other
+        // tests start have our descriptors until they are executed.
+        let busy = !until(|| umount2(&self.at, MntFlags::empty()).is_ok());
         if busy {
             let _ = umount2(&self.at, MntFlags::MNT_DETACH);
         }
@@ -201,4 +234,27 @@ pub(crate) fn differences(a: &Seens, b: &Seens) -> Vec<String> {
         b.keys().filter(|p| !a.contains_key(*p)).map(|p| format!("{}: only on the right", p.display())),
     );
     out
+}
+
+nix::ioctl_read_bad!(fs_get_flags, nix::request_code_read!(b'f', 1, size_of::<libc::c_long>()), u32);
+nix::ioctl_write_ptr_bad!(fs_set_flags, nix::request_code_write!(b'f', 2, size_of::<libc::c_long>()), u32);
+
+/// Opens a file or directory itself, to ask something of it.
+fn ask(path: &Path) -> nix::Result<std::os::fd::OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty())
+}
+
+/// The inode flags of a file or directory.
+pub(crate) fn get_flags(path: &Path) -> nix::Result<u32> {
+    let (fd, mut flags) = (ask(path)?, 0);
+    // SAFETY: an open descriptor, and an `int` to write to.
+    unsafe { fs_get_flags(fd.as_raw_fd(), &raw mut flags) }.map(|_| flags)
+}
+
+/// Sets the inode flags of a file or directory.
+pub(crate) fn set_flags(path: &Path, flags: u32) -> nix::Result<()> {
+    let fd = ask(path)?;
+    // SAFETY: an open descriptor, and an `int` to read.
+    unsafe { fs_set_flags(fd.as_raw_fd(), &raw const flags) }.map(drop)
 }

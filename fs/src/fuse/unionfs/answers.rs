@@ -8,10 +8,15 @@ use nix::errno::Errno;
 
 use super::UnionFs;
 use super::convert::{entry, errno, name};
-use crate::union::{Attr, Caller, New, Node, OpenFile, Result};
+use crate::union::{Attr, Caller, EXTENDED_FLAGS, New, Node, OpenFile, Result};
 
 /// Inode numbers are never used again, so one generation is enough.
 pub(super) const GENERATION: Generation = Generation(0);
+
+/// `FS_IOC_GETFLAGS`, `FS_IOC_SETFLAGS` and `FS_IOC_FSGETXATTR` of `linux/fs.h`.
+const GET_FLAGS: u32 = nix::request_code_read!(b'f', 1, size_of::<libc::c_long>()) as u32;
+const SET_FLAGS: u32 = nix::request_code_write!(b'f', 2, size_of::<libc::c_long>()) as u32;
+const GET_EXTENDED_FLAGS: u32 = nix::request_code_read!(b'X', 31, EXTENDED_FLAGS) as u32;
 
 pub(super) fn caller(req: &Request) -> Caller {
     Caller { uid: req.uid(), gid: req.gid(), pid: req.pid() }
@@ -45,6 +50,26 @@ impl UnionFs {
             .node(parent)
             .and_then(|parent| Ok(self.union.make(&parent, &name(file)?, new, modes, caller(req))?.1));
         self.answer_entry(made, reply);
+    }
+
+    /// What ioctl(2) answers: those for inode flags do something.
+    pub(super) fn control(
+        &self,
+        node: &Arc<Node>,
+        command: u32,
+        data: &[u8],
+        caller: Caller,
+    ) -> Result<Vec<u8>> {
+        match command {
+            GET_FLAGS => Ok(self.union.flags(node)?.to_ne_bytes().to_vec()),
+            GET_EXTENDED_FLAGS => Ok(self.union.extended_flags(node)?.to_vec()),
+            SET_FLAGS => {
+                let flags = data.first_chunk().ok_or(Errno::EINVAL)?;
+                self.union.set_flags(node, u32::from_ne_bytes(*flags), caller)?;
+                Ok(Vec::new())
+            }
+            _ => Err(Errno::ENOTTY),
+        }
     }
 
     /// Whether the kernel may do reads and writes itself.

@@ -407,16 +407,20 @@ impl Filesystem for UnionFs {
 
     fn ioctl(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _fh: FileHandle,
         _flags: IoctlFlags,
-        _cmd: u32,
-        _in_data: &[u8],
-        _out_size: u32,
+        cmd: u32,
+        in_data: &[u8],
+        out_size: u32,
         reply: ReplyIoctl,
     ) {
-        reply.error(fuser::Errno::ENOTTY);
+        match self.node(ino).and_then(|node| self.control(&node, cmd, in_data, caller(req))) {
+            // The kernel takes no more than it has room for.
+            Ok(out) => reply.ioctl(0, &out[..out.len().min(out_size as usize)]),
+            Err(e) => reply.error(errno(e)),
+        }
     }
 
     fn fallocate(

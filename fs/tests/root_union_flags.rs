@@ -1,0 +1,88 @@
+//! Inode flags (chattr, lsattr) of files of a union, and files that never have a name.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use lazyrun_fs::union::{Caller, ROOT, Union};
+use nix::errno::Errno;
+
+use crate::union_support::{case, get_flags, set_flags};
+
+const NO_DUMP: u32 = 0x40;
+const NO_ATIME: u32 = 0x80;
+const APPEND: u32 = 0x20;
+const IMMUTABLE: u32 = 0x10;
+
+#[test]
+fn inode_flags_are_those_of_the_real_file() {
+    let case = case(|l| {
+        fs::write(l.join("f"), "text").unwrap();
+        fs::create_dir(l.join("d")).unwrap();
+        set_flags(&l.join("f"), get_flags(&l.join("f")).unwrap() | NO_ATIME).unwrap();
+    });
+    let union = case.mount();
+    for name in ["f", "d"] {
+        let (at, lower, upper) =
+            (union.at.join(name), case.lower.join(name), case.site.path("upper").join(name));
+        let before = get_flags(&lower).unwrap();
+        assert_eq!(get_flags(&at).unwrap(), before);
+        set_flags(&at, before | NO_DUMP).unwrap();
+        assert_eq!(get_flags(&at).unwrap(), before | NO_DUMP);
+        assert_eq!(get_flags(&upper).unwrap() & NO_DUMP, NO_DUMP);
+        assert_eq!(get_flags(&lower).unwrap(), before, "the lower file is not touched");
+        // These would keep the upper directory from being removed.
+        for flag in [APPEND, IMMUTABLE] {
+            assert_eq!(set_flags(&at, before | NO_DUMP | flag), Err(Errno::EOPNOTSUPP));
+        }
+        assert_eq!(get_flags(&at).unwrap(), before | NO_DUMP);
+    }
+    assert_eq!(fs::read(union.at.join("f")).unwrap(), b"text");
+}
+
+#[test]
+fn inode_flags_are_the_owners_to_set() {
+    let case = case(|l| {
+        fs::write(l.join("f"), "text").unwrap();
+        std::os::unix::fs::chown(l.join("f"), Some(7), Some(8)).unwrap();
+    });
+    let union = Union::open(case.config()).unwrap();
+    let (node, _) = union.lookup(&union.node(ROOT).unwrap(), c"f").unwrap().unwrap();
+    let flags = union.flags(&node).unwrap() | NO_DUMP;
+    let set = |uid| union.set_flags(&node, flags, Caller { uid, gid: uid, pid: 0 });
+    assert_eq!(set(9), Err(Errno::EPERM));
+    assert!(!case.site.path("upper/f").exists(), "nothing was copied up");
+    set(7).unwrap();
+    assert_eq!(union.flags(&node).unwrap(), flags);
+    assert_eq!(union.extended_flags(&node).unwrap().len(), lazyrun_fs::union::EXTENDED_FLAGS);
+}
+
+#[test]
+fn other_controls_are_refused() {
+    let case = case(|l| fs::write(l.join("f"), "text").unwrap());
+    let union = case.mount();
+    let file = File::open(union.at.join("f")).unwrap();
+    // EXT4_IOC_GETVERSION: the upper filesystem's own are not passed on.
+    let mut out: libc::c_long = 0;
+    // SAFETY: an open descriptor, and more than what is written to.
+    let ret = unsafe { libc::ioctl(file.as_raw_fd(), 0x8008_6603, &raw mut out) };
+    assert_eq!(Errno::result(ret), Err(Errno::ENOTTY));
+    let file = OpenOptions::new().write(true).open(union.at.join("f")).unwrap();
+    let from = File::open(case.lower.join("f")).unwrap();
+    // SAFETY: FICLONE takes two descriptors.
+    let ret = unsafe { libc::ioctl(file.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) };
+    assert!(matches!(Errno::result(ret), Err(Errno::EOPNOTSUPP | Errno::EXDEV)), "{ret}: cp(1) copies then");
+}
+
+/// Programs fall back to files with a name when they hear this, and only this.
+#[test]
+fn files_that_never_have_a_name_are_said_to_be_unsupported() {
+    let case = case(|_| {});
+    let union = case.mount();
+    let nameless = |dir: &Path| OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).open(dir);
+    for _ in 0..2 {
+        assert_eq!(nameless(&union.at).unwrap_err().raw_os_error(), Some(libc::EOPNOTSUPP));
+    }
+    assert_eq!(fs::read_dir(case.site.path("upper")).unwrap().count(), 0);
+}
