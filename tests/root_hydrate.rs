@@ -9,9 +9,11 @@ use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::support::containerd::PROXY;
 use crate::support::docker_registry::DockerRegistry;
-use crate::support::fixture::{Fixture, TAG, big, sha256};
+use crate::support::fixture::{BIG, Fixture, TAG, big, sha256};
 use crate::support::instance::Lazyrun;
+use crate::support::snapshotter::{Snapshotter, pull};
 use crate::support::{bulk, wait_for};
 
 /// The big file takes about five seconds.
@@ -387,4 +389,23 @@ fn hydration_takes_little_memory() {
 #[ignore = "longer than a test may be: make memory"]
 fn hydration_of_a_gigabyte_takes_little_memory() {
     memory_while_hydrating(1024);
+}
+
+#[test]
+fn a_pause_is_for_what_containerd_has_pulled_too() {
+    let (fixture, snapshotter) = (Fixture::new(), Snapshotter::start());
+    let (image, containerd) = (fixture.image(), snapshotter.containerd());
+    // Its indexes are here, its bytes are not.
+    let lazyrun = &snapshotter.lazyrun;
+    lazyrun.ok(&["pull", "--quiet", &image]);
+    lazyrun.ok(&["cache", "drop", &image]);
+    lazyrun.ok(&["hydrate", "--pause"]);
+    pull(&containerd, &image);
+    fixture.registry.reset();
+    containerd.run(["run", "--rm", "--snapshotter", PROXY, &image, "short", "cat", "/data/first"]);
+    let is_whole = || fixture.registry.stats().bytes_down > BIG as u64;
+    assert_silent(&fixture.registry);
+    assert!(!is_whole(), "{:?}", fixture.registry.stats());
+    lazyrun.ok(&["hydrate", "--resume"]);
+    wait_for("all of it to come", MINUTE, || is_whole().then_some(()));
 }

@@ -65,16 +65,14 @@ impl LayerIndex {
         // that no one else does so is the caller's promise, documented on the type.
         let map = unsafe { memmap2::MmapOptions::new().populate().map(&file) }.map_err(opening)?;
         let index = Self::new(Bytes::Mapped(map))?;
-        // All of it was read for the check. Most of it are windows, of which only those of missing spans are ever used.
-        if (0..index.span_count()).any(|i| index.span_record(i).window_len.get() > 0) {
-            index.let_go();
-        }
+        // All of it was read for the check.
+        index.let_go();
         Ok(index)
     }
 
     /// Has the bytes of a mapped index not count as memory of the process: who reads them again gets them from the page
     /// cache. All of them, because the kernel maps much more than the page that is read, up to the whole of a large folio.
-    fn let_go(&self) {
+    pub fn let_go(&self) {
         let Bytes::Mapped(map) = &self.bytes else { return };
         // SAFETY: a shared mapping of a file that never changes, so the same bytes are read before and after.
         // Where it can't be done, more memory is used and nothing else happens.

@@ -226,7 +226,10 @@ impl Views {
             return Ok(tree);
         }
         let indexes: Vec<_> = layers.iter().map(|l| l.index()).collect();
-        let tree = Arc::new(View::merge(&indexes).context("merging the image's layers")?);
+        let tree = View::merge(&indexes).context("merging the image's layers");
+        // Of a large image that is much, and only missing spans are looked up from now on.
+        layers.iter().for_each(|layer| layer.index().let_go());
+        let tree = Arc::new(tree?);
         *last = (Some(id), Arc::downgrade(&tree));
         Ok(tree)
     }

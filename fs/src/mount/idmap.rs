@@ -11,7 +11,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, pipe};
 use serde::{Deserialize, Serialize};
 
-use super::{MountError, clone_tree, sys};
+use super::{MountError, clone_tree, shares_detached, sys};
 
 /// Most ranges of a map (user_namespaces(7)).
 const MAX_RANGES: usize = 340;
@@ -88,7 +88,11 @@ impl FromStr for IdMap {
 /// When the mapping can't be had, or the filesystem below allows no such mounts.
 pub fn idmapped(tree: BorrowedFd<'_>, map: &IdMap) -> Result<OwnedFd, MountError> {
     let namespace = user_namespace(map)?;
-    let tree = clone_tree(tree)?;
+    // Where detached mounts can't be copied each serves one user.
+    let tree = match shares_detached() {
+        true => clone_tree(tree)?,
+        false => tree.try_clone_to_owned().map_err(|e| MountError::tree("hold a mount", e))?,
+    };
     sys::set_idmap(tree.as_fd(), namespace.as_fd()).map_err(|e| {
         let why = match e.raw_os_error() {
             Some(libc::EINVAL) => "map the ids of a mount, which its filesystem and this kernel do not allow",
@@ -126,7 +130,9 @@ fn make_namespace(users: &[IdRange], groups: &[IdRange]) -> io::Result<OwnedFd> 
         ForkResult::Parent { child } => {
             drop((say_entered, end));
             let given = || -> io::Result<OwnedFd> {
-                File::from(entered).read_exact(&mut [0])?;
+                File::from(entered).read_exact(&mut [0]).map_err(|_| {
+                    io::Error::other("the kernel lets nobody have one (see user.max_user_namespaces)")
+                })?;
                 let own = Path::new("/proc").join(child.to_string());
                 std::fs::write(own.join("uid_map"), lines(users))?;
                 std::fs::write(own.join("gid_map"), lines(groups))?;

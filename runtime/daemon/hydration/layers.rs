@@ -34,7 +34,15 @@ impl Hydration {
             let job = tokio::spawn(async move {
                 first.await;
                 let progress: Arc<dyn Progress> = Arc::new(NoProgress);
-                match this.images.prove(&layer, Haste::Background, &progress).await {
+                let mut paused = this.paused.subscribe();
+                let proven = loop {
+                    let _ = paused.wait_for(|paused| !*paused).await;
+                    tokio::select! {
+                        proven = this.images.prove(&layer, Haste::Background, &progress) => break proven,
+                        _ = paused.wait_for(|paused| *paused) => {}
+                    }
+                };
+                match proven {
                     Ok(()) => tracing::info!(layer = %id, "layer hydrated"),
                     Err(error) => tracing::warn!(layer = %id, %error, "background hydration ended early"),
                 }

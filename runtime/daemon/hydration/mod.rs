@@ -31,6 +31,8 @@ pub struct Hydration {
     state: Mutex<State>,
     /// Hydration of layers that belong to no recorded image.
     layers: Mutex<HashMap<LayerId, AbortHandle>>,
+    // Whether all is paused, for those layers.
+    paused: tokio::sync::watch::Sender<bool>,
 }
 
 struct State {
@@ -89,7 +91,8 @@ impl Hydration {
             kept_lazy: HashMap::new(),
             failed: HashMap::new(),
         };
-        Ok(Arc::new(Self { images, file, state: Mutex::new(state), layers: Mutex::default() }))
+        let paused = tokio::sync::watch::Sender::new(state.saved.paused);
+        Ok(Arc::new(Self { images, file, state: Mutex::new(state), layers: Mutex::default(), paused }))
     }
 
     /// Goes on with everything that is wanted.

@@ -228,6 +228,7 @@ impl Hydration {
         let mut state = self.state();
         let Some(images) = images else {
             state.saved.paused = true;
+            self.paused.send_replace(true);
             for (_, job) in state.jobs.drain() {
                 job.task.abort();
             }
@@ -244,6 +245,7 @@ impl Hydration {
         let mut state = self.state();
         let Some(images) = images else {
             state.saved.paused = false;
+            self.paused.send_replace(false);
             state.saved.images.values_mut().for_each(|entry| entry.paused = false);
             return Ok(());
         };
