@@ -190,12 +190,17 @@ fn a_warm_view_without_attributes_asks_nothing() {
     };
     walk();
     let cold = server.stats();
-    for _ in 0..3 {
-        walk();
-    }
-    let warm = server.stats();
     println!("cold walk of 3000 files: {cold:?}");
-    assert_eq!(warm, cold, "a warm view asked the FUSE server");
+    // A machine short of memory takes pages of any file back, so that a walk may have to read a few anew; that
+    // it finds none of ten walks whole would be the view's fault.
+    let quiet = (0..10).any(|_| {
+        let before = server.stats();
+        walk();
+        server.stats() == before
+    });
+    let warm = server.stats();
+    assert!(quiet, "a warm view asked the FUSE server: {cold:?}, then {warm:?}");
+    assert!(warm.read - cold.read <= 300, "{cold:?}, then {warm:?}");
     assert!(cold.open <= 2, "{cold:?}");
 }
 
