@@ -44,9 +44,13 @@ struct Options {
 /// What one round does, in this order, and the archive that it unpacks.
 type Workload = fn(&Path, &[u8]) -> io::Result<u64>;
 
-const WORKLOADS: [(&str, Workload); 11] = [
+const WORKLOADS: [(&str, Workload); 14] = [
     ("stat walk of the lower, cold", |root, _| walk(&root.join("lower-tree"))),
     ("stat walk of the lower, warm", |root, _| walk(&root.join("lower-tree"))),
+    ("read every file of the lower", |root, _| read_all(&root.join("lower-tree"))),
+    // Inode numbers are not those of the index: everything is read, and the index written.
+    ("git status, first", |root, _| git(&root.join("lower-tree"), &["status", "--porcelain"])),
+    ("git status, again", |root, _| git(&root.join("lower-tree"), &["status", "--porcelain"])),
     ("untar", |root, archive| tar::Archive::new(archive).unpack(root.join("new")).map(|()| 0)),
     ("stat walk of the upper", |root, _| walk(&root.join("new"))),
     ("copy-up of 1,000 files", |root, _| copy_up(&root.join("lower-tree"))),
@@ -65,8 +69,11 @@ fn main() {
     let dir = tempfile::Builder::new().prefix("union-").tempdir_in(&options.dir).expect("a directory");
     let archive = archive(options.files).expect("an archive");
     let lower = dir.path().join("lower");
-    tar::Archive::new(archive.as_slice()).unpack(lower.join("lower-tree")).expect("unpack the lower tree");
-    nix::unistd::sync();
+    let tree = lower.join("lower-tree");
+    tar::Archive::new(archive.as_slice()).unpack(&tree).expect("unpack the lower tree");
+    for args in [&["init", "-q"][..], &["add", "."], &["-c", "gc.auto=0", "commit", "-q", "-m", "all"]] {
+        git(&tree, args).expect("a repository of the lower tree: apt-get install git");
+    }
     let programs: [(&str, &[&str]); 2] = [(EXE, &["union"]), ("fuse-overlayfs", &[])];
     let more = if options.volatile { ",volatile" } else { "" };
     let mut samples = vec![[Vec::new(), Vec::new()]; WORKLOADS.len()];
@@ -80,6 +87,7 @@ fn main() {
                 black_box(done.unwrap_or_else(|e| panic!("{name} with {}: {e}", programs[program].0)));
                 samples[i][program].push(start.elapsed().as_secs_f64());
             }
+            eprintln!("round {} of {}: {}", round + 1, options.rounds, programs[program].0);
         }
     }
     print!("{}", report(&samples));
@@ -103,6 +111,8 @@ struct Mounted {
 impl Mounted {
     fn new((program, args): (&str, &[&str]), dir: &Path, lower: &Path, more: &str) -> Mounted {
         let site = tempfile::tempdir_in(dir).expect("a directory");
+        // What the one before wrote is not to be waited for here.
+        nix::unistd::sync();
         let path = |name: &str| site.path().join(name);
         for name in ["upper", "work", "merged"] {
             fs::create_dir(path(name)).expect("a directory");
@@ -149,6 +159,29 @@ fn walk(dir: &Path) -> io::Result<u64> {
         }
     }
     Ok(sum)
+}
+
+fn read_all(dir: &Path) -> io::Result<u64> {
+    let mut sum = 0;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default();
+        if path.is_dir() {
+            sum += if name == ".git" { 0 } else { read_all(&path)? };
+        } else {
+            sum += fs::read(&path)?.len() as u64;
+        }
+    }
+    Ok(sum)
+}
+
+fn git(tree: &Path, args: &[&str]) -> io::Result<u64> {
+    let identity = ["-c", "user.name=bench", "-c", "user.email=bench@example.org", "-c", "safe.directory=*"];
+    let output = Command::new("git").arg("-C").arg(tree).args(identity).args(args).output()?;
+    if !output.status.success() || !output.stdout.is_empty() {
+        return Err(io::Error::other(String::from_utf8_lossy(&[output.stdout, output.stderr].concat())));
+    }
+    Ok(0)
 }
 
 fn copy_up(tree: &Path) -> io::Result<u64> {

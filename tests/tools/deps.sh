@@ -7,7 +7,7 @@ set_wanted=${1:-all}
 # command:package; a command may also be in a sbin directory that is not on a user's PATH.
 run="nft:nftables ip:iproute2 python3:python3 gcc:gcc make:make"
 test="$run containerd:containerd ctr:containerd runc:runc docker-registry:docker-registry skopeo:skopeo curl:curl fusermount3:fuse3 go:golang-go"
-all="$test debootstrap:debootstrap mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs"
+all="$test debootstrap:debootstrap mkfs.ext4:e2fsprogs losetup:mount fuse-overlayfs:fuse-overlayfs git:git"
 case $set_wanted in
 run) wanted=$run ;;
 test) wanted=$test ;;
