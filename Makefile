@@ -5,7 +5,7 @@ CARGO ?= cargo
 T ?= 600
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build release demo test test-containerd lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-fault bench-containerd bench-micro soak soak-fills soak-takeover evil proto memory manpages deb test-deb
+.PHONY: build release demo test test-containerd lint fmt deny deps install-deps fuzz bench bench-warm bench-cold bench-start bench-index bench-view bench-spans bench-union bench-page-cache bench-fault bench-containerd bench-micro soak soak-fills soak-takeover evil proto memory manpages deb test-deb
 
 build:
 	$(CARGO) build --workspace
@@ -54,7 +54,7 @@ install-deps deps:
 
 # Figures: medians of interleaved rounds, ratios against the reference in the same run. Each takes minutes and
 # wants an otherwise idle machine.
-bench: bench-micro bench-index bench-view bench-spans bench-union bench-fault bench-warm bench-cold bench-start
+bench: bench-micro bench-index bench-view bench-spans bench-union bench-page-cache bench-fault bench-warm bench-cold bench-start
 
 bench-warm:
 	@tests/tools/deps.sh all
@@ -78,6 +78,11 @@ bench-spans:
 bench-union:
 	@tests/tools/deps.sh all
 	$(CARGO) bench --bench union
+
+# What a container's root has in the page cache for each byte read, by how layer files use it.
+bench-page-cache:
+	@tests/tools/deps.sh test
+	$(CARGO) bench --bench page_cache
 
 # A single fault beside what network and decoder ask of it.
 bench-fault:

@@ -3,6 +3,8 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// A process: its id and when it started, in clock ticks since boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +54,33 @@ fn stat(pid: u32) -> Option<(u8, u64)> {
     let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
     let state = *fields.next()?.as_bytes().first()?;
     Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+/// Waits until the process behind a pidfd has ended.
+///
+/// # Errors
+/// The poller's.
+pub async fn ended(pidfd: OwnedFd) -> std::io::Result<()> {
+    // SAFETY: the descriptor is owned by the AsyncFd and stays open until that is dropped.
+    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
+    pidfd.readable().await.map(drop)
+}
+
+/// Waits for a child in the background, so that no zombie stays; after a restart of the daemon init does it. No thread
+/// waits: a node may have more containers than a pool has threads. To be called in a runtime.
+///
+/// # Errors
+/// When the process can't be waited for; then it is a zombie once it has ended.
+pub fn reap(mut child: std::process::Child) -> std::io::Result<()> {
+    // One that has ended has none.
+    let Some(pidfd) = Identity::of(child.id()).and_then(Identity::pidfd) else {
+        return child.try_wait().map(drop);
+    };
+    tokio::spawn(async move {
+        let _ = ended(pidfd).await;
+        let _ = child.wait();
+    });
+    Ok(())
 }
 
 /// Resident memory of a process in bytes, 0 when it is gone.
@@ -132,6 +161,29 @@ mod tests {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("now");
         assert!((0.0..3600.0).contains(&(now.as_secs_f64() - usage.started)), "{usage:?}");
         assert!(usage.cpu_seconds >= 0.0);
+    }
+
+    #[test]
+    fn children_are_reaped_without_a_thread_for_each() {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(1).max_blocking_threads(1).enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        let _entered = runtime.enter();
+        let children: Vec<_> = (0..20)
+            .map(|_| {
+                let child = std::process::Command::new("sleep").arg("1000").spawn().expect("spawn");
+                let id = Identity::of(child.id()).expect("a process");
+                reap(child).expect("reap");
+                id
+            })
+            .collect();
+        runtime.block_on(tokio::task::spawn_blocking(|| ())).expect("a free thread");
+        children.iter().for_each(|child| assert!(child.signal(libc::SIGKILL)));
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while children.iter().any(|child| stat(child.pid).is_some_and(|(_, start)| start == child.start)) {
+            assert!(std::time::Instant::now() < deadline, "a zombie stays");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
     }
 
     #[test]

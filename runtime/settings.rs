@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use lazyrun_fetcher::FetchOptions;
 
+use crate::daemon::page_cache::PageCache;
 use crate::logs::Format;
 use crate::units::{Rate, Timeout};
 
@@ -11,6 +12,7 @@ const HYDRATE_LIMIT: &str = "LAZYRUN_HYDRATE_LIMIT";
 const FAULT_TIMEOUT: &str = "LAZYRUN_FAULT_TIMEOUT";
 const METRICS_ADDRESS: &str = "LAZYRUN_METRICS_ADDRESS";
 const FUSE_RESEND: &str = "LAZYRUN_FUSE_RESEND";
+const PAGE_CACHE: &str = "LAZYRUN_PAGE_CACHE";
 const LOG: &str = "LAZYRUN_LOG";
 const LOG_FORMAT: &str = "LAZYRUN_LOG_FORMAT";
 
@@ -31,6 +33,10 @@ pub struct Settings {
     /// every request is kept in a journal, as on kernels before 6.9
     #[arg(long, global = true, hide = true, env = FUSE_RESEND, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub fuse_resend: bool,
+    /// How layer files use the kernel's page cache, beside the files of an image that are read from them; for the
+    /// daemon, if this command starts it
+    #[arg(long, global = true, env = PAGE_CACHE, value_enum, default_value_t, value_name = "MODE")]
+    pub page_cache: PageCache,
     /// What the daemon logs: error, warn, info, debug, trace, or directives such as lazyrun_fetcher=debug; if this
     /// command starts it [default: info]
     #[arg(long, global = true, env = LOG, value_name = "LEVEL")]
@@ -54,6 +60,7 @@ impl Settings {
         let level = self.log_level.clone().map(|level| (LOG, level));
         let resend = (FUSE_RESEND, self.fuse_resend.to_string());
         let format = (LOG_FORMAT, self.log_format.name().to_owned());
-        limit.into_iter().chain(timeout).chain(metrics).chain(level).chain([resend, format]).collect()
+        let cache = (PAGE_CACHE, self.page_cache.name().to_owned());
+        limit.into_iter().chain(timeout).chain(metrics).chain(level).chain([resend, format, cache]).collect()
     }
 }

@@ -315,6 +315,31 @@ fn a_daemon_that_hangs_as_it_starts_holds_nobody_up_for_ever() {
     assert_eq!(child_of(keeper), Some(new), "one that goes on in time may");
 }
 
+fn ended_when_it_hangs(lazyrun: &Lazyrun, plan: &str) {
+    let fixture = Fixture::new();
+    lazyrun.ok(&[&RUN_PLAIN[..], &["--union", plan, &fixture.image(), "sleep", "1000"]].concat());
+    let (root, below, keeper) = (root_of(lazyrun, "reader"), below(lazyrun), keeper_pid(lazyrun));
+    let old = child_of(keeper).expect("a daemon");
+    kill(Pid::from_raw(old), Signal::SIGSTOP).expect("stop the daemon");
+    let read = std::thread::spawn({
+        let (below, root) = (below.clone(), root.clone());
+        move || read_uncached(&below, &root, 12 << 20)
+    });
+    wait_for("another daemon", Duration::from_secs(60), || child_of(keeper).filter(|new| *new != old));
+    assert!(read.join().expect("the reader").expect("read") == big()[12 << 20..][..4096]);
+    lazyrun.ok(&["exec", "reader", "cat", "/data/last"]);
+}
+
+#[test]
+fn a_daemon_that_hangs_is_ended_and_reads_go_on() {
+    ended_when_it_hangs(&Lazyrun::new().with_options(&["--fault-timeout", "2s"]), "erofs");
+}
+
+#[test]
+fn a_daemon_that_hangs_is_ended_and_reads_go_on_without_resend() {
+    ended_when_it_hangs(&without_resend().with_options(&["--fault-timeout", "2s"]), "overlay");
+}
+
 #[test]
 fn a_keeper_that_waits_before_the_next_try_ends_when_told() {
     let (fixture, lazyrun) = (Fixture::new(), Lazyrun::new());

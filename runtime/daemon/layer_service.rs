@@ -1,6 +1,7 @@
 //! What the FUSE servers read from: layer files by name, local bytes at once, missing ones by a fault.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use lazyrun_fetcher::{Fetcher, Layer};
@@ -16,11 +17,17 @@ pub struct LayerService {
     fetcher: Fetcher,
     runtime: Handle,
     // By inode number; a layer stays listed until it is removed from the store.
-    known: RwLock<HashMap<u64, Arc<Layer>>>,
+    known: RwLock<HashMap<u64, Known>>,
     /// Recordings of what containers read as they start.
     pub recorder: Recorder,
     /// How reads were answered.
     pub served: Arc<Served>,
+}
+
+#[derive(Clone)]
+struct Known {
+    layer: Arc<Layer>,
+    reads: Arc<AtomicU64>,
 }
 
 /// The inode number of a layer file by its name: the same in every life of the daemon, since the kernel remembers it.
@@ -56,9 +63,15 @@ impl LayerService {
         self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&inode_of(file_name));
     }
 
-    fn layer(&self, ino: u64) -> Option<Arc<Layer>> {
-        if let Some(layer) = self.known.read().unwrap_or_else(PoisonError::into_inner).get(&ino) {
-            return Some(Arc::clone(layer));
+    /// Reads of a layer file so far, by its inode number.
+    pub fn reads(&self, ino: u64) -> u64 {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.get(&ino).map_or(0, |known| known.reads.load(Ordering::Relaxed))
+    }
+
+    fn known(&self, ino: u64) -> Option<Known> {
+        if let Some(known) = self.known.read().unwrap_or_else(PoisonError::into_inner).get(&ino) {
+            return Some(known.clone());
         }
         // After a restart the kernel may ask for a file it looked up in an earlier life.
         let store = self.fetcher.store();
@@ -67,7 +80,7 @@ impl LayerService {
         self.open(&name)
     }
 
-    fn open(&self, file_name: &str) -> Option<Arc<Layer>> {
+    fn open(&self, file_name: &str) -> Option<Known> {
         let layer = match self.fetcher.store().by_id(id_of(file_name)?) {
             Ok(layer) => layer?,
             Err(error) => {
@@ -80,7 +93,8 @@ impl LayerService {
             return None;
         }
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        Some(Arc::clone(known.entry(inode_of(file_name)).or_insert(layer)))
+        let new = Known { layer, reads: Arc::default() };
+        Some(known.entry(inode_of(file_name)).or_insert(new).clone())
     }
 }
 
@@ -91,11 +105,12 @@ impl LayerFiles for LayerService {
     }
 
     fn size(&self, ino: u64) -> Option<u64> {
-        self.layer(ino).map(|layer| layer.index().layer_size())
+        self.known(ino).map(|known| known.layer.index().layer_size())
     }
 
     fn read(&self, ino: u64, offset: u64, len: u32, reply: Box<dyn ReadReply>) {
-        let Some(layer) = self.layer(ino) else { return reply.error(libc::ENOENT) };
+        let Some(Known { layer, reads }) = self.known(ino) else { return reply.error(libc::ENOENT) };
+        reads.fetch_add(1, Ordering::Relaxed);
         self.recorder.note(ino, offset, len);
         let mut buffer = vec![0; len as usize];
         match layer.read_local(offset, &mut buffer) {

@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use super::containers::{Container, Holds, Record};
 use super::views::{Purpose, chain_id};
@@ -227,8 +225,5 @@ async fn signal_and_wait(container: &Container, signal: i32) {
 
 async fn wait_for_shim(container: &Container) -> Result<()> {
     let Some(fd) = container.record().shim.and_then(crate::proc::Identity::pidfd) else { return Ok(()) };
-    // SAFETY: the descriptor is owned by the AsyncFd and stays open until that is dropped.
-    let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE)? };
-    let _ended = fd.readable().await?;
-    Ok(())
+    Ok(crate::proc::ended(fd).await?)
 }

@@ -15,6 +15,7 @@ mod memory;
 pub mod meta;
 pub mod metrics;
 pub mod mounts;
+pub mod page_cache;
 pub mod profile;
 mod progress;
 mod run;
@@ -57,6 +58,7 @@ use images::Images;
 use layer_service::LayerService;
 use meta::Meta;
 use mounts::Mounts;
+use page_cache::PageCache;
 use profile::Profiles;
 use seen::Seen;
 use views::{ViewId, Views};
@@ -201,7 +203,8 @@ impl Daemon {
             Arc::new(flat_tree),
             Arc::clone(&kept),
         )
-        .resending(settings.fuse_resend);
+        .resending(settings.fuse_resend)
+        .past_the_cache(settings.page_cache == PageCache::Direct);
         let daemon = Arc::new(Self {
             network: Instance::for_root(paths.root()),
             profiles: Profiles::new(paths.profiles()),
@@ -221,7 +224,12 @@ impl Daemon {
             kept,
             flat,
         });
+        keeper::watchdog::feed(&daemon.kept, tokio::runtime::Handle::current())
+            .context("starting the watchdog")?;
         lies::watch(&daemon, lies);
+        if settings.page_cache != PageCache::Keep {
+            page_cache::watch(&daemon);
+        }
         daemon.recover(before).await?;
         daemon.guard_cache(limits);
         daemon.hydration.begin_all().await;

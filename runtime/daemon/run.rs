@@ -261,11 +261,10 @@ impl Daemon {
         fds::own_session(&mut command);
         // Containers are not to see how many the daemon needs.
         file_limit::give_back(&mut command);
-        let mut child = command.spawn().context("starting the shim")?;
+        let child = command.spawn().context("starting the shim")?;
         drop(command);
         let shim = proc::Identity::of(child.id()).context("the shim ended at once; see shim.log")?;
-        // Reaped here so that no zombie stays; after a restart of the daemon init does it.
-        tokio::task::spawn_blocking(move || child.wait());
+        proc::reap(child).context("watching the shim")?;
         Ok((shim, std::fs::File::from(status)))
     }
 

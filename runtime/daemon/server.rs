@@ -278,7 +278,7 @@ impl Daemon {
             containers_running: running,
             containers_stopped: all.len() - running,
             images: self.images.records()?.len(),
-            fuse_requests: self.flat.stats().total(),
+            fuse_requests: self.flat.stats().total() + self.views.requests().total(),
             registry_requests,
             registry_bytes,
             faults: self.images.fetcher().stats().faults,

@@ -17,6 +17,7 @@ use lazyrun_fs::fuse::{self, FuseKind};
 
 use crate::cli::union::READY;
 use crate::ipc::fds;
+use crate::proc;
 
 /// Where the serving process finds the view.
 const LOWER_FD: RawFd = 3;
@@ -43,7 +44,9 @@ pub(super) fn mount(lower: BorrowedFd<'_>, upper: &Path, work: &Path) -> Result<
             if said.is_empty() { status.to_string() } else { said.into() }
         );
     }
-    reap(server);
+    if let Err(error) = proc::reap(server) {
+        tracing::warn!(%error, "a process that serves a union won't be reaped");
+    }
     Ok(mount.tree)
 }
 
@@ -69,14 +72,6 @@ fn escaped(path: &Path) -> Vec<u8> {
         .iter()
         .flat_map(|b| special(b).then_some(b'\\').into_iter().chain([*b]))
         .collect()
-}
-
-// So that no zombie stays; after a restart of the daemon init does it.
-fn reap(mut server: Child) {
-    let waiting = std::thread::Builder::new().name("reap-union".into()).stack_size(64 << 10);
-    if let Err(error) = waiting.spawn(move || server.wait()) {
-        tracing::warn!(%error, "a process that serves a union won't be reaped");
-    }
 }
 
 #[cfg(test)]

@@ -69,6 +69,7 @@ pub struct Views {
     flat: Arc<OwnedFd>,
     kept: Arc<Kept>,
     resend: bool,
+    past_the_cache: bool,
     mounted: Mutex<HashMap<(ViewId, Plan), Arc<MountedView>>>,
     // One build or mount at a time: they are short, and two of one chain must not race.
     pub(super) building: tokio::sync::Mutex<()>,
@@ -91,7 +92,7 @@ impl Views {
     ) -> Self {
         let building = tokio::sync::Mutex::new(());
         let (mounted, requests, counted) = (Mutex::default(), Arc::default(), Counted::default());
-        let (tree, resend) = (Mutex::default(), true);
+        let (tree, resend, past_the_cache) = (Mutex::default(), true, false);
         Self {
             dir,
             mounter,
@@ -100,6 +101,7 @@ impl Views {
             flat,
             kept,
             resend,
+            past_the_cache,
             mounted,
             building,
             tree,
@@ -111,6 +113,12 @@ impl Views {
     /// Whether the kernel is relied on to resend requests ([`ServeOptions::resend`]).
     pub fn resending(mut self, resend: bool) -> Self {
         self.resend = resend;
+        self
+    }
+
+    /// Whether EROFS reads layer files past the page cache.
+    pub fn past_the_cache(mut self, past: bool) -> Self {
+        self.past_the_cache = past;
         self
     }
 
@@ -257,6 +265,18 @@ impl Views {
         self.lock().values().filter(|view| view.id.chain == chain).map(Arc::clone).collect()
     }
 
+    /// Layers of the mounted views by inode number, and whether some view reads them without FUSE.
+    pub fn layers(&self) -> HashMap<u64, (Arc<Layer>, bool)> {
+        let mut layers = HashMap::new();
+        for view in self.lock().values() {
+            for layer in &view.layers {
+                let new = (Arc::clone(layer), false);
+                layers.entry(inode_of(layer.file_name())).or_insert(new).1 |= view.direct;
+            }
+        }
+        layers
+    }
+
     /// Deletes the metadata images of a chain that nothing starts from any more.
     ///
     /// # Errors
@@ -337,7 +357,7 @@ impl Views {
         if appendix.exists() {
             devices.push(Device::Local(appendix));
         }
-        let request = Request::Erofs { image, devices, directio: false };
+        let request = Request::Erofs { image, devices, directio: self.past_the_cache };
         // What is read ahead of a start would be taken for touched, or, where it is missing, be waited for.
         let before = (purpose != Purpose::Use && !direct).then(Devices::now);
         // The view reads layer files, which are read ahead as well: as far as it is allowed when they are opened.

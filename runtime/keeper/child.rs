@@ -14,6 +14,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::store::{self, FdStore, MESSAGE_BOUND};
+use super::watchdog::Watchdog;
 use super::{Keeper, LISTENER_FD, READY_FD, SNAPSHOTTER_FD, STORE_FD, start};
 use crate::ipc::fds;
 use crate::{file_limit, logs};
@@ -87,6 +88,7 @@ impl Child {
         let mut command = Command::new(keeper.program.path());
         command.arg0("lazyrun").arg("--root").arg(keeper.paths.root()).args(["daemon", "--kept"]);
         command.envs(keeper.settings.environment());
+        Watchdog::ask(keeper.settings.fault_timeout(), &mut command);
         command.stdin(Stdio::null());
         let mut placed = vec![
             (keeper.listener.as_fd(), LISTENER_FD),

@@ -8,8 +8,10 @@ mod child;
 pub mod manager;
 mod outage;
 mod resume;
+mod signals;
 pub mod start;
 pub mod store;
+pub mod watchdog;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -22,8 +24,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::signalfd::SignalFd;
 
 use crate::failure::EXIT_LAZYRUN;
 use crate::file_limit;
@@ -35,7 +37,9 @@ use crate::settings::Settings;
 use child::{Child, Program};
 use manager::Manager;
 use outage::Outage;
+pub use signals::block_signals;
 use store::{FdStore, Replacement};
+use watchdog::Watchdog;
 
 /// Where a daemon started by the keeper finds its listening control socket.
 pub const LISTENER_FD: RawFd = 3;
@@ -175,21 +179,6 @@ fn take_over(paths: &Paths) -> io::Result<Flock<std::fs::File>> {
     }
 }
 
-/// Blocks the signals that the keeper takes from a descriptor; to be called before there are other threads, which must not
-/// get them.
-///
-/// # Errors
-/// When the kernel refuses, which does not happen.
-pub fn block_signals() -> io::Result<SigSet> {
-    let set = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD, Signal::SIGHUP]);
-    set.thread_block()?;
-    Ok(set)
-}
-
-fn take_signals() -> io::Result<SignalFd> {
-    Ok(SignalFd::with_flags(&block_signals()?, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
-}
-
 impl<'a> Keeper<'a> {
     fn new(
         paths: &'a Paths,
@@ -220,7 +209,7 @@ impl<'a> Keeper<'a> {
             settings,
             has_log: logs::is_stderr(&paths.log()),
             listener,
-            signals: take_signals()?,
+            signals: signals::take()?,
             store: FdStore::new(given.kept, given.manager),
             outage,
             program: Program::Own,
@@ -338,15 +327,22 @@ impl<'a> Keeper<'a> {
         let start_bound = self.start_bound();
         let mut kill_at = child.served.is_none().then(|| child.born + start_bound);
         let mut late = None;
+        let mut watchdog = Watchdog::new(self.settings.fault_timeout());
         loop {
             let healthy_at = child.served.filter(|_| self.outage.is_on()).map(|served| served + SHORT_LIFE);
-            let until = [kill_at, healthy_at, self.outage.deadline()].into_iter().flatten().min();
+            let until = [kill_at, healthy_at, self.outage.deadline(), watchdog.deadline()]
+                .into_iter()
+                .flatten()
+                .min();
             self.wait(child.fds(), until)?;
             // What the daemon stored before it died counts, so its messages come first.
             child.serve_store(&mut self.store);
             if child.hear()? {
                 self.serves(child);
                 kill_at = None;
+            }
+            if self.store.take_sign_of_life() {
+                watchdog.heard();
             }
             if let Some(asked) = self.store.take_replacement() {
                 kill_at = Some(Instant::now() + HAND_OVER_BOUND);
@@ -370,6 +366,10 @@ impl<'a> Keeper<'a> {
             if kill_at.is_some_and(|at| at <= now) {
                 late = child.served.is_none().then_some(start_bound);
                 kill_at = None;
+                child.kill();
+            }
+            if watchdog.hangs(child.pid) {
+                eprintln!("lazyrun keeper: the daemon hangs and is ended; the next one takes over");
                 child.kill();
             }
             self.outage.refuse(&self.store, false);

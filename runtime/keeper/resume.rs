@@ -19,7 +19,7 @@ use super::child::{Child, Program};
 use super::manager::Manager;
 use super::outage::Outage;
 use super::store::FdStore;
-use super::{Keeper, Snapshotter, replaced, take_signals, tell};
+use super::{Keeper, Snapshotter, replaced, signals, tell};
 use crate::file_limit;
 use crate::logs;
 use crate::paths::Paths;
@@ -115,7 +115,7 @@ impl<'a> Keeper<'a> {
             settings,
             has_log: logs::is_stderr(&paths.log()),
             listener: UnixListener::from(take(state.listener)?),
-            signals: take_signals()?,
+            signals: signals::take()?,
             store: FdStore::new(kept?, manager),
             outage: Outage::new(settings.fault_timeout()),
             program: Program::Own,

@@ -44,6 +44,8 @@ enum Message {
     /// Start the next daemon from the program whose descriptor follows, and tell the caller, whose connection comes
     /// with it, how that went.
     Replace,
+    /// A sign of life. Keepers that don't say that they listen don't know it.
+    Alive,
 }
 
 /// A daemon that asks to be replaced.
@@ -73,12 +75,13 @@ pub struct FdStore {
     kept: BTreeMap<String, OwnedFd>,
     manager: Manager,
     replacement: Option<Replacement>,
+    sign_of_life: bool,
 }
 
 impl FdStore {
     /// A store of these descriptors, which are from an earlier keeper. `manager` gets a copy of all that is kept.
     pub fn new(kept: BTreeMap<String, OwnedFd>, manager: Manager) -> Self {
-        Self { kept, manager, replacement: None }
+        Self { kept, manager, replacement: None, sign_of_life: false }
     }
 
     /// Whether nothing is kept.
@@ -107,6 +110,11 @@ impl FdStore {
     /// What the daemon asked to be replaced by, once.
     pub fn take_replacement(&mut self) -> Option<Replacement> {
         self.replacement.take()
+    }
+
+    /// Whether the daemon has given a sign of life since this was last asked.
+    pub fn take_sign_of_life(&mut self) -> bool {
+        std::mem::take(&mut self.sign_of_life)
     }
 
     /// Gives a new daemon everything that is kept.
@@ -175,6 +183,7 @@ impl FdStore {
                 let program = fds::copy_above_targets(program)?;
                 self.replacement = Some(Replacement { program, caller });
             }
+            Some(Message::Alive) => self.sign_of_life = true,
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
         Ok(())
@@ -250,6 +259,14 @@ impl Kept {
             frame::write(keeper, &Message::Replace)?;
             fds::send(keeper.as_fd(), &[program.as_fd(), caller])
         })
+    }
+
+    /// Tells a keeper that listens to it that the daemon is alive.
+    ///
+    /// # Errors
+    /// That the keeper is gone.
+    pub fn alive(&self) -> io::Result<()> {
+        self.with(|keeper| frame::write(keeper, &Message::Alive))
     }
 
     /// Has the keeper close what it holds under this name.

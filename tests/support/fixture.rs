@@ -95,7 +95,8 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-type Part = fn(&mut Layer) -> io::Result<()>;
+/// What writes a layer.
+pub type Part = fn(&mut Layer) -> io::Result<()>;
 
 fn write_layer(layout: &Layout, part: Part, encoding: Encoding) -> LayerBlob {
     let mut layer = Layer { tar: tar::Builder::new(layout.layer(encoding).expect("start a layer")) };
@@ -126,6 +127,15 @@ pub fn with_files(files: &[(String, Vec<u8>)]) -> TempDir {
     }
     let upper = upper.tar.into_inner().and_then(LayerWriter::finish).expect("finish a layer");
     layout.add_image(TAG, &[lower, upper], &settings()).expect("write the manifest");
+    dir
+}
+
+/// The layout of an image of busybox and one more layer, under [`TAG`].
+pub fn on_busybox(part: Part) -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory for the image");
+    let mut layout = Layout::create(dir.path()).expect("create a layout");
+    let layers = [base, part].map(|part: Part| write_layer(&layout, part, Encoding::Gzip(1)));
+    layout.add_image(TAG, &layers, &settings()).expect("write the manifest");
     dir
 }
 
@@ -193,6 +203,12 @@ impl Layer {
     /// A regular file.
     pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         let mut header = Self::header(tar::EntryType::Regular, mode, content.len() as u64);
+        self.tar.append_data(&mut header, path, content)
+    }
+
+    /// A regular file of `size` bytes that come from elsewhere.
+    pub fn stream(&mut self, path: &str, size: u64, content: impl io::Read) -> io::Result<()> {
+        let mut header = Self::header(tar::EntryType::Regular, 0o644, size);
         self.tar.append_data(&mut header, path, content)
     }
 

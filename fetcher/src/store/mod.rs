@@ -9,6 +9,7 @@ mod learnt;
 mod lease;
 mod limits;
 mod order;
+mod page_cache;
 mod pins;
 mod room;
 mod span_map;
