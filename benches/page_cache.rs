@@ -17,10 +17,9 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use lazyrun::bench::instance::Instance;
 use lazyrun::bench::measure::{drop_page_cache, median, timed};
-use lazyrun::demo::registry::Registry;
-use lazyrun::demo::shaper::Shape;
 use nix::mount::{MntFlags, umount2};
 use small_and_big::{Native, SMALL_FILES, read_sequentially, read_small_files, write_layout};
+use support::docker_registry::DockerRegistry;
 
 const EXE: &str = env!("CARGO_BIN_EXE_lazyrun");
 /// As long must the cache have stayed as it is to be called settled, of all the time that is waited at most.
@@ -81,8 +80,8 @@ fn main() {
     eprintln!("making {SMALL_FILES} small files and one of {} MiB", options.big_mib);
     let layers = write_layout(&dir.path().join("layout"), options.big_mib).expect("write the image");
     let native = Native::new(dir.path(), &layers).expect("mount overlay2");
-    let registry = Registry::serve(&dir.path().join("layout"), Shape::default()).expect("serve the image");
-    let image = registry.reference("cached", "latest");
+    let registry = DockerRegistry::start();
+    let image = registry.push(&dir.path().join("layout"), "latest", "cached");
     let fresh = || Instance::fresh(Path::new(EXE), Some(dir.path()), &[]).expect("an instance");
     let indexer = fresh();
     indexer.run(["pull", "--quiet", &image]).expect("pull the image");
@@ -115,6 +114,12 @@ fn main() {
     for round in 1..=options.rounds {
         for (way, samples) in ways.iter().zip(&mut samples) {
             samples.push(sample(way));
+        }
+        // Afterwards: a machine that has waited is not as fast as one that has not.
+        for (way, samples) in ways.iter().zip(&mut samples) {
+            if let Some(sample) = samples.last_mut().filter(|_| way.settles) {
+                sample.settled = settled_of(way);
+            }
         }
         eprintln!("round {round} of {}", options.rounds);
     }
@@ -164,8 +169,14 @@ fn sample(way: &Way) -> Sample {
     let (bytes, small, big) = read(&way.root);
     let per_byte = |now: u64| now.saturating_sub(before) as f64 / bytes as f64;
     let peak = per_byte(cached());
-    let settled = if way.settles { per_byte(settled()) } else { peak };
-    Sample { small, big, peak, settled }
+    Sample { small, big, peak, settled: peak }
+}
+
+fn settled_of(way: &Way) -> f64 {
+    drop_page_cache().expect("drop the page cache");
+    let before = cached();
+    let (bytes, ..) = read(&way.root);
+    settled().saturating_sub(before) as f64 / bytes as f64
 }
 
 /// Bytes in the machine's page cache.

@@ -119,3 +119,26 @@ fn a_daemon_killed_during_the_first_stream_leaves_nothing_half_made() {
     let sum = lazyrun.ok(&["run", "--rm", &fixture.image(), "sha256sum", "/data/big.bin"]);
     assert!(sum.starts_with(&sha256(&big())), "{sum}");
 }
+
+#[test]
+fn a_fork_bomb_in_a_container_starves_no_reader() {
+    let fixture = Fixture::new();
+    let lazyrun = with_index_only(&fixture.image());
+    let image = fixture.image();
+    let run = |name| ["run", "-d", "--name", name, "--network", "none", "--hydrate", "never"];
+    lazyrun.ok(&[&run("reader")[..], &[&image, "sleep", "1000"]].concat());
+    // Without an end: some hundred shells that do nothing but start processes.
+    let bomb = "for i in $(seq 200); do (while :; do /bin/true & /bin/true; done) & done; echo armed; wait";
+    lazyrun.ok(&[&run("bomb")[..], &["--pids-limit", "1000", &image, "sh", "-c", bomb]].concat());
+    wait_for("the bomb to be armed", Duration::from_secs(60), || {
+        lazyrun.ok(&["logs", "bomb"]).contains("armed").then_some(())
+    });
+    fixture.registry.reset();
+    let read = lazyrun.run_within(Duration::from_secs(60), &["exec", "reader", "sha256sum", "/data/big.bin"]);
+    let read = read.expect("the reader starves");
+    assert_eq!((read.code, read.stdout), (Some(0), format!("{}  /data/big.bin\n", sha256(&big()))));
+    assert!(fixture.registry.stats().bytes_down > 4 << 20, "it was to be fetched meanwhile");
+    let took = std::time::Instant::now();
+    lazyrun.ok(&["rm", "--force", "bomb"]);
+    assert!(took.elapsed() < Duration::from_secs(30), "{:?} to end the bomb", took.elapsed());
+}
