@@ -114,7 +114,7 @@ soak-fills:
 # The daemon is killed KILLS times under eight containers that read and work; with resent requests and with the journal.
 soak-takeover: KILLS = 100
 soak-takeover:
-	TAKEOVER_KILLS=$(KILLS) $(CARGO) test --test integration -- --ignored --nocapture --test-threads 1 soak_takeover
+	TAKEOVER_KILLS=$(KILLS) $(CARGO) test --profile $(PROFILE) --test integration -- --ignored --nocapture --test-threads 1 soak_takeover
 
 # Mixes of misbehaviours of a registry, SEEDS of them.
 evil:

@@ -263,5 +263,15 @@ impl Drop for Containerd {
             let _ = nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH);
         }
         let _ = fs::remove_dir_all(Path::new("/run/containerd/runc").join(&self.namespace));
+        remove_cgroups(&self.namespace);
+    }
+}
+
+/// containerd leaves the cgroup of a namespace behind, in each hierarchy where there are several.
+fn remove_cgroups(namespace: &str) {
+    let below = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in below.chain([PathBuf::from("/sys/fs/cgroup")]) {
+        // One that somebody is still in stays.
+        let _ = fs::remove_dir(hierarchy.join(namespace));
     }
 }

@@ -23,7 +23,7 @@ list() {
   done
   for dir in /run/lazyrun/*; do [ -e "$dir" ] && echo "run directory $dir"; done
   # The parent group stays, as docker's does: it is empty, and removing it would race with a container that starts.
-  find /sys/fs/cgroup -type d -path '*/lazyrun*/*' 2>/dev/null | sed 's/^/cgroup /'
+  find /sys/fs/cgroup -type d \( -path '*/lazyrun*/*' -o -name 'lazyrun-test-*' \) 2>/dev/null | sed 's/^/cgroup /'
   true
 }
 
