@@ -200,7 +200,6 @@ fn a_warm_view_without_attributes_asks_nothing() {
     });
     let warm = server.stats();
     assert!(quiet, "a warm view asked the FUSE server: {cold:?}, then {warm:?}");
-    assert!(warm.read - cold.read <= 300, "{cold:?}, then {warm:?}");
     assert!(cold.open <= 2, "{cold:?}");
 }
 
