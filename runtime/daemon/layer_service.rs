@@ -17,17 +17,16 @@ pub struct LayerService {
     fetcher: Fetcher,
     runtime: Handle,
     // By inode number; a layer stays listed until it is removed from the store.
-    known: RwLock<HashMap<u64, Known>>,
+    known: RwLock<HashMap<u64, Arc<Known>>>,
     /// Recordings of what containers read as they start.
     pub recorder: Recorder,
     /// How reads were answered.
     pub served: Arc<Served>,
 }
 
-#[derive(Clone)]
 struct Known {
     layer: Arc<Layer>,
-    reads: Arc<AtomicU64>,
+    reads: AtomicU64,
 }
 
 /// The inode number of a layer file by its name: the same in every life of the daemon, since the kernel remembers it.
@@ -69,9 +68,9 @@ impl LayerService {
         known.get(&ino).map_or(0, |known| known.reads.load(Ordering::Relaxed))
     }
 
-    fn known(&self, ino: u64) -> Option<Known> {
+    fn known(&self, ino: u64) -> Option<Arc<Known>> {
         if let Some(known) = self.known.read().unwrap_or_else(PoisonError::into_inner).get(&ino) {
-            return Some(known.clone());
+            return Some(Arc::clone(known));
         }
         // After a restart the kernel may ask for a file it looked up in an earlier life.
         let store = self.fetcher.store();
@@ -80,7 +79,7 @@ impl LayerService {
         self.open(&name)
     }
 
-    fn open(&self, file_name: &str) -> Option<Known> {
+    fn open(&self, file_name: &str) -> Option<Arc<Known>> {
         let layer = match self.fetcher.store().by_id(id_of(file_name)?) {
             Ok(layer) => layer?,
             Err(error) => {
@@ -93,8 +92,8 @@ impl LayerService {
             return None;
         }
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        let new = Known { layer, reads: Arc::default() };
-        Some(known.entry(inode_of(file_name)).or_insert(new).clone())
+        let new = || Arc::new(Known { layer, reads: AtomicU64::default() });
+        Some(Arc::clone(known.entry(inode_of(file_name)).or_insert_with(new)))
     }
 }
 
@@ -109,8 +108,9 @@ impl LayerFiles for LayerService {
     }
 
     fn read(&self, ino: u64, offset: u64, len: u32, reply: Box<dyn ReadReply>) {
-        let Some(Known { layer, reads }) = self.known(ino) else { return reply.error(libc::ENOENT) };
-        reads.fetch_add(1, Ordering::Relaxed);
+        let Some(known) = self.known(ino) else { return reply.error(libc::ENOENT) };
+        let layer = &known.layer;
+        known.reads.fetch_add(1, Ordering::Relaxed);
         self.recorder.note(ino, offset, len);
         let mut buffer = vec![0; len as usize];
         match layer.read_local(offset, &mut buffer) {
@@ -125,7 +125,7 @@ impl LayerFiles for LayerService {
                 return reply.error(libc::EIO);
             }
         }
-        let (fetcher, served) = (self.fetcher.clone(), Arc::clone(&self.served));
+        let (fetcher, layer, served) = (self.fetcher.clone(), Arc::clone(layer), Arc::clone(&self.served));
         self.runtime.spawn(async move {
             match fetcher.read(&layer, offset, len as usize).await {
                 Ok(bytes) => {

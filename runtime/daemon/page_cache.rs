@@ -9,11 +9,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use lazyrun_fetcher::Layer;
 use tokio::time::MissedTickBehavior;
 
 use super::Daemon;
-use super::layer_service::inode_of;
+use super::views::ReadLayer;
 
 /// How the kernel's page cache is used for layer files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -81,7 +80,7 @@ pub fn watch(daemon: &Arc<Daemon>) {
         loop {
             tick.tick().await;
             let Some(daemon) = daemon.upgrade() else { return };
-            // Waits for reads under way, and for pages on their way to the disk.
+            // Starts a helper, and may wait for the disk.
             let done = tokio::task::spawn_blocking(move || {
                 daemon.drop_pages(&mut layers);
                 layers
@@ -95,24 +94,28 @@ impl Daemon {
     fn drop_pages(&self, pages: &mut HashMap<u64, Pages>) {
         let layers = self.views.layers();
         pages.retain(|ino, _| layers.contains_key(ino));
-        for (ino, (layer, direct)) in layers {
+        let (mut files, mut copies) = (Vec::new(), Vec::new());
+        for (ino, ReadLayer { layer, by_flat, direct }) in layers {
             // An earlier daemon may have served it.
             let pages = pages.entry(ino).or_insert(Pages { rounds: ROUNDS, ..Pages::default() });
             let due = pages.tick(self.service.reads(ino));
+            if due && by_flat {
+                copies.push(layer.file_name().to_owned());
+            }
             // What is read without the daemon, it can't see; of a file that nobody reads there is nothing to let go of.
             if due || direct {
-                self.drop_pages_of(&layer, due);
+                files.push(layer);
             }
         }
-    }
-
-    fn drop_pages_of(&self, layer: &Layer, served: bool) {
-        let dropped = match served {
-            true => self.flat.invalidate(inode_of(layer.file_name())).and_then(|()| layer.drop_pages()),
-            false => layer.drop_pages(),
-        };
-        if let Err(error) = dropped {
-            tracing::debug!(layer = layer.file_name(), %error, "cached pages of a layer file are kept");
+        if !copies.is_empty()
+            && let Err(error) = self.views.let_go(copies)
+        {
+            tracing::debug!(%error, "cached pages of layer files are kept");
+        }
+        for layer in files {
+            if let Err(error) = layer.drop_pages() {
+                tracing::debug!(layer = layer.file_name(), %error, "cached pages of a layer file are kept");
+            }
         }
     }
 }

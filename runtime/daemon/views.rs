@@ -1,6 +1,7 @@
 //! Views: an image's merged tree, built once per chain and mounted once per node.
 
 mod id;
+mod pages;
 
 use std::collections::HashMap;
 use std::io::{self, BufWriter, Write};
@@ -20,6 +21,7 @@ use lazyrun_index::{Digest, LayerId};
 
 use id::kept_name;
 pub use id::{KeptView, ViewId, chain_id, parse_kept_name};
+pub use pages::ReadLayer;
 
 use super::layer_service::{LayerService, inode_of};
 use super::metrics::Counted;
@@ -263,18 +265,6 @@ impl Views {
     /// The mounted views of a chain.
     pub fn of_chain(&self, chain: Digest) -> Vec<Arc<MountedView>> {
         self.lock().values().filter(|view| view.id.chain == chain).map(Arc::clone).collect()
-    }
-
-    /// Layers of the mounted views by inode number, and whether some view reads them without FUSE.
-    pub fn layers(&self) -> HashMap<u64, (Arc<Layer>, bool)> {
-        let mut layers = HashMap::new();
-        for view in self.lock().values() {
-            for layer in &view.layers {
-                let new = (Arc::clone(layer), false);
-                layers.entry(inode_of(layer.file_name())).or_insert(new).1 |= view.direct;
-            }
-        }
-        layers
     }
 
     /// Deletes the metadata images of a chain that nothing starts from any more.

@@ -24,16 +24,21 @@ pub(super) struct Watchdog {
     in_grace: bool,
 }
 
+/// How long a daemon may be silent.
+fn bound(fault_timeout: Duration) -> Duration {
+    fault_timeout.max(SHORTEST_BOUND)
+}
+
 impl Watchdog {
     /// For daemons that may be silent as long as a fault may take. It begins with the first sign of life: earlier
     /// programs gave none.
     pub(super) fn new(fault_timeout: Duration) -> Self {
-        Self { bound: fault_timeout.max(SHORTEST_BOUND), due: None, in_grace: false }
+        Self { bound: bound(fault_timeout), due: None, in_grace: false }
     }
 
     /// Has a daemon that is about to be started give signs of life.
     pub(super) fn ask(fault_timeout: Duration, command: &mut Command) {
-        let interval = fault_timeout.max(SHORTEST_BOUND) / 5;
+        let interval = bound(fault_timeout) / 5;
         command.env(INTERVAL, interval.as_millis().to_string());
     }
 

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -26,6 +27,10 @@ pub fn main() -> ExitCode {
     let (answer, mount) = match (enter_namespace(), request) {
         // Also says that there is no right to mount.
         (_, Request::Probe { root }) => (Answer::Probed(plan::probe(&root)), None),
+        (Ok(()), Request::LetGo { layers }) => match let_go(layers, fds.first()) {
+            Ok(()) => (Answer::LetGo, None),
+            Err(e) => (Answer::Failed(e.to_string()), None),
+        },
         (Ok(()), request) => match perform(request, fds) {
             Ok(mount) => (Answer::Mounted, Some(mount)),
             Err(e) => (Answer::Failed(e.to_string()), None),
@@ -70,8 +75,20 @@ fn perform(request: Request, fds: Vec<OwnedFd>) -> Result<OwnedFd, MountError> {
             let tree = first.ok_or_else(|| MountError::Helper("got no view to mount".into()))?;
             mounts::idmapped(tree.as_fd(), &map)
         }
-        Request::Probe { .. } => Err(MountError::Helper("was to mount a probe".into())),
+        Request::LetGo { .. } | Request::Probe { .. } => {
+            Err(MountError::Helper("was to mount what is no mount".into()))
+        }
     }
+}
+
+fn let_go(layers: Vec<String>, flat: Option<&OwnedFd>) -> Result<(), MountError> {
+    for layer in layers {
+        let path = device_path(Device::Flat(layer), flat)?;
+        let fail = |e| MountError::at("drop cached pages of the layer file", &path, e);
+        let file = File::open(&path).map_err(fail)?;
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).map_err(|e| fail(e.into()))?;
+    }
+    Ok(())
 }
 
 fn device_path(device: Device, flat: Option<&OwnedFd>) -> Result<PathBuf, MountError> {

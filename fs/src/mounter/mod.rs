@@ -2,7 +2,8 @@
 //!
 //! Mounting a view opens layer files on our own FUSE mount. The daemon serves that mount, so it must never
 //! wait for such an open itself: the helper does, in a mount namespace of its own, and sends the detached
-//! mount back. A helper that hangs is killed, and with it goes whatever it had half made.
+//! mount back. A helper that hangs is killed, and with it goes whatever it had half made. What else is done with
+//! files of that mount is done here as well.
 
 mod child;
 mod wire;
@@ -51,6 +52,11 @@ pub enum Request {
         /// The mapping.
         map: IdMap,
     },
+    /// Have the kernel let go of what it caches of layer files. Descriptor: the flat FUSE mount.
+    LetGo {
+        /// Their names in it.
+        layers: Vec<String>,
+    },
     /// Try every mount plan with real mounts.
     Probe {
         /// The directory that upper directories and images will be in.
@@ -70,6 +76,7 @@ pub enum Device {
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Mounted,
+    LetGo,
     Probed(Probes),
     Failed(String),
 }
@@ -104,6 +111,19 @@ impl Mounter {
     pub fn mount(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<OwnedFd, MountError> {
         match self.call(request, fds)? {
             (Answer::Mounted, mut fds) if fds.len() == 1 => Ok(fds.remove(0)),
+            (Answer::Failed(sentence), _) => Err(MountError::Remote(sentence)),
+            _ => Err(MountError::Helper("sent an answer that does not fit the request".into())),
+        }
+    }
+
+    /// Has the kernel let go of what it caches of layer files in the flat FUSE mount, but for pages that are being read:
+    /// unlike an invalidation by the server, which waits for those, and its process with it should it be killed.
+    ///
+    /// # Errors
+    /// When a file can't be opened, or the helper fails.
+    pub fn let_go(&self, flat: BorrowedFd<'_>, layers: Vec<String>) -> Result<(), MountError> {
+        match self.call(&Request::LetGo { layers }, &[flat])? {
+            (Answer::LetGo, _) => Ok(()),
             (Answer::Failed(sentence), _) => Err(MountError::Remote(sentence)),
             _ => Err(MountError::Helper("sent an answer that does not fit the request".into())),
         }
