@@ -17,6 +17,7 @@ mod root_union_data;
 mod root_union_files;
 mod root_union_flags;
 mod root_union_model;
+mod root_union_nameless;
 mod root_union_upper;
 mod view_model;
 mod view_oddlayers;

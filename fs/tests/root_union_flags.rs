@@ -1,9 +1,7 @@
-//! Inode flags (chattr, lsattr) of files of a union, and files that never have a name.
+//! Inode flags (chattr, lsattr) of files of a union.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 
 use lazyrun_fs::union::{Caller, ROOT, Union};
 use nix::errno::Errno;
@@ -73,16 +71,4 @@ fn other_controls_are_refused() {
     // SAFETY: FICLONE takes two descriptors.
     let ret = unsafe { libc::ioctl(file.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) };
     assert!(matches!(Errno::result(ret), Err(Errno::EOPNOTSUPP | Errno::EXDEV)), "{ret}: cp(1) copies then");
-}
-
-/// Programs fall back to files with a name when they hear this, and only this.
-#[test]
-fn files_that_never_have_a_name_are_said_to_be_unsupported() {
-    let case = case(|_| {});
-    let union = case.mount();
-    let nameless = |dir: &Path| OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).open(dir);
-    for _ in 0..2 {
-        assert_eq!(nameless(&union.at).unwrap_err().raw_os_error(), Some(libc::EOPNOTSUPP));
-    }
-    assert_eq!(fs::read_dir(case.site.path("upper")).unwrap().count(), 0);
 }

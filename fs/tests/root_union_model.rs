@@ -10,7 +10,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::union_support::{
-    Mounted, Seens, Site, differences, get_flags, remove_xattr, set_flags, set_xattr, walk,
+    Mounted, Seens, Site, differences, get_flags, link_open, remove_xattr, set_flags, set_xattr, walk,
 };
 use lazyrun_fs::union::{RedirectDir, UnionConfig};
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
@@ -64,13 +64,15 @@ enum Op {
     SetXattr(PathBuf, Vec<u8>, i32),
     RemoveXattr(PathBuf),
     NoDump(PathBuf, bool),
+    /// A file that is made without a name in the first, written, and linked to the second.
+    Nameless(PathBuf, PathBuf, u32),
     List(PathBuf),
     Stat(PathBuf),
 }
 
 fn random_op(r: &mut Random) -> Op {
     let mode = |r: &mut Random| [0o644, 0o600, 0o755, 0o711, 0o4755, 0o2750, 0o666][r.below(7) as usize];
-    match r.below(25) {
+    match r.below(26) {
         0 | 1 => Op::Create(r.path(), mode(r)),
         2 => Op::Append(r.path(), r.next().to_string().into_bytes()),
         3 => Op::Truncate(r.path(), r.below(20)),
@@ -87,7 +89,8 @@ fn random_op(r: &mut Random) -> Op {
         20 => Op::SetXattr(r.path(), r.next().to_string().into_bytes(), r.below(3) as i32),
         21 => Op::RemoveXattr(r.path()),
         22 => Op::NoDump(r.path(), r.below(2) == 0),
-        23 => Op::List(r.path()),
+        23 => Op::Nameless(r.path(), r.path(), mode(r)),
+        24 => Op::List(r.path()),
         _ => Op::Stat(r.path()),
     }
 }
@@ -165,6 +168,12 @@ fn apply(root: &Path, op: &Op) -> Answer {
             let flags = get_flags(&at(p)).map_err(|e| e as i32)? & !NO_DUMP;
             nix(set_flags(&at(p), flags | if *on { NO_DUMP } else { 0 }))?;
             get_flags(&at(p)).map(|flags| (flags & NO_DUMP).to_string()).map_err(|e| e as i32)
+        }
+        Op::Nameless(dir, to, mode) => {
+            let made = OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).mode(*mode).open(at(dir));
+            let mut file = made.map_err(|e| e.raw_os_error().unwrap_or(-1))?;
+            io(file.write_all(b"nameless"))?;
+            nix(link_open(&file, &at(to)))
         }
         Op::List(p) => {
             let list = std::fs::read_dir(at(p)).map_err(|e| e.raw_os_error().unwrap_or(-1))?;

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::wire::{IN_HEADER, RequestHeader};
+use super::protocol::abi::InHeader;
 
 /// Requests that can be unanswered at the same time. More stay in the kernel's queue until there is room.
 pub(super) const SLOTS: usize = 1024;
@@ -40,7 +40,7 @@ unsafe impl Sync for Journal {}
 #[derive(Debug)]
 pub(super) struct Taken {
     pub(super) slot: usize,
-    pub(super) header: RequestHeader,
+    pub(super) header: InHeader,
     /// The whole request, or less of it if it did not fit into a slot and was found after a crash.
     pub(super) bytes: Vec<u8>,
 }
@@ -95,7 +95,7 @@ impl Journal {
         let n = nix::sys::uio::readv(dev, &mut [IoSliceMut::new(start), IoSliceMut::new(rest)])?;
         let mut bytes = start[..n.min(SLOT)].to_vec();
         bytes.extend_from_slice(&rest[..n.saturating_sub(SLOT)]);
-        let header = RequestHeader::parse(&bytes).filter(|header| header.len as usize == n);
+        let header = InHeader::parse(&bytes).filter(|header| header.len as usize == n);
         let odd = || io::Error::new(io::ErrorKind::InvalidData, "the kernel sent a request of an odd length");
         Ok(Taken { slot, header: header.ok_or_else(odd)?, bytes })
     }
@@ -115,7 +115,7 @@ impl Journal {
     fn left(&self, slot: usize) -> Option<Taken> {
         // SAFETY: within the mapping; nobody writes there, as the caller promises.
         let bytes = unsafe { std::slice::from_raw_parts(self.slot(slot), SLOT) };
-        let header = RequestHeader::parse(bytes).filter(|header| header.len as usize >= IN_HEADER)?;
+        let header = InHeader::parse(bytes).filter(|header| header.len as usize >= size_of::<InHeader>())?;
         Some(Taken { slot, header, bytes: bytes[..SLOT.min(header.len as usize)].to_vec() })
     }
 }

@@ -11,6 +11,7 @@ pub mod flat;
 mod join;
 mod journal;
 mod mount;
+mod protocol;
 mod readonly;
 mod refuse;
 mod relay;

@@ -9,7 +9,8 @@ use nix::errno::Errno;
 
 use super::MAX_READ;
 use super::journal::Journal;
-use super::wire::{self, RequestHeader};
+use super::protocol::abi::InHeader;
+use super::wire;
 
 /// Requests that are looked at before the caller is at work again.
 const AT_A_TIME: usize = 256;
@@ -65,7 +66,7 @@ impl Refuser {
                 Err(Errno::ENOENT | Errno::EINTR) => continue,
                 Err(e) => return Err(e.into()),
             };
-            let Some(header) = RequestHeader::parse(&buffer[..n]) else { continue };
+            let Some(header) = InHeader::parse(&buffer[..n]) else { continue };
             if header.wants_answer() {
                 wire::answer(&self.clone, header.unique, libc::EIO, &[])?;
                 refused += 1;

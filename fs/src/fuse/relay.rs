@@ -144,7 +144,9 @@ impl Relay {
                     return;
                 }
             };
-            let Some(unique) = wire::answered_by(&buffer[..n]) else { continue };
+            let Some(unique) = wire::answer_header(&buffer[..n]).map(|header| header.unique) else {
+                continue;
+            };
             // The rest of a READ that was answered directly.
             if !self.lock().slots.contains_key(&unique) {
                 continue;

@@ -141,8 +141,7 @@ fn adopt<F: Filesystem>(
     let session = Session::from_fd(fs, session, SessionACL::All, config)?;
     let mut answer = [0u8; 256];
     let n = kernel.read(&mut answer)?;
-    // fuse_out_header: len, error, unique.
-    if n < 16 || answer[4..8] != [0; 4] {
+    if wire::answer_header(&answer[..n]).is_none_or(|header| header.error != 0) {
         return Err(io::Error::other("the server refused the replayed INIT"));
     }
     if let Some(journal) = journal {

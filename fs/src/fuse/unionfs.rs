@@ -3,22 +3,25 @@
 //! The union is the only writer, so the kernel keeps names and attributes for ever. Where it may, it also reads
 //! and writes files of the upper layer itself (passthrough), so that only opening asks us.
 
-mod answers;
 mod convert;
+mod dirs;
+mod files;
 mod passthrough;
 mod requests;
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use fuser::{Config, InitFlags, KernelConfig, MountOption, Session, SessionACL};
+use fuser::{Config, Filesystem, InitFlags, KernelConfig, MountOption, Request, Session, SessionACL};
 use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
 
-use super::FOREVER;
+use super::{FOREVER, protocol};
 use crate::union::{Handles, OpenDir, OpenFile, Union};
 use passthrough::Passthrough;
 
@@ -39,29 +42,41 @@ const FLAGS: InitFlags = InitFlags::FUSE_ASYNC_READ
 #[derive(Debug)]
 struct UnionFs {
     union: Union,
+    /// The connection, for passthrough.
+    dev: Arc<OwnedFd>,
     files: Handles<OpenFile>,
     dirs: Handles<OpenDir>,
     passthrough: Passthrough,
     ttl: Duration,
+    /// Nobody but root and this user may ask, if set.
+    only: Option<u32>,
+}
+
+/// The part of the session that is fuser's: its mount and the answer to INIT.
+#[derive(Debug)]
+struct Handshake {
+    posix_acl: bool,
+    passthrough: Arc<AtomicBool>,
 }
 
 /// A mounted union.
 #[derive(Debug)]
 pub struct UnionMount {
-    session: Session<UnionFs>,
+    fs: UnionFs,
+    threads: usize,
+    /// Dropping it unmounts what fusermount3 mounted.
+    session: Session<Handshake>,
 }
 
 /// Mounts a union on a directory. Nothing is answered before [`UnionMount::run`].
 pub fn mount(union: Union, mountpoint: &Path) -> io::Result<UnionMount> {
     let config = mount_config(&union);
-    let fs = UnionFs::new(union);
-    let session = match mount_here(&config, mountpoint) {
-        Ok(dev) => Session::from_fd(fs, dev, config.acl, config)?,
+    UnionMount::begin(union, config.acl, |handshake| match mount_here(&config, mountpoint) {
+        Ok(dev) => Session::from_fd(handshake, dev, config.acl, config.clone()),
         // Not ours to do: fusermount3 is.
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Session::new(fs, mountpoint, &config)?,
-        Err(e) => return Err(e),
-    };
-    Ok(UnionMount { session })
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Session::new(handshake, mountpoint, &config),
+        Err(e) => Err(e),
+    })
 }
 
 /// Takes over the `/dev/fuse` descriptor of a mount that somebody else made and holds
@@ -71,10 +86,11 @@ pub fn mount(union: Union, mountpoint: &Path) -> io::Result<UnionMount> {
 /// `threads` requests are answered at the same time: enough of them for those that wait for bytes of a lower layer.
 pub fn serve(union: Union, dev: OwnedFd, threads: usize) -> io::Result<UnionMount> {
     super::session::keep_buffers_off_the_heap();
-    let mut config = Config::default();
-    config.acl = SessionACL::All;
-    config.n_threads = Some(threads.max(1));
-    Ok(UnionMount { session: Session::from_fd(UnionFs::new(union), dev, config.acl, config)? })
+    let mut mount = UnionMount::begin(union, SessionACL::All, |handshake| {
+        Session::from_fd(handshake, dev, SessionACL::All, Config::default())
+    })?;
+    mount.threads = threads;
+    Ok(mount)
 }
 
 /// Makes the mount without a helper, with its type's full name and everything that the options do not forbid.
@@ -114,27 +130,62 @@ fn no_device(e: &io::Error) -> io::Error {
 }
 
 impl UnionMount {
+    fn begin(
+        union: Union,
+        acl: SessionACL,
+        start: impl FnOnce(Handshake) -> io::Result<Session<Handshake>>,
+    ) -> io::Result<Self> {
+        let passthrough = Arc::new(AtomicBool::new(false));
+        let posix_acl = !union.config().noacl;
+        let session = start(Handshake { posix_acl, passthrough: Arc::clone(&passthrough) })?;
+        let fs = UnionFs {
+            ttl: union.config().timeout.map_or(FOREVER, Duration::from_secs),
+            union,
+            dev: Arc::new(session.as_fd().try_clone_to_owned()?),
+            files: Handles::default(),
+            dirs: Handles::default(),
+            passthrough: Passthrough::new(passthrough.load(Ordering::Relaxed)),
+            only: (acl == SessionACL::RootAndOwner).then(|| nix::unistd::geteuid().as_raw()),
+        };
+        let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
+        Ok(UnionMount { fs, threads, session })
+    }
+
     /// Serves until the union is unmounted.
     ///
     /// # Errors
     /// What ended it otherwise.
     pub fn run(self) -> io::Result<()> {
-        let session = self.session;
+        let UnionMount { fs, threads, session } = self;
         let serve = move || {
             // Modes come with the umask of whoever asks; ours must not come on top. The umask is the process's
             // unless a thread parts from it; the threads that answer are made from this one.
             unshare(CloneFlags::CLONE_FS)?;
             umask(Mode::empty());
-            session.run()
+            protocol::serve(&fs, &fs.dev, threads)
         };
         let thread = std::thread::Builder::new().name("union".into()).spawn(serve)?;
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that serves the union panicked")))
+        let ended = thread.join();
+        drop(session);
+        ended.unwrap_or_else(|_| Err(io::Error::other("the thread that serves the union panicked")))
+    }
+}
+
+impl Filesystem for Handshake {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let acl = if self.posix_acl { InitFlags::FUSE_POSIX_ACL } else { InitFlags::empty() };
+        super::session::configure(config, FLAGS.union(acl));
+        if config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH)
+            && config.set_max_stack_depth(1).is_ok()
+        {
+            self.passthrough.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
 fn mount_config(union: &Union) -> Config {
     let mut config = Config::default();
-    config.n_threads = Some(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8));
     let options = &mut config.mount_options;
     options.push(MountOption::DefaultPermissions);
     let mut acl = if nix::unistd::geteuid().is_root() { SessionACL::All } else { SessionACL::Owner };
@@ -181,27 +232,4 @@ fn flag(option: &str) -> Option<MountOption> {
         "auto_unmount" => MountOption::AutoUnmount,
         _ => return None,
     })
-}
-
-impl UnionFs {
-    fn new(union: Union) -> Self {
-        let ttl = union.config().timeout.map_or(FOREVER, Duration::from_secs);
-        UnionFs {
-            union,
-            files: Handles::default(),
-            dirs: Handles::default(),
-            passthrough: Passthrough::default(),
-            ttl,
-        }
-    }
-
-    fn configure(&self, config: &mut KernelConfig) {
-        let acl = if self.union.config().noacl { InitFlags::empty() } else { InitFlags::FUSE_POSIX_ACL };
-        super::session::configure(config, FLAGS.union(acl));
-        if config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH)
-            && config.set_max_stack_depth(1).is_ok()
-        {
-            self.passthrough.allow();
-        }
-    }
 }

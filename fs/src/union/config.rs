@@ -284,17 +284,8 @@ impl Union {
                 devices.push(stat.st_dev);
             }
         }
-        let state = State {
-            parent: None,
-            name: c"/".to_owned(),
-            layer: 0,
-            parts: parts.collect(),
-            redirect: None,
-            key: key.unwrap_or_default(),
-            held: None,
-            gone: false,
-            default_acl: None,
-        };
+        let state =
+            State { name: c"/".to_owned(), parts: parts.collect(), ..State::new(0, key.unwrap_or_default()) };
         let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         Ok(Union {
             table: Table::new(Arc::new(Node::new(ROOT, ROOT, libc::S_IFDIR, state))),

@@ -47,6 +47,8 @@ struct Birth {
     gid: u32,
     /// New directories are set-group-id as the one they are in.
     inherits: bool,
+    /// The directory has a default ACL, which the filesystem itself heeds.
+    acl: bool,
 }
 
 impl Union {
@@ -95,6 +97,29 @@ impl Union {
         Ok((node, attr, file))
     }
 
+    /// Makes a regular file without a name in a directory (`O_TMPFILE`) and opens it. [`link`](Self::link) may give it a
+    /// name. `flags` are those of open(2).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` if the upper layer's filesystem has no such thing.
+    pub fn create_nameless(
+        &self,
+        parent: &Arc<Node>,
+        modes: (u32, u32),
+        flags: i32,
+        caller: Caller,
+    ) -> Result<(Arc<Node>, Attr, OpenFile)> {
+        let (dir, birth) = self.expect(parent, modes, caller)?;
+        let flags = OFlag::from_bits_truncate(flags) & super::file::KEPT_FLAGS;
+        let flags = flags | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+        let fd = openat(&*dir, c".", flags, Mode::from_bits_truncate(birth.mode & 0o7777))?;
+        let held = super::sys::hold_open(&fd)?;
+        self.settle(&Real::Held(Arc::clone(&held)), birth, false)?;
+        let (node, attr) = self.enter_nameless(held)?;
+        let file = OpenFile::upper(Arc::clone(&node), fd, flags);
+        Ok((node, attr, file))
+    }
+
     /// Gives a file another name. The kernel holds one reference more to the node.
     pub fn link(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &CStr) -> Result<Attr> {
         self.copy_up(node)?;
@@ -119,6 +144,7 @@ impl Union {
             }
             other => other?,
         }
+        node.named(parent, name, UPPER);
         let attr = self.attr(node)?;
         self.table.lock().again(node.id).ok_or(Errno::ESTALE)?;
         Ok(attr)
@@ -130,18 +156,14 @@ impl Union {
         parent: &Arc<Node>,
         name: &CStr,
         directory: bool,
-        (mode, umask): (u32, u32),
+        modes: (u32, u32),
         caller: Caller,
         make: impl Fn(&OwnedFd, &CStr, u32) -> Result<T>,
     ) -> Result<T> {
-        self.copy_up(parent)?;
-        let dir = parent.upper_dir()?;
-        let acl = self.default_acl(parent, &dir)?;
-        let mode = if acl { mode } else { mode & !umask };
-        let birth = self.birth(&dir, mode, caller)?;
+        let (dir, birth) = self.expect(parent, modes, caller)?;
         match make(&dir, name, birth.mode) {
             Err(Errno::EEXIST) if self.whiteout_at(&dir, name)? => {
-                self.place_over_whiteout(&dir, name, directory, birth, acl, make)
+                self.place_over_whiteout(&dir, name, directory, birth, make)
             }
             Err(e) => Err(e),
             Ok(made) => {
@@ -162,12 +184,11 @@ impl Union {
         name: &CStr,
         directory: bool,
         birth: Birth,
-        acl: bool,
         make: impl Fn(&OwnedFd, &CStr, u32) -> Result<T>,
     ) -> Result<T> {
         let temp = self.temp()?;
         let nest;
-        let (at, temp_name): (Dir, &CStr) = if acl {
+        let (at, temp_name): (Dir, &CStr) = if birth.acl {
             // The filesystem itself inherits the ACL, from a directory that has the same.
             nest = self.nest(dir)?;
             (super::sys::open_dir(&nest.work, &nest.name)?, c"new")
@@ -182,7 +203,7 @@ impl Union {
             rename((&at, temp_name), (dir, name), RenameFlags::RENAME_EXCHANGE)?;
         } else {
             rename((&at, temp_name), (dir, name), RenameFlags::empty())?;
-            if !acl {
+            if !birth.acl {
                 temp.keep();
             }
         }
@@ -199,12 +220,16 @@ impl Union {
         Ok(temp)
     }
 
-    /// Mode and owner of a new file in a directory.
-    fn birth(&self, dir: &Dir, mode: u32, caller: Caller) -> Result<Birth> {
-        let parent = Real::Held(Arc::clone(dir)).stat()?;
-        let inherits = parent.st_mode & libc::S_ISGID != 0;
-        let gid = if inherits { parent.st_gid } else { caller.gid };
-        Ok(Birth { mode, uid: caller.uid, gid, inherits })
+    /// The directory of the upper layer that a new file of `parent` is to be made in, and its mode and owner.
+    fn expect(&self, parent: &Arc<Node>, (mode, umask): (u32, u32), caller: Caller) -> Result<(Dir, Birth)> {
+        self.copy_up(parent)?;
+        let dir = parent.upper_dir()?;
+        let acl = self.default_acl(parent, &dir)?;
+        let mode = if acl { mode } else { mode & !umask };
+        let stat = Real::Held(Arc::clone(&dir)).stat()?;
+        let inherits = stat.st_mode & libc::S_ISGID != 0;
+        let gid = if inherits { stat.st_gid } else { caller.gid };
+        Ok((dir, Birth { mode, uid: caller.uid, gid, inherits, acl }))
     }
 
     /// Gives a new file its owner, and what chown(2) takes away. A directory made elsewhere inherits here.

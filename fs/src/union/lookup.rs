@@ -1,6 +1,7 @@
 //! What a name in a merged directory is.
 
 use std::ffi::{CStr, CString};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
@@ -239,17 +240,24 @@ impl Union {
         let state = State {
             parent: Some(Arc::clone(parent)),
             name: name.to_owned(),
-            layer,
             parts,
             redirect,
-            key: key_of(&stat),
-            held: None,
-            gone: false,
-            default_acl: None,
+            ..State::new(layer, key_of(&stat))
         };
         let node = table.insert(Node::new(id, ino, kind_of(&stat), state));
         let attr = self.attr_of(&node, stat);
         (node, attr)
+    }
+
+    /// The node of a new file of the upper layer that has no name, with one reference of the kernel.
+    pub(super) fn enter_nameless(&self, held: Arc<OwnedFd>) -> Result<(Arc<Node>, Attr)> {
+        let stat = Real::Held(Arc::clone(&held)).stat()?;
+        let ino = self.number(key_of(&stat));
+        let state = State { held: Some(held), gone: true, ..State::new(UPPER, key_of(&stat)) };
+        let mut table = self.table.lock();
+        let id = if table.get(ino).is_some() { table.next_number() } else { ino };
+        let node = table.insert(Node::new(id, ino, kind_of(&stat), state));
+        Ok((Arc::clone(&node), self.attr_of(&node, stat)))
     }
 
     /// Attributes of a node.
@@ -318,12 +326,7 @@ fn same(node: &Arc<Node>, parent: &Arc<Node>, name: &CStr, found: &Found, key: K
             let lost = state.held.is_some();
             drop(state);
             if lost {
-                let mut state = node.write();
-                state.parent = Some(Arc::clone(parent));
-                state.name = name.to_owned();
-                state.layer = *layer;
-                state.held = None;
-                state.gone = false;
+                node.named(parent, name, *layer);
             }
             true
         }

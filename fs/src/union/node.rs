@@ -146,6 +146,18 @@ impl Node {
         self.layer_dir(UPPER)
     }
 
+    /// This is a name of the file: its name, if it has none.
+    pub(super) fn named(&self, parent: &Arc<Node>, name: &CStr, layer: usize) {
+        let mut state = self.write();
+        if state.held.is_some() {
+            state.parent = Some(Arc::clone(parent));
+            state.name = name.to_owned();
+            state.layer = layer;
+            state.held = None;
+            state.gone = false;
+        }
+    }
+
     /// Calls `f` with the real file that attributes come from, which keeps its name meanwhile.
     pub(super) fn with<T>(&self, f: impl FnOnce(&Real) -> Result<T>) -> Result<T> {
         if self.is_dir() {
@@ -164,6 +176,21 @@ fn root_of(mut node: Arc<Node>) -> Arc<Node> {
 }
 
 impl State {
+    /// Of a file of a layer that has no name, or is the root.
+    pub(super) fn new(layer: usize, key: Key) -> Self {
+        State {
+            parent: None,
+            name: CString::default(),
+            layer,
+            parts: Vec::new(),
+            redirect: None,
+            key,
+            held: None,
+            gone: false,
+            default_acl: None,
+        }
+    }
+
     /// The topmost layer that the file is in.
     pub(super) fn top(&self) -> usize {
         self.parts.first().map_or(self.layer, |p| p.layer)

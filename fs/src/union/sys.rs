@@ -65,6 +65,11 @@ fn fd_path(fd: &OwnedFd) -> CString {
     to_c(format!("/proc/self/fd/{}", fd.as_raw_fd()).into_bytes())
 }
 
+/// Another descriptor (`O_PATH`) of an open file.
+pub(super) fn hold_open(fd: &OwnedFd) -> Result<Arc<OwnedFd>> {
+    openat(fd, fd_path(fd).as_c_str(), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map(Arc::new)
+}
+
 /// Names come from the kernel and never hold a NUL; one that did would name nothing.
 pub(super) fn to_c(bytes: Vec<u8>) -> CString {
     CString::new(bytes).unwrap_or_default()

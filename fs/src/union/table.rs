@@ -80,10 +80,15 @@ impl Nodes {
 
     /// A number for a node that only its name leads to.
     pub(super) fn make_up(&mut self, parent: u64, name: &CStr) -> u64 {
-        let id = self.next;
-        self.next += 1;
+        let id = self.next_number();
         self.by_name.insert((parent, name.to_owned()), id);
         id
+    }
+
+    /// A number that no other node has or had.
+    pub(super) fn next_number(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
     }
 
     pub(super) fn made_up(&self, parent: u64, name: &CStr) -> Option<u64> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,8 +12,9 @@ use std::thread::JoinHandle;
 use crate::fuse_support::until;
 use lazyrun_fs::fuse::unionfs;
 use lazyrun_fs::union::{Union, UnionConfig};
-use nix::fcntl::OFlag;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::linkat;
 
 /// The directories of a union in a place of their own.
 pub(crate) struct Site {
@@ -257,4 +259,10 @@ pub(crate) fn set_flags(path: &Path, flags: u32) -> nix::Result<()> {
     let fd = ask(path)?;
     // SAFETY: an open descriptor, and an `int` to read.
     unsafe { fs_set_flags(fd.as_raw_fd(), &raw const flags) }.map(drop)
+}
+
+/// Gives an open file a name, as open(2) says of `O_TMPFILE`.
+pub(crate) fn link_open(file: &File, to: &Path) -> nix::Result<()> {
+    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(AT_FDCWD, from.as_str(), AT_FDCWD, to, AtFlags::AT_SYMLINK_FOLLOW)
 }

@@ -1,71 +1,43 @@
-//! The union's words in FUSE's.
+//! The union's words in the protocol's.
 
-use std::ffi::{CString, OsStr};
-use std::os::unix::ffi::OsStrExt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use fuser::{FileAttr, FileType, INodeNo, TimeOrNow};
-use nix::errno::Errno;
+use crate::fuse::protocol::abi;
+use crate::fuse::protocol::abi::{AttrOut, EntryOut, SetattrIn, StatfsOut, fattr};
+use crate::union::{Attr, SetAttr, SetTime};
 
-use crate::union::{Attr, SetTime};
-
-pub(super) fn errno(e: Errno) -> fuser::Errno {
-    fuser::Errno::from_i32(e as i32)
-}
-
-pub(super) fn name(name: &OsStr) -> Result<CString, Errno> {
-    CString::new(name.as_bytes()).map_err(|_| Errno::EINVAL)
-}
-
-pub(super) fn kind(mode: u32) -> FileType {
-    match mode & libc::S_IFMT {
-        libc::S_IFDIR => FileType::Directory,
-        libc::S_IFLNK => FileType::Symlink,
-        libc::S_IFCHR => FileType::CharDevice,
-        libc::S_IFBLK => FileType::BlockDevice,
-        libc::S_IFIFO => FileType::NamedPipe,
-        libc::S_IFSOCK => FileType::Socket,
-        _ => FileType::RegularFile,
-    }
-}
-
-fn time(seconds: i64, nanos: i64) -> SystemTime {
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let base = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
-    base.unwrap_or(UNIX_EPOCH) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(0))
-}
-
-pub(super) fn set_time(time: TimeOrNow) -> SetTime {
-    let at = match time {
-        TimeOrNow::Now => return SetTime::Now,
-        TimeOrNow::SpecificTime(at) => at,
+/// What SETATTR is to change.
+pub(super) fn set_attr(set: &SetattrIn) -> SetAttr {
+    let wanted = |bit| set.valid & bit != 0;
+    let time = |bit, now, seconds: u64, nanos| {
+        let at = || SetTime::At(seconds.cast_signed(), nanos);
+        wanted(bit).then(|| if wanted(now) { SetTime::Now } else { at() })
     };
-    match at.duration_since(UNIX_EPOCH) {
-        Ok(d) => SetTime::At(i64::try_from(d.as_secs()).unwrap_or(i64::MAX), d.subsec_nanos()),
-        Err(e) => {
-            let before = e.duration();
-            let seconds = -i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
-            match before.subsec_nanos() {
-                0 => SetTime::At(seconds, 0),
-                nanos => SetTime::At(seconds - 1, 1_000_000_000 - nanos),
-            }
-        }
+    SetAttr {
+        mode: wanted(fattr::MODE).then_some(set.mode),
+        uid: wanted(fattr::UID).then_some(set.uid),
+        gid: wanted(fattr::GID).then_some(set.gid),
+        size: wanted(fattr::SIZE).then_some(set.size),
+        atime: time(fattr::ATIME, fattr::ATIME_NOW, set.atime, set.atimensec),
+        mtime: time(fattr::MTIME, fattr::MTIME_NOW, set.mtime, set.mtimensec),
     }
 }
 
 /// Attributes, with the number that stat(2) shows.
-pub(super) fn attr(attr: &Attr) -> FileAttr {
+fn attr(attr: &Attr) -> abi::Attr {
     let st = &attr.stat;
-    FileAttr {
-        ino: INodeNo(st.st_ino),
-        size: u64::try_from(st.st_size).unwrap_or(0),
-        blocks: u64::try_from(st.st_blocks).unwrap_or(0),
-        atime: time(st.st_atime, st.st_atime_nsec),
-        mtime: time(st.st_mtime, st.st_mtime_nsec),
-        ctime: time(st.st_ctime, st.st_ctime_nsec),
-        crtime: UNIX_EPOCH,
-        kind: kind(st.st_mode),
-        perm: (st.st_mode & 0o7777) as u16,
+    let nanos = |n: i64| u32::try_from(n).unwrap_or(0);
+    abi::Attr {
+        ino: st.st_ino,
+        size: st.st_size.cast_unsigned(),
+        blocks: st.st_blocks.cast_unsigned(),
+        atime: st.st_atime.cast_unsigned(),
+        mtime: st.st_mtime.cast_unsigned(),
+        ctime: st.st_ctime.cast_unsigned(),
+        atimensec: nanos(st.st_atime_nsec),
+        mtimensec: nanos(st.st_mtime_nsec),
+        ctimensec: nanos(st.st_ctime_nsec),
+        mode: st.st_mode,
         nlink: u32::try_from(st.st_nlink).unwrap_or(u32::MAX),
         uid: st.st_uid,
         gid: st.st_gid,
@@ -76,35 +48,39 @@ pub(super) fn attr(attr: &Attr) -> FileAttr {
     }
 }
 
-/// Attributes for an answer that names the node too. fuser takes the node's number from them, so a node with a
-/// number of its own shows a wrong one, valid for no time: the kernel asks again with GETATTR.
-pub(super) fn entry(a: &Attr, ttl: Duration) -> (FileAttr, Duration) {
-    let mut out = attr(a);
-    if a.id == a.stat.st_ino {
-        return (out, ttl);
-    }
-    out.ino = INodeNo(a.id);
-    (out, Duration::ZERO)
+/// The answer that tells attributes, which may be kept for `ttl`.
+pub(super) fn attr_out(a: &Attr, ttl: Duration) -> AttrOut {
+    AttrOut { attr_valid: ttl.as_secs(), attr_valid_nsec: ttl.subsec_nanos(), dummy: 0, attr: attr(a) }
 }
 
-/// The answer that there is no such name.
-pub(super) fn nothing() -> FileAttr {
-    FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
+/// The answer that names a node.
+pub(super) fn entry_out(a: &Attr, ttl: Duration) -> EntryOut {
+    EntryOut {
+        nodeid: a.id,
+        attr_valid: ttl.as_secs(),
+        attr_valid_nsec: ttl.subsec_nanos(),
+        attr: attr(a),
+        ..nothing(ttl)
+    }
+}
+
+/// The answer that there is no such name. Numbers of nodes are never used again, so one generation is enough.
+pub(super) fn nothing(ttl: Duration) -> EntryOut {
+    EntryOut { entry_valid: ttl.as_secs(), entry_valid_nsec: ttl.subsec_nanos(), ..EntryOut::default() }
+}
+
+pub(super) fn statfs(s: &nix::sys::statvfs::Statvfs) -> StatfsOut {
+    let number = |n: u64, default| u32::try_from(n).unwrap_or(default);
+    StatfsOut {
+        blocks: s.blocks(),
+        bfree: s.blocks_free(),
+        bavail: s.blocks_available(),
+        files: s.files(),
+        ffree: s.files_free(),
+        bsize: number(s.block_size(), 4096),
+        namelen: number(s.name_max(), 255),
+        frsize: number(s.fragment_size(), 4096),
+        ..StatfsOut::default()
     }
 }
 
@@ -113,11 +89,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_before_1970_come_back() {
-        for (seconds, nanos) in [(-5, 250_000_000), (-1, 0), (0, 1), (7, 999_999_999)] {
-            let there = time(seconds, nanos);
-            let SetTime::At(s, n) = set_time(TimeOrNow::SpecificTime(there)) else { panic!("not a time") };
-            assert_eq!((s, i64::from(n)), (seconds, nanos));
-        }
+    fn only_what_is_marked_is_set() {
+        let set = SetattrIn {
+            valid: fattr::MODE | fattr::MTIME,
+            mode: 0o640,
+            uid: 9,
+            mtime: u64::MAX,
+            mtimensec: 5,
+            ..SetattrIn::default()
+        };
+        let set = set_attr(&set);
+        assert_eq!((set.mode, set.uid, set.gid, set.size), (Some(0o640), None, None, None));
+        assert!(set.atime.is_none());
+        assert!(matches!(set.mtime, Some(SetTime::At(-1, 5))), "before 1970");
+        let now = SetattrIn { valid: fattr::ATIME | fattr::ATIME_NOW, ..SetattrIn::default() };
+        assert!(matches!(set_attr(&now).atime, Some(SetTime::Now)));
     }
 }

@@ -8,10 +8,10 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fuser::BackingId;
+use crate::fuse::protocol::Backing;
 
 /// The files that are open.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Passthrough {
     allowed: AtomicBool,
     open: Mutex<HashMap<u64, Open>>,
@@ -20,13 +20,13 @@ pub(super) struct Passthrough {
 #[derive(Debug)]
 struct Open {
     count: u64,
-    backing: Option<Arc<BackingId>>,
+    backing: Option<Arc<Backing>>,
 }
 
 impl Passthrough {
-    /// The kernel can do it.
-    pub(super) fn allow(&self) {
-        self.allowed.store(true, Ordering::Relaxed);
+    /// `allowed`: the kernel can do it.
+    pub(super) fn new(allowed: bool) -> Self {
+        Self { allowed: AtomicBool::new(allowed), open: Mutex::default() }
     }
 
     /// One more open of a node. `register` is called if this open may decide and `wanted` says yes.
@@ -34,8 +34,8 @@ impl Passthrough {
         &self,
         node: u64,
         wanted: impl FnOnce() -> bool,
-        register: impl FnOnce() -> io::Result<BackingId>,
-    ) -> Option<Arc<BackingId>> {
+        register: impl FnOnce() -> io::Result<Backing>,
+    ) -> Option<Arc<Backing>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = open.get_mut(&node) {
             known.count += 1;

@@ -1,0 +1,16 @@
+//! The kernel's FUSE protocol (`linux/fuse.h`), as far as the union speaks it.
+//!
+//! fuser makes the mount and shakes hands; from there on the union's requests are read here. fuser answers some of
+//! them itself (`O_TMPFILE`: not implemented) and takes a node's number from its attributes, so that none can have one
+//! number and show another.
+
+pub(super) mod abi;
+mod answer;
+mod backing;
+mod request;
+mod serve;
+
+pub(super) use answer::Answer;
+pub(super) use backing::Backing;
+pub(super) use request::{Operation, Request};
+pub(super) use serve::{Serve, serve};
