@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 
 use lazyrun_fs::union::{Caller, ROOT, Union};
 use nix::errno::Errno;
@@ -10,6 +11,7 @@ use crate::union_support::{case, get_flags, set_flags};
 
 const NO_DUMP: u32 = 0x40;
 const NO_ATIME: u32 = 0x80;
+const SYNC: u32 = 0x8;
 const APPEND: u32 = 0x20;
 const IMMUTABLE: u32 = 0x10;
 
@@ -37,6 +39,33 @@ fn inode_flags_are_those_of_the_real_file() {
         assert_eq!(get_flags(&at).unwrap(), before | NO_DUMP);
     }
     assert_eq!(fs::read(union.at.join("f")).unwrap(), b"text");
+}
+
+/// Overlayfs takes sync and no atime along, and nothing else.
+#[test]
+fn copy_up_keeps_the_flags_that_overlayfs_keeps() {
+    let flags_of = |kernel: bool| {
+        let case = case(|l| {
+            fs::create_dir(l.join("d")).unwrap();
+            for (name, flags) in
+                [("d", SYNC | NO_ATIME), ("f", SYNC | NO_DUMP), ("d/g", NO_ATIME), ("d/none", 0)]
+            {
+                if name != "d" {
+                    fs::write(l.join(name), "text").unwrap();
+                }
+                set_flags(&l.join(name), get_flags(&l.join(name)).unwrap() | flags).unwrap();
+            }
+        });
+        let union = if kernel { case.kernel() } else { case.mount() };
+        ["d", "f", "d/g", "d/none"].map(|name| {
+            fs::set_permissions(union.at.join(name), fs::Permissions::from_mode(0o700)).unwrap();
+            let upper = get_flags(&case.site.path("upper").join(name)).unwrap();
+            assert_eq!(get_flags(&union.at.join(name)).unwrap(), upper, "{name}");
+            upper & (SYNC | NO_ATIME | NO_DUMP)
+        })
+    };
+    assert_eq!(flags_of(false), flags_of(true));
+    assert_eq!(flags_of(false), [SYNC | NO_ATIME, SYNC, NO_ATIME, 0]);
 }
 
 #[test]

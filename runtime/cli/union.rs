@@ -23,7 +23,7 @@ mounted; ends when it is unmounted (fusermount3 -u, umount) or gets SIGTERM.
 
   -f, --foreground   stay in the foreground
   -o OPTIONS         lowerdir, upperdir, workdir, volatile, userxattr, squash_to_root, squash_to_uid=N,
-                     squash_to_gid=N, static_nlink, noacl, timeout=SECONDS,
+                     squash_to_gid=N, static_nlink, noacl, timeout=SECONDS, busy_poll=on|off,
                      redirect_dir=on|off|follow|nofollow (on: directories of lowerdir can be renamed), and those of the mount:
                      ro, nosuid, nodev, noexec, allow_other, fsname=NAME...
 ";

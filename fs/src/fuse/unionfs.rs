@@ -162,7 +162,7 @@ impl UnionMount {
             // unless a thread parts from it; the threads that answer are made from this one.
             unshare(CloneFlags::CLONE_FS)?;
             umask(Mode::empty());
-            protocol::serve(&fs, &fs.dev, threads)
+            protocol::serve(&fs, &fs.dev, threads, !fs.union.config().no_busy_poll)
         };
         let thread = std::thread::Builder::new().name("union".into()).spawn(serve)?;
         let ended = thread.join();

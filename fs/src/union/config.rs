@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit};
@@ -44,6 +44,8 @@ pub struct UnionConfig {
     pub noacl: bool,
     /// Names and attributes are asked again after so many seconds; never if there is no number.
     pub timeout: Option<u64>,
+    /// Threads that answer sleep as soon as there is no request.
+    pub no_busy_poll: bool,
     /// Options of the mount itself (`ro`, `nosuid`, `fsname=`...), not looked at here.
     pub mount_options: Vec<String>,
 }
@@ -187,6 +189,13 @@ impl UnionConfig {
             b"redirect_dir" => {
                 self.redirect_dir = redirect_dir(value).ok_or_else(|| OptionError::Value(text()))?;
             }
+            b"busy_poll" => {
+                self.no_busy_poll = match value {
+                    b"on" => false,
+                    b"off" => true,
+                    _ => return Err(OptionError::Value(text())),
+                };
+            }
             b"timeout" => self.timeout = Some(number()?),
             b"uidmapping" | b"gidmapping" | b"xattr_permissions" | b"lowerdir+" | b"datadir+" => {
                 return Err(OptionError::Unsupported(text()));
@@ -297,6 +306,7 @@ impl Union {
             opaque,
             tree: RwLock::new(()),
             devices: RwLock::new(devices),
+            without_flags: Mutex::default(),
             temp: AtomicU64::new(0),
             open_dirs: AtomicUsize::new(0),
             own: (geteuid().as_raw(), getegid().as_raw()),

@@ -138,7 +138,7 @@ impl Union {
         if self.config.volatile { Ok(()) } else { fdatasync(to) }
     }
 
-    /// Owner, attributes, mode and times, in the order in which none undoes another.
+    /// Owner, attributes, flags, mode and times, in the order in which none undoes another.
     fn copy_attributes(&self, from: &Real, to: &Real, stat: &FileStat) -> Result<()> {
         if (stat.st_uid, stat.st_gid) != self.own {
             to.chown(Some(stat.st_uid), Some(stat.st_gid))?;
@@ -152,6 +152,7 @@ impl Union {
                 other => other?,
             }
         }
+        self.copy_flags(from, to, stat);
         if !link {
             to.chmod(stat.st_mode)?;
         }

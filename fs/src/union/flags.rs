@@ -5,16 +5,17 @@
 //! attribute of its own, can heed them only because it has the kernel's inode.
 
 use std::mem::size_of;
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::stat::FileStat;
 
 use super::Union;
 use super::create::Caller;
 use super::node::Node;
-use super::sys::{Real, Result};
+use super::sys::{Real, Result, kind_of};
 
 /// Bytes of `struct fsxattr`.
 pub const EXTENDED_FLAGS: usize = 28;
@@ -22,6 +23,9 @@ pub const EXTENDED_FLAGS: usize = 28;
 /// The flags that can be changed, of `linux/fs.h`: compress, sync, no dump, no atime, no compression, dirsync, no
 /// copy-on-write. None of them needs a right that we have and the caller may lack.
 const CHANGEABLE: u32 = 0x4 | 0x8 | 0x40 | 0x80 | 0x400 | 0x1_0000 | 0x80_0000;
+
+/// The flags that go with a file when it is copied up, as on overlayfs: sync, no atime.
+const COPIED: u32 = 0x8 | 0x80;
 
 mod ioctl {
     use super::{EXTENDED_FLAGS, size_of};
@@ -38,11 +42,27 @@ impl Union {
     /// # Errors
     /// `ENOTTY` if it is something else, or the layer's filesystem has no flags.
     pub fn flags(&self, node: &Node) -> Result<u32> {
-        self.with_open(node, |fd| {
-            let mut flags = 0;
-            // SAFETY: an open descriptor, and an `int` to write to.
-            unsafe { ioctl::get_flags(fd.as_raw_fd(), &raw mut flags) }.map(|_| flags)
-        })
+        self.with_open(node, get)
+    }
+
+    /// Gives a copy the flags that go with the file. What has none, and a filesystem that can't keep them, is no error.
+    pub(super) fn copy_flags(&self, from: &Real, to: &Real, stat: &FileStat) {
+        let without = || self.without_flags.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(kind_of(stat), libc::S_IFREG | libc::S_IFDIR) || without().contains(&stat.st_dev) {
+            return;
+        }
+        match open(from).and_then(|fd| get(&fd)) {
+            Ok(flags) if flags & COPIED == 0 => {}
+            Ok(flags) => {
+                let done = open(to).and_then(|fd| set(&fd, get(&fd)? | flags & COPIED));
+                if let Err(error) = done {
+                    tracing::debug!(%error, "inode flags are lost on copy-up");
+                }
+            }
+            // Asking may take as long as the copy: another server answers for a view.
+            Err(Errno::ENOTTY | Errno::ENOSYS | Errno::EOPNOTSUPP) => without().push(stat.st_dev),
+            Err(_) => {}
+        }
     }
 
     /// The same with project number and hints of the filesystem, as the kernel has them (`FS_IOC_FSGETXATTR`).
@@ -73,18 +93,29 @@ impl Union {
         self.copy_up(node)?;
         // What says how the upper file is stored is its own: the lower one may have been of another filesystem.
         let flags = self.flags(node)? & !CHANGEABLE | flags & CHANGEABLE;
-        self.with_open(node, |fd| {
-            // SAFETY: an open descriptor, and an `int` to read.
-            unsafe { ioctl::set_flags(fd.as_raw_fd(), &raw const flags) }.map(drop)
-        })
+        self.with_open(node, |fd| set(fd, flags))
     }
 
-    fn with_open<T>(&self, node: &Node, f: impl FnOnce(&std::os::fd::OwnedFd) -> Result<T>) -> Result<T> {
+    fn with_open<T>(&self, node: &Node, f: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<T> {
         // A device would be asked itself.
         if !matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
             return Err(Errno::ENOTTY);
         }
-        let open = |real: &Real| real.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK);
         f(&self.with_real(node, open)?)
     }
+}
+
+fn open(real: &Real) -> Result<OwnedFd> {
+    real.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK)
+}
+
+fn get(fd: &OwnedFd) -> Result<u32> {
+    let mut flags = 0;
+    // SAFETY: an open descriptor, and an `int` to write to.
+    unsafe { ioctl::get_flags(fd.as_raw_fd(), &raw mut flags) }.map(|_| flags)
+}
+
+fn set(fd: &OwnedFd, flags: u32) -> Result<()> {
+    // SAFETY: an open descriptor, and an `int` to read.
+    unsafe { ioctl::set_flags(fd.as_raw_fd(), &raw const flags) }.map(drop)
 }

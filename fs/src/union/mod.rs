@@ -43,7 +43,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use nix::errno::Errno;
 use nix::fcntl::Flock;
@@ -75,6 +75,8 @@ pub struct Union {
     tree: RwLock<()>,
     /// Devices of the layers, in order of first appearance; inode numbers of the first are kept.
     devices: RwLock<Vec<u64>>,
+    /// Devices of layers whose files have no inode flags.
+    without_flags: Mutex<Vec<u64>>,
     temp: AtomicU64,
     /// About how many directories are held open.
     open_dirs: AtomicUsize,

@@ -7,6 +7,7 @@
 pub(super) mod abi;
 mod answer;
 mod backing;
+mod busy_poll;
 mod request;
 mod serve;
 

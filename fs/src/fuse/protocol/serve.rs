@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use nix::errno::Errno;
 
 use super::Answer;
+use super::busy_poll::BusyPoll;
 use super::request::{Malformed, Operation, Request, forgotten};
 use crate::fuse::MAX_READ;
 
@@ -23,15 +24,22 @@ pub(in crate::fuse) trait Serve: Sync {
 const HEADERS: usize = 4096;
 
 /// Answers the requests of a connection that had its INIT, `threads` of them at a time. Returns when its mount is gone.
+/// `polls`: threads may use idle processors to look for requests ([`BusyPoll`]).
 ///
 /// # Errors
 /// What else keeps requests from being read.
-pub(in crate::fuse) fn serve(server: &impl Serve, dev: &OwnedFd, threads: usize) -> io::Result<()> {
+pub(in crate::fuse) fn serve(
+    server: &impl Serve,
+    dev: &OwnedFd,
+    threads: usize,
+    polls: bool,
+) -> io::Result<()> {
+    let busy_poll = polls.then(BusyPoll::default);
     std::thread::scope(|scope| {
         let mut running = Vec::new();
         for i in 0..threads.max(1) {
             let thread = std::thread::Builder::new().name(format!("union-{i}"));
-            running.push(thread.spawn_scoped(scope, || read_and_answer(server, dev))?);
+            running.push(thread.spawn_scoped(scope, || read_and_answer(server, dev, busy_poll.as_ref()))?);
         }
         let mut ended = Ok(());
         for thread in running {
@@ -41,10 +49,14 @@ pub(in crate::fuse) fn serve(server: &impl Serve, dev: &OwnedFd, threads: usize)
     })
 }
 
-fn read_and_answer(server: &impl Serve, dev: &OwnedFd) -> io::Result<()> {
+fn read_and_answer(server: &impl Serve, dev: &OwnedFd, busy_poll: Option<&BusyPoll>) -> io::Result<()> {
     let mut bytes = vec![0; MAX_READ as usize + HEADERS];
     let mut answer = Answer::default();
+    let mut looker = busy_poll.and_then(BusyPoll::looker);
     loop {
+        if let Some(looker) = &mut looker {
+            looker.look(dev);
+        }
         let n = match nix::unistd::read(dev, &mut bytes) {
             Ok(n) => n,
             // Whoever asked was interrupted before it was read, or this thread was.
