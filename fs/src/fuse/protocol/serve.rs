@@ -61,7 +61,8 @@ fn read_and_answer(server: &impl Serve, dev: &OwnedFd, busy_poll: Option<&BusyPo
             Ok(n) => n,
             // Whoever asked was interrupted before it was read, or this thread was.
             Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => continue,
-            Err(Errno::ENODEV) => return Ok(()),
+            // The mount is gone, or goes while the request is handed over.
+            Err(Errno::ENODEV | Errno::ECONNABORTED) => return Ok(()),
             Err(e) => return Err(e.into()),
         };
         match Request::parse(&bytes[..n]) {
