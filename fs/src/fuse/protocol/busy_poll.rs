@@ -2,12 +2,12 @@
 //!
 //! Who unpacks or removes a tree asks again as soon as it has its answer, and a processor that has gone to sleep in
 //! between takes longer to wake than the answer takes. So one thread looks again and again for some microseconds: not
-//! where requests don't come that fast, and not while others want the processors.
+//! where requests don't come that fast or several ask, which keeps the processors awake, and not while others want them.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,18 +18,22 @@ const LOOK: Duration = Duration::from_micros(50);
 const IN_VAIN: u32 = 8;
 /// How long a thread looks for requests before it finds out again whether others want the processors.
 const STINT: Duration = Duration::from_millis(200);
-/// How long that takes.
+/// How long that takes. They do if the thread, which does nothing but answer meanwhile, is ready and waits for a processor
+/// for longer than it runs.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Others do unless the thread, which does nothing but answer meanwhile, runs so many times as long as it waits for a
-/// processor.
-const RUNS: u32 = 3;
 /// How often in a row the others must not want the processors once they did.
 const DOUBTS: u32 = 8;
+
+/// How many requests in a row must have come from one thread.
+const ALONE: u32 = 32;
 
 /// What the threads that read from one connection share: one of them looks.
 #[derive(Debug, Default)]
 pub(super) struct BusyPoll {
     taken: AtomicBool,
+    /// The thread that asked last, and how often before somebody else did.
+    asker: AtomicU32,
+    in_a_row: AtomicU32,
 }
 
 /// A thread that looks.
@@ -72,8 +76,22 @@ impl BusyPoll {
 }
 
 impl Looker<'_> {
+    /// A request came, from the thread `pid`; 0 is nobody in particular.
+    pub(super) fn asked(&self, pid: u32) {
+        if pid == 0 {
+            return;
+        }
+        // Requests at the same time may be miscounted: nothing depends on a few.
+        let again = self.shared.asker.swap(pid, Ordering::Relaxed) == pid;
+        let row = if again { self.shared.in_a_row.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
+        self.shared.in_a_row.store(row, Ordering::Relaxed);
+    }
+
     /// Returns when there is a request, or when it is better to sleep until there is one.
     pub(super) fn look(&mut self, dev: &OwnedFd) {
+        if self.shared.in_a_row.load(Ordering::Relaxed) < ALONE {
+            return;
+        }
         let now = Instant::now();
         if !self.may_look(now) || self.shared.taken.swap(true, Ordering::Acquire) {
             return;
@@ -112,7 +130,7 @@ impl Looker<'_> {
 
 fn ran_freely(before: Scheduled, after: Scheduled) -> bool {
     let more = |after: Duration, before| after.saturating_sub(before);
-    more(after.ran, before.ran) > more(after.waited, before.waited) * RUNS
+    more(after.ran, before.ran) > more(after.waited, before.waited)
 }
 
 /// Whether a request came.
@@ -164,7 +182,7 @@ mod tests {
             waited: Duration::from_millis(waited),
         };
         assert!(ran_freely(at(5, 9), at(15, 11)));
-        assert!(!ran_freely(at(5, 9), at(15, 14)));
+        assert!(!ran_freely(at(5, 9), at(15, 20)));
         assert!(!ran_freely(at(5, 9), at(5, 9)), "it did nothing");
         let scheduling = File::open("/proc/thread-self/schedstat").unwrap();
         let before = scheduled(&scheduling).unwrap();
@@ -181,6 +199,12 @@ mod tests {
         let Some(mut looker) = shared.looker() else { return };
         let looks = Phase::Looks(Instant::now() + Duration::from_secs(3600));
         looker.phase = looks;
+        for pid in [7; 1 + ALONE as usize] {
+            looker.look(&reader);
+            assert_eq!(looker.in_vain, 0, "others asked");
+            looker.asked(pid);
+            looker.asked(0);
+        }
         shared.taken.store(true, Ordering::Relaxed);
         looker.look(&reader);
         assert_eq!(looker.in_vain, 0);

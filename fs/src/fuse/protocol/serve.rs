@@ -67,6 +67,9 @@ fn read_and_answer(server: &impl Serve, dev: &OwnedFd, busy_poll: Option<&BusyPo
         };
         match Request::parse(&bytes[..n]) {
             Ok(request) => {
+                if let Some(looker) = &looker {
+                    looker.asked(request.header.pid);
+                }
                 if !answer_one(server, dev, &request, &mut answer)? {
                     return Ok(());
                 }
