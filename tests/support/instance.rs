@@ -2,6 +2,7 @@
 //! end of the test, however it ends.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -286,11 +287,18 @@ fn finish(command: &mut Command, args: &[&str]) -> Finished {
 pub fn finish_within(command: &mut Command, limit: Duration) -> Option<Finished> {
     // Files, not pipes: a daemon left behind may hold them open, and nobody must wait for it.
     let (stdout, stderr) = (tempfile::tempfile().expect("a file"), tempfile::tempfile().expect("a file"));
-    let mut child = command
-        .stdout(stdout.try_clone().expect("share a file"))
-        .stderr(stderr.try_clone().expect("share a file"))
-        .spawn()
-        .expect("start a command");
+    command.stdout(stdout.try_clone().expect("share a file"));
+    command.stderr(stderr.try_clone().expect("share a file"));
+    let began = Instant::now();
+    let mut child = loop {
+        match command.spawn() {
+            // A program that was just written: what another test is starting has its descriptor until it is executed.
+            Err(e) if e.kind() == ErrorKind::ExecutableFileBusy && began.elapsed() < LIMIT => {
+                std::thread::yield_now();
+            }
+            other => break other.expect("start a command"),
+        }
+    };
     let code = wait(&mut child, limit)?;
     Some(Finished { code, stdout: read_back(&stdout), stderr: read_back(&stderr) })
 }
