@@ -162,6 +162,39 @@ fn a_helper_that_hangs_is_killed() {
 }
 
 #[test]
+fn what_is_cached_of_a_file_is_forgotten_by_a_helper() {
+    let _isolated = Isolated::enter();
+    let files = MemoryFiles::with("layer", vec![1; 2 * MIB]);
+    let (tree, server) = serve(&files);
+    let _abort = AbortAtEnd(dup(tree.as_fd()));
+    let dev = server.device_fd().unwrap();
+    let file = File::open(inside(&tree, "layer")).unwrap();
+    let first = || {
+        let mut page = [0; 4096];
+        file.read_exact_at(&mut page, 0).unwrap();
+        page[0]
+    };
+    assert_eq!(first(), 1);
+    files.add(2, "layer", vec![2; 2 * MIB]);
+    mounter().invalidate(dev.as_fd(), vec![2, 99]).unwrap();
+    assert_eq!(first(), 2);
+
+    // It waits for a read that is under way, but the one who wants it does not.
+    *files.hold_from.lock().unwrap() = Some(MIB as u64);
+    let held = File::open(inside(&tree, "layer")).unwrap();
+    let reader = std::thread::spawn(move || held.read_exact_at(&mut [0u8; 4096], MIB as u64));
+    wait_for("the read to arrive", || !files.parked.lock().unwrap().is_empty());
+    files.add(2, "layer", vec![3; 2 * MIB]);
+    let error = mounter().with_timeout(Duration::from_millis(500)).invalidate(dev.as_fd(), vec![2]);
+    assert!(error.unwrap_err().to_string().contains("did not answer"));
+    // The kernel asks once more for what readahead did not get.
+    *files.hold_from.lock().unwrap() = None;
+    files.parked.lock().unwrap().drain(..).for_each(|reply| reply.error(libc::EIO));
+    reader.join().unwrap().unwrap();
+    wait_for("the contents to be forgotten", || first() == 3);
+}
+
+#[test]
 fn an_aborted_server_ends_the_connection() {
     let _isolated = Isolated::enter();
     let bytes = pattern(2 * MIB);

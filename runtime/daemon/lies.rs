@@ -7,7 +7,6 @@ use lazyrun_fetcher::{FetchError, Layer};
 use tokio::sync::mpsc;
 
 use super::Daemon;
-use super::layer_service::inode_of;
 
 /// Lies that wait to be told; more at a time are only logged by whoever found them.
 pub const QUEUE: usize = 64;
@@ -38,7 +37,7 @@ impl Daemon {
         let file = layer.file_name();
         let _busy = self.views.release(|view| view.layers.iter().any(|l| l.file_name() == file));
         // What the kernel holds of it may be wrong too.
-        if let Err(error) = self.flat.invalidate(inode_of(file)) {
+        if let Err(error) = self.views.invalidate(&self.flat, &[file]) {
             tracing::warn!(layer = file, %error, "cached contents of a layer may remain");
         }
     }

@@ -428,7 +428,7 @@ impl Daemon {
                     result => result?,
                 }
                 freed += local;
-                if let Err(error) = self.flat.invalidate(super::layer_service::inode_of(layer.file_name())) {
+                if let Err(error) = self.views.invalidate(&self.flat, &[layer.file_name()]) {
                     tracing::warn!(layer = %id, %error, "cached contents of a dropped layer may remain");
                 }
             }

@@ -29,6 +29,7 @@ pub use refuse::{RefusedRequest, Refuser, recall_unanswered};
 pub use session::{ServeOptions, ServerHandle, is_connected, serve};
 pub use stats::{Requests, StatsSnapshot};
 pub use viewfs::ViewFs;
+pub use wire::invalidate;
 
 use std::time::Duration;
 

@@ -200,19 +200,15 @@ impl ServerHandle {
         !self.thread.is_finished() && is_connected(self.dev.as_fd())
     }
 
-    /// Has the kernel forget the cached contents of a file. Waits for reads of it that are in flight, so it
-    /// must not be called from a thread that answers them.
-    ///
-    /// # Errors
-    /// The kernel's; that it does not know the file is none.
-    pub fn invalidate(&self, ino: u64) -> io::Result<()> {
-        wire::invalidate(&self.dev, ino)
-    }
-
     /// A duplicate of the descriptor of the connection's journal, if it has one: for the keeper, before it gets
     /// that of the connection itself.
     pub fn journal_fd(&self) -> io::Result<Option<OwnedFd>> {
         self.relay.as_ref().map(|relay| relay.journal_fd()).transpose()
+    }
+
+    /// The `/dev/fuse` descriptor.
+    pub fn device(&self) -> BorrowedFd<'_> {
+        self.dev.as_fd()
     }
 
     /// A duplicate of the `/dev/fuse` descriptor, for the keeper.

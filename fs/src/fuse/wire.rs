@@ -30,8 +30,13 @@ pub(super) fn ask_to_resend(dev: impl AsFd) -> io::Result<()> {
     write(dev, NOTIFY_RESEND, 0, &[])
 }
 
-/// Has the kernel forget the cached contents of a file, if it knows it.
-pub(super) fn invalidate(dev: impl AsFd, ino: u64) -> io::Result<()> {
+/// Has the kernel behind a `/dev/fuse` descriptor forget the cached contents of a file, if it knows it. Waits for reads of
+/// the file that are under way: a process whose threads answer them must leave it to another
+/// ([`Mounter::invalidate`](crate::mounter::Mounter::invalidate)), or it can't end while they wait, even when killed.
+///
+/// # Errors
+/// The kernel's; that it does not know the file is none.
+pub fn invalidate(dev: impl AsFd, ino: u64) -> io::Result<()> {
     // To the end.
     let whole = NotifyInvalInodeOut { ino, off: 0, len: 0 };
     write(dev, NOTIFY_INVAL_INODE, 0, whole.as_bytes())

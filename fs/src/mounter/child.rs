@@ -27,10 +27,8 @@ pub fn main() -> ExitCode {
     let (answer, mount) = match (enter_namespace(), request) {
         // Also says that there is no right to mount.
         (_, Request::Probe { root }) => (Answer::Probed(plan::probe(&root)), None),
-        (Ok(()), Request::LetGo { layers }) => match let_go(layers, fds.first()) {
-            Ok(()) => (Answer::LetGo, None),
-            Err(e) => (Answer::Failed(e.to_string()), None),
-        },
+        (Ok(()), Request::LetGo { layers }) => (done(let_go(layers, fds.first())), None),
+        (_, Request::Invalidate { inodes }) => (done(invalidate(&inodes, fds.first())), None),
         (Ok(()), request) => match perform(request, fds) {
             Ok(mount) => (Answer::Mounted, Some(mount)),
             Err(e) => (Answer::Failed(e.to_string()), None),
@@ -75,10 +73,23 @@ fn perform(request: Request, fds: Vec<OwnedFd>) -> Result<OwnedFd, MountError> {
             let tree = first.ok_or_else(|| MountError::Helper("got no view to mount".into()))?;
             mounts::idmapped(tree.as_fd(), &map)
         }
-        Request::LetGo { .. } | Request::Probe { .. } => {
+        Request::LetGo { .. } | Request::Invalidate { .. } | Request::Probe { .. } => {
             Err(MountError::Helper("was to mount what is no mount".into()))
         }
     }
+}
+
+fn done(result: Result<(), MountError>) -> Answer {
+    result.map_or_else(|e| Answer::Failed(e.to_string()), |()| Answer::Done)
+}
+
+fn invalidate(inodes: &[u64], dev: Option<&OwnedFd>) -> Result<(), MountError> {
+    let dev = dev.ok_or_else(|| MountError::Helper("got no FUSE connection".into()))?;
+    for ino in inodes {
+        crate::fuse::invalidate(dev, *ino)
+            .map_err(|e| MountError::tree("drop the cached contents of a layer file", e))?;
+    }
+    Ok(())
 }
 
 fn let_go(layers: Vec<String>, flat: Option<&OwnedFd>) -> Result<(), MountError> {

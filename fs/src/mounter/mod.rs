@@ -57,6 +57,11 @@ pub enum Request {
         /// Their names in it.
         layers: Vec<String>,
     },
+    /// Have the kernel forget what it caches of files. Descriptor: the `/dev/fuse` of their filesystem.
+    Invalidate {
+        /// Their inode numbers.
+        inodes: Vec<u64>,
+    },
     /// Try every mount plan with real mounts.
     Probe {
         /// The directory that upper directories and images will be in.
@@ -76,7 +81,7 @@ pub enum Device {
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Mounted,
-    LetGo,
+    Done,
     Probed(Probes),
     Failed(String),
 }
@@ -122,8 +127,21 @@ impl Mounter {
     /// # Errors
     /// When a file can't be opened, or the helper fails.
     pub fn let_go(&self, flat: BorrowedFd<'_>, layers: Vec<String>) -> Result<(), MountError> {
-        match self.call(&Request::LetGo { layers }, &[flat])? {
-            (Answer::LetGo, _) => Ok(()),
+        self.have_done(&Request::LetGo { layers }, flat)
+    }
+
+    /// Has the kernel forget what it caches of files of a FUSE filesystem, by their inode numbers. Waits for reads of them
+    /// that are under way, but only so long; they are forgotten then when those end.
+    ///
+    /// # Errors
+    /// The kernel's, or when the helper fails.
+    pub fn invalidate(&self, dev: BorrowedFd<'_>, inodes: Vec<u64>) -> Result<(), MountError> {
+        self.have_done(&Request::Invalidate { inodes }, dev)
+    }
+
+    fn have_done(&self, request: &Request, fd: BorrowedFd<'_>) -> Result<(), MountError> {
+        match self.call(request, &[fd])? {
+            (Answer::Done, _) => Ok(()),
             (Answer::Failed(sentence), _) => Err(MountError::Remote(sentence)),
             _ => Err(MountError::Helper("sent an answer that does not fit the request".into())),
         }

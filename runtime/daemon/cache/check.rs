@@ -23,7 +23,9 @@ impl Daemon {
             }
             if repair && !found.bad.is_empty() {
                 // What the kernel has read of them is as wrong.
-                let _ = self.flat.invalidate(super::super::layer_service::inode_of(layer.file_name()));
+                if let Err(error) = self.views.invalidate(&self.flat, &[layer.file_name()]) {
+                    tracing::warn!(layer = layer.file_name(), %error, "wrong contents of a layer may remain cached");
+                }
             }
             report.bad.extend(found.bad.into_iter().map(|number| {
                 let span = layer.index().span(number);

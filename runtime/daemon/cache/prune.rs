@@ -125,11 +125,10 @@ impl Daemon {
             self.hydration.give_up(&diff_ids)?;
             self.hydration.stop_layers(idle.iter().copied());
             pruned.evicted = store.evict_idle();
-            for id in idle {
-                if let Some(name) = store.file_name(id) {
-                    let _ = self.flat.invalidate(crate::daemon::layer_service::inode_of(&name));
-                }
-            }
+            let names: Vec<_> = idle.into_iter().filter_map(|id| store.file_name(id)).collect();
+            let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
+            // It is not wrong, only of no use.
+            let _ = self.views.invalidate(&self.flat, &names);
         }
         pruned.space_reclaimed += pruned.evicted;
         Ok(())

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use lazyrun_fetcher::Layer;
+use lazyrun_fs::fuse::ServerHandle;
 use lazyrun_fs::mount::MountError;
 use lazyrun_fs::plan::Plan;
 
@@ -42,5 +43,17 @@ impl Views {
     /// When the helper fails that does it.
     pub fn let_go(&self, layers: Vec<String>) -> Result<(), MountError> {
         self.mounter.let_go(self.flat.as_fd(), layers)
+    }
+
+    /// Has the kernel forget what it caches of these layer files for EROFS; `flat` serves them. Blocks while they are being
+    /// read, but no longer than a helper may take.
+    ///
+    /// # Errors
+    /// When the helper fails that does it. What is being read then is forgotten later.
+    pub fn invalidate(&self, flat: &ServerHandle, layers: &[&str]) -> Result<(), MountError> {
+        if layers.is_empty() {
+            return Ok(());
+        }
+        self.mounter.invalidate(flat.device(), layers.iter().map(|name| inode_of(name)).collect())
     }
 }
