@@ -225,6 +225,19 @@ fn permissions_are_checked() {
     assert_eq!(facts("open/sub"), (0o2750, 65534, 0));
 }
 
+/// The kernel lets everybody ask then; who may is checked here.
+#[test]
+fn with_allow_root_nobody_else_may_ask() {
+    let case = case(|l| fs::write(l.join("f"), "text").unwrap());
+    fs::set_permissions(case.site.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    for (option, may) in [("allow_root", false), ("allow_other", true)] {
+        let union = case.site.ours(UnionConfig { mount_options: vec![option.to_owned()], ..case.config() });
+        let file = union.at.join("f");
+        assert_eq!(fs::read(&file).unwrap(), b"text");
+        assert_eq!(as_nobody(&format!("cat {} >/dev/null 2>&1", file.display())), may, "{option}");
+    }
+}
+
 #[test]
 fn special_files_and_their_attributes() {
     let case = case(|l| {

@@ -376,6 +376,17 @@ mod tests {
     }
 
     #[test]
+    fn busy_polling_can_be_turned_off() {
+        for (option, off) in [("busy_poll=off", true), ("busy_poll=on", false), ("ro", false)] {
+            let mut config = UnionConfig::default();
+            config.parse(option.as_bytes()).unwrap();
+            assert_eq!(config.no_busy_poll, off, "{option}");
+        }
+        let refused = UnionConfig::default().parse(b"busy_poll=2").unwrap_err();
+        assert_eq!(refused, OptionError::Value("busy_poll=2".into()));
+    }
+
+    #[test]
     fn what_is_no_option_is_said() {
         let parse = |o: &[u8]| UnionConfig::default().parse(o).unwrap_err().to_string();
         assert_eq!(parse(b"squash_to_uid=x"), "the option `squash_to_uid=x` needs a number");

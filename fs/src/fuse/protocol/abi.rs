@@ -1,4 +1,4 @@
-//! The records of `linux/fuse.h`, minor version 37 and later, that requests and answers are made of. Names are the
+//! The records of `linux/fuse.h` that requests and answers are made of, as they are from Linux 5.15 on. Names are the
 //! kernel's; numbers are in the machine's byte order.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
